@@ -1,0 +1,209 @@
+"""Everything that may enter the log: a closed, tagged union, and the envelope around it.
+
+A command is a decision already made: times, ids and random numbers were chosen where it was proposed, so
+that ``consensus.machine.apply`` is the same pure function on every node. New commands are added at the end
+and never change meaning (see CONTRIBUTING, "adding a command").
+"""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import Struct
+
+from distroml.model import Cause, Checkpoint, Generation, JobStatus, NodeStatus, Result
+from distroml.spec import JobSpec
+
+MAX_ENTRY_BYTES = 32 * 1024
+"""Limit of one encoded entry; keeps a Raft batch small (AUDIT P5)."""
+
+
+class Command(Struct, frozen=True, tag=True, kw_only=True):
+    """Base of the union; the tag is the class name."""
+
+
+class RegisterNode(Command, kw_only=True):
+    """An agent came up. A higher incarnation supersedes the earlier one and ends its duplicates table."""
+
+    name: str
+    incarnation: int
+    http: str
+    slots: int
+
+
+class SetNodeStatus(Command, kw_only=True):
+    """The coordinator (or the node itself, on SIGTERM) says what became of a node."""
+
+    name: str
+    incarnation: int
+    status: NodeStatus
+    reason: str
+
+
+class Write(Command, kw_only=True):
+    """A client's write: carries the ``Idempotency-Key`` and a digest of the request it came with."""
+
+    key: str | None = None
+    request_sha256: str = ""
+
+
+class SubmitJob(Write, kw_only=True):
+    """Queue a new job. The ids are chosen by the node that took the request."""
+
+    job_id: str
+    run_id: str
+    spec: JobSpec
+
+
+class CancelJob(Write, kw_only=True):
+    """End an active job now."""
+
+    job_id: str
+    reason: str
+
+
+class StopJob(Write, kw_only=True):
+    """End an active job after a final checkpoint."""
+
+    job_id: str
+    reason: str
+
+
+class RemoveJob(Write, kw_only=True):
+    """Forget a finished job."""
+
+    job_id: str
+
+
+class FormGeneration(Command, kw_only=True):
+    """Give a run its next fixed set of ranks."""
+
+    job_id: str
+    generation: Generation
+
+
+class MarkRunning(Command, kw_only=True):
+    """All ranks of a generation are training."""
+
+    job_id: str
+    generation: int
+    total_steps: int
+
+
+class FailGeneration(Command, kw_only=True):
+    """A generation is over because of ``cause``; the run recovers after ``backoff_s``."""
+
+    job_id: str
+    generation: int
+    cause: Cause
+    collateral: tuple[int, ...]
+    observed_at: float
+    highest_step: int
+    reason: str
+    backoff_s: float
+
+
+class BeginCheckpoint(Command, kw_only=True):
+    """A shard of ``step`` is durable: the job shows CHECKPOINTING until commit or abandonment."""
+
+    job_id: str
+    generation: int
+    step: int
+
+
+class CommitCheckpoint(Command, kw_only=True):
+    """All shards and the manifest are durable. This entry is the commit."""
+
+    job_id: str
+    generation: int
+    checkpoint: Checkpoint
+
+
+class AbandonCheckpoint(Command, kw_only=True):
+    """The checkpoint of ``step`` will not be completed; training goes on."""
+
+    job_id: str
+    generation: int
+    step: int
+    reason: str
+
+
+class MarkCheckpointCorrupt(Command, kw_only=True):
+    """A reader found bytes that do not match; it is never restored again."""
+
+    job_id: str
+    step: int
+    manifest_sha256: str
+    reason: str
+
+
+class FinishRun(Command, kw_only=True):
+    """The run ended as ``status``: COMPLETED, FAILED or CANCELLED."""
+
+    job_id: str
+    generation: int
+    status: JobStatus
+    reason: str
+    result: Result | None = None
+
+
+AnyCommand = (
+    RegisterNode
+    | SetNodeStatus
+    | SubmitJob
+    | CancelJob
+    | StopJob
+    | RemoveJob
+    | FormGeneration
+    | MarkRunning
+    | FailGeneration
+    | BeginCheckpoint
+    | CommitCheckpoint
+    | AbandonCheckpoint
+    | MarkCheckpointCorrupt
+    | FinishRun
+)
+
+
+class Entry(Struct, frozen=True, array_like=True):
+    """One log entry: a command and who proposed it, so that a retry is applied once.
+
+    ``(proposer, incarnation, sequence)`` names the proposal. Results of sequences below ``settled`` have been
+    seen by the proposer and may be forgotten (RIFL, Lee et al., SOSP 2015).
+    """
+
+    proposer: str
+    incarnation: int
+    sequence: int
+    settled: int
+    at: float
+    """Unix seconds at the proposer."""
+    command: AnyCommand
+
+
+class Outcome(Struct, frozen=True):
+    """What ``apply`` answers the proposer; ``error`` is a slug of ``distroml.errors`` or empty."""
+
+    index: int
+    error: str = ""
+    detail: str = ""
+    job_id: str | None = None
+    replayed: bool = False
+    """True where an earlier request with the same Idempotency-Key had this effect."""
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Entry)
+
+
+def encode_entry(entry: Entry) -> bytes:
+    """MessagePack bytes of an entry."""
+    return _encoder.encode(entry)
+
+
+def decode_entry(data: bytes) -> Entry:
+    """Read an entry back.
+
+    Raises:
+        msgspec.DecodeError: the bytes are not an entry of a version this one knows.
+    """
+    return _decoder.decode(data)

@@ -1,0 +1,265 @@
+"""The nouns of DistroML: jobs, generations, nodes, checkpoints, incidents, and their states.
+
+These frozen records are what the log replicates and the API shows. They hold facts and decisions, no
+behaviour beyond small derived properties; ``consensus.machine`` is the only place that makes new
+versions of them. Times are Unix seconds, taken where a command was proposed (never read on apply).
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+from msgspec import Struct
+
+from distroml.spec import JobSpec
+
+
+class JobStatus(StrEnum):
+    """Where a job stands; ``TRANSITIONS`` says what may follow what."""
+
+    QUEUED = "QUEUED"
+    STARTING = "STARTING"
+    RUNNING = "RUNNING"
+    CHECKPOINTING = "CHECKPOINTING"
+    RECOVERING = "RECOVERING"
+    STOPPING = "STOPPING"
+    COMPLETED = "COMPLETED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+
+_S = JobStatus
+TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
+    _S.QUEUED: frozenset({_S.STARTING, _S.FAILED, _S.CANCELLED}),
+    _S.STARTING: frozenset({_S.RUNNING, _S.RECOVERING, _S.STOPPING, _S.FAILED, _S.CANCELLED}),
+    _S.RUNNING: frozenset(
+        {_S.CHECKPOINTING, _S.RECOVERING, _S.STOPPING, _S.COMPLETED, _S.FAILED, _S.CANCELLED}
+    ),
+    _S.CHECKPOINTING: frozenset(
+        {_S.RUNNING, _S.RECOVERING, _S.STOPPING, _S.COMPLETED, _S.FAILED, _S.CANCELLED}
+    ),
+    _S.RECOVERING: frozenset({_S.STARTING, _S.FAILED, _S.CANCELLED}),
+    _S.STOPPING: frozenset({_S.COMPLETED, _S.FAILED, _S.CANCELLED}),
+    _S.COMPLETED: frozenset(),
+    _S.FAILED: frozenset(),
+    _S.CANCELLED: frozenset(),
+}
+"""The protocol of a job as data; the diagram in the docs is drawn from this table."""
+
+TERMINAL = frozenset(status for status, following in TRANSITIONS.items() if not following)
+ACTIVE = frozenset(TRANSITIONS) - TERMINAL
+ASSIGNED = frozenset({_S.STARTING, _S.RUNNING, _S.CHECKPOINTING, _S.STOPPING})
+"""States in which the current generation's members should have workers."""
+
+
+class NodeStatus(StrEnum):
+    """What the cluster has agreed about a node."""
+
+    ALIVE = "ALIVE"
+    DRAINING = "DRAINING"
+    LOST = "LOST"
+    LEFT = "LEFT"
+
+
+class Node(Struct, frozen=True, kw_only=True):
+    """One host's ``distroml-node``, as registered through the log."""
+
+    name: str
+    incarnation: int
+    """Restart counter of the node; a member of a generation is bound to it."""
+    http: str
+    """Base URL of its API, such as ``http://127.0.0.1:8101``."""
+    slots: int
+    status: NodeStatus = NodeStatus.ALIVE
+    reason: str = ""
+    registered_at: float = 0.0
+    changed_at: float = 0.0
+
+
+class Member(Struct, frozen=True, array_like=True):
+    """One rank of a generation and the slot that it occupies."""
+
+    rank: int
+    local_rank: int
+    node: str
+    incarnation: int
+
+
+class CheckpointStatus(StrEnum):
+    """Only COMMITTED ones are ever restored."""
+
+    COMMITTED = "COMMITTED"
+    CORRUPT = "CORRUPT"
+
+
+class Checkpoint(Struct, frozen=True, kw_only=True):
+    """A checkpoint whose commit is in the log."""
+
+    step: int
+    epoch: int
+    generation: int
+    directory: str
+    """Path of its directory relative to the store's root."""
+    manifest: str
+    """File name of the manifest in ``directory``."""
+    manifest_sha256: str
+    size_bytes: int
+    shards: int
+    committed_at: float
+    status: CheckpointStatus = CheckpointStatus.COMMITTED
+    reason: str = ""
+
+
+class Generation(Struct, frozen=True, kw_only=True):
+    """One fixed set of ranks of a run. Each failure or resize makes the next one."""
+
+    number: int
+    members: tuple[Member, ...]
+    formed_at: float
+    reason: str
+    resume_step: int = 0
+    """Steps already done when it starts; the next step trained is this one (0-based)."""
+    checkpoint_step: int | None = None
+    """The committed checkpoint that its state comes from; None: from scratch."""
+    running_at: float | None = None
+    """When all ranks were training, as the coordinator saw it."""
+
+
+class FailureKind(StrEnum):
+    """Which signal told of a failure."""
+
+    EXIT = "exit"
+    ERROR = "error"
+    NODE_LOST = "node_lost"
+    NODE_RESTARTED = "node_restarted"
+    HANG = "hang"
+    START_TIMEOUT = "start_timeout"
+    CORRUPT_CHECKPOINT = "corrupt_checkpoint"
+    DIVERGED = "diverged"
+
+
+class Cause(Struct, frozen=True, kw_only=True):
+    """The first error of a failed generation; everything else was collateral."""
+
+    kind: FailureKind
+    rank: int | None = None
+    node: str | None = None
+    pid: int | None = None
+    exit_code: int | None = None
+    signal: str | None = None
+    error: str | None = None
+    traceback: str | None = None
+    last_lines: tuple[str, ...] = ()
+
+
+class Incident(Struct, frozen=True, kw_only=True):
+    """A failure and the recovery from it."""
+
+    number: int
+    generation: int
+    """The generation that failed."""
+    reason: str
+    cause: Cause
+    collateral: tuple[int, ...]
+    """Ranks that ended because of the failure, not by their own fault."""
+    observed_at: float
+    """When an agent or the failure detector first saw it."""
+    decided_at: float
+    highest_step: int
+    """Steps completed when it failed."""
+    next_generation: int | None = None
+    formed_at: float | None = None
+    resume_step: int | None = None
+    recovered_at: float | None = None
+    """When all ranks of the next generation were training again."""
+    first_step_at: float | None = None
+
+    @property
+    def steps_lost(self) -> int | None:
+        """Completed steps that had to be done again; None until a generation resumed."""
+        if self.resume_step is None:
+            return None
+        return max(0, self.highest_step - self.resume_step)
+
+    @property
+    def phases_ms(self) -> dict[str, float]:
+        """Milliseconds of each phase that is over: detect, decide, start, total."""
+        marks = {
+            "detect": (self.observed_at, self.decided_at),
+            "form": (self.decided_at, self.formed_at),
+            "start": (self.formed_at, self.recovered_at),
+            "total": (self.observed_at, self.recovered_at),
+        }
+        return {
+            name: round(max(0.0, end - begin) * 1000, 1)
+            for name, (begin, end) in marks.items()
+            if begin is not None and end is not None
+        }
+
+
+class Result(Struct, frozen=True, kw_only=True):
+    """What a finished run left behind."""
+
+    state_digest: str
+    """SHA-256 over the final model and optimizer tensors in name order."""
+    step: int
+    epoch: int
+    metrics: dict[str, float]
+    checkpoint_step: int | None = None
+    duration_s: float = 0.0
+
+
+class Job(Struct, frozen=True, kw_only=True):
+    """A submitted job with its run, as every node knows it."""
+
+    job_id: str
+    run_id: str
+    spec: JobSpec
+    status: JobStatus
+    reason: str
+    created_at: float
+    changed_at: float
+    submit_index: int
+    """Log index of the submission: the order of the queue among equal priorities."""
+    change_index: int
+    started_at: float | None = None
+    finished_at: float | None = None
+    generation: Generation | None = None
+    restarts: int = 0
+    backoff_s: float = 0.0
+    """How long to wait, from the failure, before the next generation is formed."""
+    total_steps: int | None = None
+    checkpoints: tuple[Checkpoint, ...] = ()
+    incidents: tuple[Incident, ...] = ()
+    result: Result | None = None
+    stop_requested: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def generation_number(self) -> int:
+        """0 before the first generation is formed."""
+        return self.generation.number if self.generation else 0
+
+    @property
+    def terminal(self) -> bool:
+        return self.status in TERMINAL
+
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """The newest committed checkpoint not known to be corrupt."""
+        good = [c for c in self.checkpoints if c.status is CheckpointStatus.COMMITTED]
+        return max(good, key=lambda c: c.step, default=None)
+
+
+class Event(Struct, frozen=True, kw_only=True):
+    """What leaves ``apply``: one change, for streams, logs and metrics."""
+
+    index: int
+    at: float
+    type: str
+    job_id: str | None = None
+    node: str | None = None
+    data: dict[str, Any] = {}
