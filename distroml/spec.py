@@ -28,7 +28,9 @@ Name = Annotated[
     ),
 ]
 OptionValue = bool | int | float | Annotated[str, Meta(max_length=4096)]
-Options = Annotated[dict[Annotated[str, Meta(max_length=63)], OptionValue], Meta(max_length=MAX_OPTIONS)]
+Options = Annotated[
+    dict[Annotated[str, Meta(max_length=63)], OptionValue], Meta(max_length=MAX_OPTIONS)
+]
 
 
 class Resources(Struct, frozen=True, forbid_unknown_fields=True):
@@ -241,7 +243,9 @@ def check(spec: JobSpec) -> None:
             field="dataset",
         )
     _check_options("model_options", spec.model, spec.model_options, MODEL_OPTIONS[spec.model])
-    _check_options("dataset_options", spec.dataset, spec.dataset_options, DATASET_OPTIONS[spec.dataset])
+    _check_options(
+        "dataset_options", spec.dataset, spec.dataset_options, DATASET_OPTIONS[spec.dataset]
+    )
     if spec.model == "transformer":
         width, heads = (option_value(spec, "model", name) for name in ("width", "heads"))
         if int(width) % int(heads):
@@ -268,7 +272,9 @@ def _value_at(spec: JobSpec, path: str) -> str:
     return str(value)
 
 
-def _check_choice(path: str, value: str, available: tuple[str, ...], planned: tuple[str, ...]) -> None:
+def _check_choice(
+    path: str, value: str, available: tuple[str, ...], planned: tuple[str, ...]
+) -> None:
     if value in available:
         return
     allowed = ", ".join(available)
@@ -289,7 +295,9 @@ def _check_options(field: str, owner: str, given: dict[str, Any], table: dict[st
         wanted = type(option.default)
         fits = type(value) is wanted or (wanted is float and type(value) is int)
         if not fits:
-            raise InvalidSpec(f"{path} must be of type {wanted.__name__}, not {value!r}.", field=path)
+            raise InvalidSpec(
+                f"{path} must be of type {wanted.__name__}, not {value!r}.", field=path
+            )
         low, high = option.low, option.high
         if low is not None and high is not None and not low <= value <= high:
             raise InvalidSpec(f"{path} must be {low:g} to {high:g}, not {value}.", field=path)
