@@ -418,7 +418,7 @@ def _fail_generation(state: ClusterState, context: _Context, command: c.FailGene
         decided_at=context.at,
         highest_step=command.highest_step,
     )
-    change = _moved(
+    return _moved(
         state,
         job,
         context,
@@ -428,7 +428,6 @@ def _fail_generation(state: ClusterState, context: _Context, command: c.FailGene
         backoff_s=command.backoff_s,
         incidents=(*job.incidents, incident)[-MAX_INCIDENTS:],
     )
-    return change
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------
@@ -483,7 +482,7 @@ def _back_to_running(
 ) -> _Change:
     if job.status is not S.CHECKPOINTING:
         return _Change(_updated(state, job, context, **changes), (event,), job.job_id)
-    change = _moved(state, job, context, S.RUNNING, reason, **changes)
+    return _moved(state, job, context, S.RUNNING, reason, **changes)
     return replace(change, events=(event, *change.events))
 
 

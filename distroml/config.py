@@ -1,0 +1,322 @@
+"""Settings of one node: flags over ``DISTROML_*`` variables over a TOML file over defaults.
+
+``NodeSettings`` is the single table: each field is at once a flag (``--node-timeout-ms``), a variable
+(``DISTROML_NODE_TIMEOUT_MS``) and a TOML key (``node_timeout_ms``), with its default, unit and help text.
+``load`` reads them and returns a checked ``NodeConfig``; every mistake is a ``ConfigError`` that names its source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import re
+import socket
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+from distroml.consensus.peers import Address
+from distroml.errors import ConfigError
+
+ENV_PREFIX = "DISTROML_"
+MAX_VOTERS = 7
+_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._:\[\]-]{0,61}[A-Za-z0-9\]])?\Z")
+_HOME = Path("~/.distroml")
+
+
+class NodeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What may be set for ``distroml-node``; every field has a default."""
+
+    name: Annotated[
+        str,
+        Meta(description="name of this node (default: its own address in --peers, or the host)"),
+    ] = ""
+    peers: Annotated[
+        str,
+        Meta(
+            description="all voters, the same list on each node: a=host:port,b=host:port,... or, with "
+            "--listen, host:port,...; empty: a complete one-node cluster"
+        ),
+    ] = ""
+    listen: Annotated[
+        str,
+        Meta(
+            description="host:port for the other nodes (default: this node's own entry in --peers)"
+        ),
+    ] = ""
+    http: Annotated[str, Meta(description="host:port of the API and dashboard")] = "127.0.0.1:8101"
+    http_url: Annotated[
+        str, Meta(description="URL at which clients reach this node (default: from --http)")
+    ] = ""
+    data_dir: Annotated[
+        str,
+        Meta(description="this node's own directory: log, snapshots, history (~/.distroml/NAME)"),
+    ] = ""
+    store_dir: Annotated[
+        str,
+        Meta(
+            description="checkpoint store, one directory that all nodes see; on several hosts a "
+            "shared file system (~/.distroml/store)"
+        ),
+    ] = ""
+    slots: Annotated[
+        int, Meta(ge=0, le=1024, description="workers that may run here; 0: vote and serve only")
+    ] = -1
+    worker_threads: Annotated[
+        int, Meta(ge=1, le=256, description="torch threads of each worker")
+    ] = 1
+    cluster_id: Annotated[str, Meta(description="nodes of another cluster id are refused")] = (
+        "distroml"
+    )
+    election_timeout_ms: Annotated[
+        int,
+        Meta(
+            ge=50,
+            le=60_000,
+            description="shortest silence of the leader before an election, ms; the longest is twice this",
+        ),
+    ] = 300
+    heartbeat_ms: Annotated[
+        int, Meta(ge=10, le=10_000, description="interval of the leader's heartbeats, ms")
+    ] = 60
+    snapshot_entries: Annotated[
+        int, Meta(ge=100, le=10_000_000, description="log entries between snapshots")
+    ] = 10_000
+    report_interval_ms: Annotated[
+        int, Meta(ge=20, le=10_000, description="interval of an agent's reports, ms")
+    ] = 200
+    node_timeout_ms: Annotated[
+        int,
+        Meta(ge=200, le=600_000, description="silence after which a connected node is lost, ms"),
+    ] = 3000
+    start_timeout_ms: Annotated[
+        int,
+        Meta(
+            ge=1000,
+            le=3_600_000,
+            description="time in which all ranks of a generation must train, ms",
+        ),
+    ] = 120_000
+    insecure: Annotated[
+        bool, Meta(description="allow addresses other than loopback, without TLS and tokens")
+    ] = False
+    log_level: Annotated[str, Meta(description="debug, info, warning or error")] = "info"
+
+
+class NodeConfig(Struct, frozen=True, kw_only=True):
+    """Checked settings of a node, in the types that the code uses."""
+
+    name: str
+    voters: dict[str, Address]
+    """All voters by name, this node included; one entry for a one-node cluster."""
+    listen: Address | None
+    """None: no other nodes, nothing listens for them."""
+    http: Address
+    http_url: str
+    data_dir: Path
+    store_dir: Path
+    slots: int
+    settings: NodeSettings
+
+    @property
+    def host(self) -> str:
+        """Address at which workers of other nodes reach workers of this one."""
+        return self.listen.host if self.listen else "127.0.0.1"
+
+
+def load(argv: Sequence[str], environ: Mapping[str, str]) -> NodeConfig:
+    """Merge flags, variables and file, and check the result.
+
+    Raises:
+        ConfigError: a setting is unknown, malformed or contradicts another.
+        SystemExit: ``--help`` or ``--version`` was asked for, or a flag is unknown (exit code 2).
+    """
+    flags = vars(build_parser().parse_args(argv))
+    file = flags.pop("config") or environ.get(f"{ENV_PREFIX}CONFIG")
+    merged: dict[str, Any] = {}
+    for source, values in (
+        (f"file {file}", _from_file(Path(file)) if file else {}),
+        ("environment", _from_environ(environ)),
+        ("flags", {name: value for name, value in flags.items() if value is not None}),
+    ):
+        _check_types(source, values)
+        merged.update(values)
+    return resolve(msgspec.convert(merged, NodeSettings, strict=False))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of ``distroml-node``, made from the fields of ``NodeSettings``."""
+    from distroml import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="distroml-node",
+        description="One node of a DistroML cluster: replicates jobs, serves the API, runs workers.",
+        epilog="Each flag is also a variable (--data-dir is DISTROML_DATA_DIR) and a key of the TOML "
+        "file (data_dir). Flags win over variables, variables over the file. Exit codes: 0 after "
+        "SIGTERM or SIGINT, 1 a failure while running, 2 a wrong setting.",
+    )
+    parser.add_argument("--version", action="version", version=f"distroml-node {__version__}")
+    parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
+    for field in msgspec.structs.fields(NodeSettings):
+        flag = "--" + field.name.replace("_", "-")
+        meta = field.type.__metadata__[0] if hasattr(field.type, "__metadata__") else None
+        text = (meta.description if meta and meta.description else "").replace("%", "%%")
+        if field.default is False:
+            parser.add_argument(flag, action="store_true", default=None, help=text)
+            continue
+        default = "number of CPU cores" if field.name == "slots" else field.default
+        shown = f" (default: {default})" if default != "" else ""
+        parser.add_argument(flag, metavar="VALUE", help=f"{text}{shown}")
+    return parser
+
+
+def resolve(settings: NodeSettings) -> NodeConfig:
+    """Check settings against each other and fill in what follows from others."""
+    if settings.log_level not in ("debug", "info", "warning", "error"):
+        raise ConfigError(
+            f"log_level must be debug, info, warning or error, not '{settings.log_level}'.",
+            field="log_level",
+        )
+    if settings.heartbeat_ms * 3 > settings.election_timeout_ms:
+        raise ConfigError(
+            f"heartbeat_ms ({settings.heartbeat_ms}) must be at most a third of election_timeout_ms "
+            f"({settings.election_timeout_ms}), or a late heartbeat starts an election.",
+            field="heartbeat_ms",
+        )
+    name, voters, listen = _resolve_peers(settings)
+    http = _address(settings.http, "http")
+    for field, address in (("listen", listen), ("http", http)):
+        _check_loopback(field, address, settings.insecure)
+    return NodeConfig(
+        name=name,
+        voters=voters,
+        listen=listen,
+        http=http,
+        http_url=settings.http_url or f"http://{http}",
+        data_dir=Path(settings.data_dir or _HOME / name.replace(":", "_")).expanduser().resolve(),
+        store_dir=Path(settings.store_dir or _HOME / "store").expanduser().resolve(),
+        slots=settings.slots if settings.slots >= 0 else os.cpu_count() or 1,
+        settings=settings,
+    )
+
+
+def _resolve_peers(settings: NodeSettings) -> tuple[str, dict[str, Address], Address | None]:
+    entries = [entry.strip() for entry in settings.peers.split(",") if entry.strip()]
+    if not entries:
+        name = _checked_name(settings.name or socket.gethostname().split(".")[0] or "node")
+        listen = _address(settings.listen, "listen") if settings.listen else None
+        return name, {name: listen or Address("127.0.0.1", 0)}, None
+    named = ["=" in entry for entry in entries]
+    if any(named) and not all(named):
+        raise ConfigError(
+            "peers mixes name=host:port and host:port entries; use one form for all.", field="peers"
+        )
+    voters: dict[str, Address] = {}
+    for entry in entries:
+        name, _, address = entry.rpartition("=")
+        parsed = _address(address, "peers")
+        name = _checked_name(name or str(parsed))
+        if name in voters or parsed in voters.values():
+            raise ConfigError(f"peers lists '{entry}' twice.", field="peers")
+        voters[name] = parsed
+    me = _own_name(settings, voters, named=all(named))
+    if len(voters) > MAX_VOTERS:
+        raise ConfigError(
+            f"peers lists {len(voters)} voters; at most {MAX_VOTERS} can vote.", field="peers"
+        )
+    listen = _address(settings.listen, "listen") if settings.listen else voters[me]
+    return me, dict(sorted(voters.items())), listen
+
+
+def _own_name(settings: NodeSettings, voters: dict[str, Address], *, named: bool) -> str:
+    if named:
+        if settings.name in voters:
+            return settings.name
+        raise ConfigError(
+            f"name '{settings.name}' is not in peers ({', '.join(voters)}); every voter lists itself.",
+            field="name",
+        )
+    if not settings.listen:
+        raise ConfigError(
+            "peers without names need --listen host:port to say which one is this node.",
+            field="listen",
+        )
+    own = _address(settings.listen, "listen")
+    me = str(own)
+    if settings.name and settings.name != me:
+        raise ConfigError(
+            f"with peers given as host:port a node's name is its address ({me}); "
+            f"to call it '{settings.name}', give peers as name=host:port.",
+            field="name",
+        )
+    voters.setdefault(me, own)
+    return me
+
+
+def _checked_name(name: str) -> str:
+    if not _NAME.match(name):
+        raise ConfigError(
+            f"'{name}' is not a node name: 1 to 63 letters, digits, '.', '_' or '-'.", field="name"
+        )
+    return name
+
+
+def _address(text: str, field: str) -> Address:
+    try:
+        return Address.parse(text)
+    except ValueError as error:
+        raise ConfigError(f"{field}: {error}", field=field) from None
+
+
+def _check_loopback(field: str, address: Address | None, insecure: bool) -> None:
+    if address is None or insecure or _is_loopback(address.host):
+        return
+    raise ConfigError(
+        f"{field} {address} is not a loopback address, and this version has neither TLS nor tokens: "
+        "anyone who reaches it could run code here. Use a trusted network and --insecure.",
+        field=field,
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"config file {path} cannot be read: {error.strerror}.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"config file {path} is not valid TOML: {error}.") from None
+
+
+def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
+    known = {field.name for field in msgspec.structs.fields(NodeSettings)}
+    names = {
+        key.removeprefix(ENV_PREFIX).lower(): key for key in environ if key.startswith(ENV_PREFIX)
+    }
+    return {name: environ[key] for name, key in names.items() if name in known}
+
+
+def _check_types(source: str, values: dict[str, Any]) -> None:
+    """Convert each source on its own, so that an error names where the value came from."""
+    try:
+        msgspec.convert(values, NodeSettings, strict=False)
+    except msgspec.ValidationError as error:
+        text, _, where = str(error).partition(" - at `$.")
+        field = where.rstrip("`") or None
+        raise ConfigError(
+            f"{source}: {field + ': ' if field else ''}{text}.", field=field
+        ) from None

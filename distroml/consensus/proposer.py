@@ -1,0 +1,169 @@
+"""Gets a command into the log exactly once, from any node.
+
+``propose`` wraps the command in an ``Entry`` named by (node, incarnation, sequence) and offers it to the leader,
+again after a while or when the leader changes, until this node's own replica applies it. Repeats do no harm: the
+state machine applies a name once. So the answer is known as soon as the entry is applied here, which also gives
+the caller read-your-writes on this node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from distroml.commands import (
+    MAX_ENTRY_BYTES,
+    AnyCommand,
+    Entry,
+    Outcome,
+    encode_entry,
+)
+from distroml.consensus.peers import Channel
+from distroml.errors import InvalidSpec, OutcomeUnknown, TooManyRequests, Unavailable
+from distroml.model import Event
+
+MAX_IN_FLIGHT = 1024
+"""Proposals of this node that wait for their outcome; far under ``state.MAX_OUTSTANDING``."""
+RETRY_FIRST_S = 0.3
+RETRY_MOST_S = 2.0
+
+
+class _Raft(Protocol):
+    @property
+    def leader(self) -> str | None: ...
+    @property
+    def is_leader(self) -> bool: ...
+    def append(self, entry: bytes) -> None: ...
+
+
+class _Links(Protocol):
+    def send(self, peer: str, channel: Channel, body: bytes) -> bool: ...
+
+
+class Proposer:
+    """One node's way into the log.
+
+    Args:
+        refusal: exception class(es) that ``raft.append`` raises when it cannot take an entry now.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        incarnation: int,
+        raft: _Raft,
+        links: _Links,
+        refusal: tuple[type[Exception], ...],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._name = name
+        self._incarnation = incarnation
+        self._raft = raft
+        self._links = links
+        self._refusal = refusal
+        self._clock = clock
+        self._sequence = 0
+        self._waiting: dict[int, asyncio.Future[Outcome]] = {}
+        self._leader_changed = asyncio.Event()
+        self.forwarded_dropped = 0
+
+    async def propose(self, command: AnyCommand, timeout_s: float = 10.0) -> Outcome:
+        """Get ``command`` applied and return what the state machine answered.
+
+        Raises:
+            Unavailable: no leader took it in time; nothing was done.
+            OutcomeUnknown: a leader was offered it, but its outcome did not come in time.
+            TooManyRequests: ``MAX_IN_FLIGHT`` proposals of this node are waiting already.
+            InvalidSpec: the encoded command is over ``MAX_ENTRY_BYTES``.
+        """
+        if len(self._waiting) >= MAX_IN_FLIGHT:
+            raise TooManyRequests(
+                f"{MAX_IN_FLIGHT} writes of this node wait for the log; try again."
+            )
+        self._sequence += 1
+        sequence = self._sequence
+        data = self._encode(sequence, command)
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._waiting[sequence] = future
+        try:
+            return await self._offer_until_applied(data, future, timeout_s)
+        finally:
+            del self._waiting[sequence]
+
+    def on_applied(self, entry: Entry | None, outcome: Outcome, events: tuple[Event, ...]) -> None:
+        """Replica listener: resolves the proposal that this entry was."""
+        if entry is None or entry.proposer != self._name or entry.incarnation != self._incarnation:
+            return
+        future = self._waiting.get(entry.sequence)
+        if future is not None and not future.done():
+            future.set_result(outcome)
+
+    def on_leader_change(self) -> None:
+        """Offer everything that waits to the new leader at once."""
+        self._leader_changed.set()
+        self._leader_changed = asyncio.Event()
+
+    def on_forwarded(self, peer: str, body: bytes) -> None:
+        """A follower's entry; taken if this node leads, else its proposer offers it again elsewhere."""
+        if not self._append(body):
+            self.forwarded_dropped += 1
+
+    def _encode(self, sequence: int, command: AnyCommand) -> bytes:
+        settled = min(self._waiting, default=sequence)
+        entry = Entry(self._name, self._incarnation, sequence, settled, self._clock(), command)
+        data = encode_entry(entry)
+        if len(data) > MAX_ENTRY_BYTES:
+            raise InvalidSpec(
+                f"the request takes {len(data)} bytes in the log; the limit is {MAX_ENTRY_BYTES}: "
+                "shorten its names and options."
+            )
+        return data
+
+    async def _offer_until_applied(
+        self, data: bytes, future: asyncio.Future[Outcome], timeout_s: float
+    ) -> Outcome:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        offered = False
+        pause_s = RETRY_FIRST_S
+        while (left_s := deadline - loop.time()) > 0:
+            changed = self._leader_changed
+            offered = self._offer(data) or offered
+            turn = asyncio.ensure_future(changed.wait())
+            try:
+                await asyncio.wait(
+                    (future, turn),
+                    timeout=min(pause_s, left_s),
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+            finally:
+                turn.cancel()
+            if future.done():
+                return future.result()
+            pause_s = min(pause_s * 2, RETRY_MOST_S)
+        if offered:
+            raise OutcomeUnknown(
+                f"The write was handed to the leader but not confirmed within {timeout_s:g} s; "
+                "repeat it with the same Idempotency-Key."
+            )
+        raise Unavailable(f"No leader was reachable within {timeout_s:g} s; nothing was changed.")
+
+    def _offer(self, data: bytes) -> bool:
+        if self._raft.is_leader:
+            return self._append(data)
+        leader = self._raft.leader
+        if leader is None or leader == self._name:
+            return False
+        return self._links.send(leader, Channel.PROPOSE, data)
+
+    def _append(self, data: bytes) -> bool:
+        if not self._raft.is_leader:
+            return False
+        try:
+            self._raft.append(data)
+        except self._refusal:
+            return False
+        return True

@@ -1,0 +1,90 @@
+"""The live copy of ``ClusterState`` on one node: what Raft applies to and everyone else reads from.
+
+Feeds each committed entry to the pure state machine, keeps the newest state, and tells listeners what changed.
+Listeners run inside the event loop's turn and must only note and wake; they never raise.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable
+
+import msgspec
+
+from distroml.commands import Entry, Outcome, decode_entry
+from distroml.consensus import machine
+from distroml.consensus.state import ClusterState, decode_state, encode_state
+from distroml.model import Event
+
+MAX_EVENTS_PER_JOB = 256
+"""Recent events kept per job so that a stream that reconnects misses none."""
+
+_log = logging.getLogger(__name__)
+
+Listener = Callable[[Entry | None, Outcome, tuple[Event, ...]], None]
+
+
+class Replica:
+    """Implements ``raft.StateMachine`` over ``ClusterState``."""
+
+    def __init__(self) -> None:
+        self.state = ClusterState()
+        self._listeners: list[Listener] = []
+        self._events: dict[str, deque[Event]] = {}
+
+    def listen(self, listener: Listener) -> None:
+        """Call ``listener(entry, outcome, events)`` after each applied entry."""
+        self._listeners.append(listener)
+
+    def apply(self, index: int, data: bytes) -> None:
+        """Apply one committed entry. Total: bad bytes become a refused outcome."""
+        if index <= self.state.index:
+            return  # Raft may hand an entry again after a restart from a snapshot
+        entry: Entry | None
+        try:
+            entry = decode_entry(data)
+        except msgspec.DecodeError:
+            entry = None
+            applied = machine.apply(self.state, index, data)
+        else:
+            applied = machine.apply_entry(self.state, index, entry)
+        self.state = applied.state
+        self._keep(applied.events)
+        self._tell(entry, applied.outcome, applied.events)
+
+    def snapshot(self) -> bytes:
+        """The state's encoding, for a Raft snapshot."""
+        return encode_state(self.state)
+
+    def restore(self, index: int, blob: bytes) -> None:
+        """Replace the state by a snapshot's.
+
+        Raises:
+            ValueError: the blob is not a state that this version reads.
+        """
+        state = decode_state(blob)
+        if state.index > self.state.index or index > self.state.index:
+            self.state = state
+            self._tell(None, Outcome(index), ())
+
+    def recent_events(self, job_id: str) -> Iterable[Event]:
+        """The last events of a job in order, at most ``MAX_EVENTS_PER_JOB``."""
+        return tuple(self._events.get(job_id, ()))
+
+    def _keep(self, events: tuple[Event, ...]) -> None:
+        for event in events:
+            if event.job_id is None:
+                continue
+            if event.type == "removed":
+                self._events.pop(event.job_id, None)
+                continue
+            kept = self._events.setdefault(event.job_id, deque(maxlen=MAX_EVENTS_PER_JOB))
+            kept.append(event)
+
+    def _tell(self, entry: Entry | None, outcome: Outcome, events: tuple[Event, ...]) -> None:
+        for listener in self._listeners:
+            try:
+                listener(entry, outcome, events)
+            except Exception:  # a listener's defect must not stop the log (AUDIT S10)
+                _log.exception("a listener of applied entries failed")

@@ -1,0 +1,84 @@
+"""Who this node is across restarts: its data directory, held by one process, and its incarnation."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from distroml.errors import ConfigError
+
+_FILE = "node.json"
+
+
+class DataDirectory:
+    """Exclusive hold of a node's data directory; released when the process ends, however it ends."""
+
+    def __init__(self, path: Path, *, name: str, cluster_id: str) -> None:
+        """Lock the directory and read who wrote it.
+
+        Raises:
+            ConfigError: it cannot be made, another process holds it, or it belongs to another node.
+        """
+        self.path = path
+        self._identity = {"name": name, "cluster_id": cluster_id}
+        try:
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock: IO[bytes] = (path / "lock").open("ab")
+        except OSError as error:
+            raise ConfigError(
+                f"data_dir {path} cannot be used: {error.strerror}.", field="data_dir"
+            ) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"data_dir {path} is in use by another distroml-node; each node needs its own.",
+                field="data_dir",
+            ) from None
+        self._last = self._read()
+
+    def next_incarnation(self, at_least: int = 1) -> int:
+        """A number higher than any this directory has seen, durable before it is returned."""
+        incarnation = max(self._last + 1, at_least)
+        document = {**self._identity, "incarnation": incarnation}
+        path = self.path / _FILE
+        fresh = path.with_suffix(".tmp")
+        with fresh.open("w") as file:
+            json.dump(document, file)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+        directory = os.open(self.path, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+        self._last = incarnation
+        return incarnation
+
+    def close(self) -> None:
+        """Let another process have it."""
+        self._lock.close()
+
+    def _read(self) -> int:
+        path = self.path / _FILE
+        try:
+            document: dict[str, Any] = json.loads(path.read_text())
+            incarnation = int(document["incarnation"])
+        except FileNotFoundError:
+            return 0
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(
+                f"{path} is damaged: restore it, or move the data directory away to join afresh.",
+                field="data_dir",
+            ) from None
+        for key, value in self._identity.items():
+            if document.get(key) != value:
+                raise ConfigError(
+                    f"data_dir {self.path} belongs to {key} '{document.get(key)}', not '{value}'.",
+                    field="data_dir",
+                )
+        return incarnation

@@ -1,0 +1,102 @@
+"""What this node has heard from the agents: the newest report of each, and when it came.
+
+Every node keeps this, so that a new leader decides from facts at once and any node can show workers and steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+from msgspec import Struct
+
+from distroml.reports import NodeReport
+from distroml.runtime.failure_detector import NodeObservation
+
+MAX_NODES = 4096
+
+
+class ObservedNode(Struct, frozen=True):
+    """The newest report of one node."""
+
+    report: NodeReport
+    age_s: float
+    connected: bool
+
+
+class _Heard(Struct):
+    report: NodeReport
+    at_s: float
+
+
+class Observations:
+    """Newest reports by node; times are of the local monotonic clock, in seconds."""
+
+    def __init__(self, *, name: str, monotonic: Callable[[], float]) -> None:
+        self._name = name
+        self._monotonic = monotonic
+        self._heard: dict[str, _Heard] = {}
+        self._down_since_s: dict[str, float] = {}
+        self._decoder = msgspec.msgpack.Decoder(NodeReport)
+        self.refused = 0
+
+    def receive(self, peer: str, body: bytes) -> NodeReport | None:
+        """Take a report that a peer sent; None where it is bad, not its own, or older than one we have."""
+        try:
+            report = self._decoder.decode(body)
+        except msgspec.DecodeError:
+            self.refused += 1
+            return None
+        if report.node != peer:
+            self.refused += 1
+            return None
+        return report if self.take(report) else None
+
+    def take(self, report: NodeReport) -> bool:
+        """Keep a report unless a newer one of that node was seen."""
+        known = self._heard.get(report.node)
+        order = (report.incarnation, report.sequence)
+        if known and order <= (known.report.incarnation, known.report.sequence):
+            return False
+        if known is None and len(self._heard) >= MAX_NODES:
+            self.refused += 1
+            return False
+        self._heard[report.node] = _Heard(report, self._monotonic())
+        return True
+
+    def link(self, peer: str, up: bool) -> None:
+        """The connection with a peer came up or went down."""
+        if up:
+            self._down_since_s.pop(peer, None)
+        else:
+            self._down_since_s.setdefault(peer, self._monotonic())
+
+    def report(self, node: str) -> NodeReport | None:
+        """The newest report of a node."""
+        heard = self._heard.get(node)
+        return heard.report if heard else None
+
+    def view(self) -> dict[str, ObservedNode]:
+        """All nodes heard of, for the API."""
+        now_s = self._monotonic()
+        return {
+            node: ObservedNode(heard.report, now_s - heard.at_s, self._connected(node))
+            for node, heard in self._heard.items()
+        }
+
+    def observations(self, nodes: dict[str, int]) -> dict[str, NodeObservation]:
+        """Input of the failure detector for the registered ``nodes`` (name -> incarnation)."""
+        return {name: self._observe(name, incarnation) for name, incarnation in nodes.items()}
+
+    def _observe(self, name: str, incarnation: int) -> NodeObservation:
+        heard = self._heard.get(name)
+        return NodeObservation(
+            node=name,
+            incarnation=heard.report.incarnation if heard else incarnation,
+            last_heard_s=heard.at_s if heard else None,
+            connected=self._connected(name),
+            down_since_s=self._down_since_s.get(name),
+        )
+
+    def _connected(self, node: str) -> bool:
+        return node == self._name or node not in self._down_since_s

@@ -1,0 +1,156 @@
+"""The agent's end of the warm forkserver: start it, ask it for workers, hear of their ends.
+
+The forkserver (``runtime.worker.forkserver``) has torch imported, so a worker is one ``fork`` away and the agent
+never imports torch. If the forkserver dies, all its workers die with it (the kernel sees to that); the agent is
+told and a new one is started after a pause.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from distroml.runtime.control import (
+    Exited,
+    FromForkserver,
+    Ready,
+    Spawn,
+    Spawned,
+    SpawnFailed,
+    WorkerPlan,
+    encode_frame,
+)
+from distroml.runtime.framing import BadFrame, read_messages
+
+RESTART_FIRST_S = 0.2
+RESTART_MOST_S = 10.0
+STOP_TIMEOUT_S = 5.0
+
+_log = logging.getLogger(__name__)
+
+WorkerId = tuple[str, int, int]
+"""(run_id, generation, rank): names a worker process for ever."""
+
+
+class SpawnEvents(msgspec.Struct, frozen=True, kw_only=True):
+    """What the owner of a ``Spawner`` wants to hear; called in the event loop."""
+
+    ready: Callable[[], None]
+    spawned: Callable[[WorkerId, int], None]
+    failed: Callable[[WorkerId, str], None]
+    exited: Callable[[int, int], None]
+    lost: Callable[[], None]
+    """The forkserver ended; none of its workers is left."""
+
+
+class Spawner:
+    """Keeps one forkserver process running."""
+
+    def __init__(self, *, log_path: Path, events: SpawnEvents) -> None:
+        self._log_path = log_path
+        self._events = events
+        self._writer: asyncio.StreamWriter | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._task: asyncio.Task[None] | None = None
+        self.ready = False
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the forkserver while one runs."""
+        return self._process.pid if self._process else None
+
+    def start(self) -> None:
+        """Begin; ``events.ready`` tells when workers can be asked for."""
+        self._task = asyncio.create_task(self._keep_running(), name="forkserver")
+
+    async def stop(self) -> None:
+        """End the forkserver and with it all workers."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    def spawn(self, plan: WorkerPlan) -> None:
+        """Ask for one worker; ``spawned`` or ``failed`` answers, or ``lost`` if all is over."""
+        if self._writer is None or not self.ready:
+            raise RuntimeError("the forkserver is not ready")
+        self._writer.write(encode_frame(Spawn(plan=plan, env={})))
+
+    async def _keep_running(self) -> None:
+        pause_s = RESTART_FIRST_S
+        while True:
+            was_ready = await self._run_once()
+            self._events.lost()
+            pause_s = RESTART_FIRST_S if was_ready else min(pause_s * 2, RESTART_MOST_S)
+            _log.error(
+                "the forkserver ended; starting another in %.1f s (%s)", pause_s, self._log_path
+            )
+            await asyncio.sleep(pause_s)
+
+    async def _run_once(self) -> bool:
+        ours, theirs = socket.socketpair()
+        was_ready = False
+        try:
+            reader, self._writer = await asyncio.open_connection(sock=ours)
+            try:
+                self._process = await self._launch(theirs)
+            finally:
+                theirs.close()
+            with contextlib.suppress(BadFrame):
+                async for message in read_messages(reader, FromForkserver):
+                    was_ready = was_ready or isinstance(message, Ready)
+                    self._handle(message)
+        finally:
+            await self._end()
+        return was_ready
+
+    async def _launch(self, channel: socket.socket) -> asyncio.subprocess.Process:
+        with self._log_path.open("ab") as log:
+            return await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "distroml.runtime.worker.forkserver",
+                "--fd",
+                str(channel.fileno()),
+                pass_fds=(channel.fileno(),),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+            )
+
+    def _handle(self, message: FromForkserver) -> None:
+        match message:
+            case Ready():
+                self.ready = True
+                self._events.ready()
+            case Spawned(run_id=run_id, generation=generation, rank=rank, pid=pid):
+                self._events.spawned((run_id, generation, rank), pid)
+            case SpawnFailed(run_id=run_id, generation=generation, rank=rank, reason=reason):
+                self._events.failed((run_id, generation, rank), reason)
+            case Exited(pid=pid, status=status):
+                self._events.exited(pid, status)
+
+    async def _end(self) -> None:
+        """Close the channel (the forkserver kills its workers on EOF) and see the process out."""
+        self.ready = False
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        process, self._process = self._process, None
+        if process is None:
+            return
+        try:
+            await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
