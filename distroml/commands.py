@@ -89,15 +89,21 @@ class MarkRunning(Command, frozen=True, kw_only=True):
     total_steps: int
 
 
-class FailGeneration(Command, frozen=True, kw_only=True):
+class Failure(Command, frozen=True, kw_only=True):
+    """The part of a command that becomes an incident; ``cause`` None: nothing failed."""
+
+    cause: Cause | None = None
+    collateral: tuple[int, ...] = ()
+    observed_at: float = 0.0
+    highest_step: int = 0
+
+
+class FailGeneration(Failure, frozen=True, kw_only=True):
     """A generation is over because of ``cause``; the run recovers after ``backoff_s``."""
 
     job_id: str
     generation: int
     cause: Cause
-    collateral: tuple[int, ...]
-    observed_at: float
-    highest_step: int
     reason: str
     backoff_s: float
 
@@ -136,8 +142,8 @@ class MarkCheckpointCorrupt(Command, frozen=True, kw_only=True):
     reason: str
 
 
-class FinishRun(Command, frozen=True, kw_only=True):
-    """The run ended as ``status``: COMPLETED, FAILED or CANCELLED."""
+class FinishRun(Failure, frozen=True, kw_only=True):
+    """The run ended as ``status``: COMPLETED, FAILED (with the last failure) or CANCELLED."""
 
     job_id: str
     generation: int

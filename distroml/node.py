@@ -19,23 +19,26 @@ from collections.abc import Sequence
 
 from distroml.commands import Outcome, RegisterNode, SetNodeStatus
 from distroml.config import NodeConfig, load
-from distroml.consensus.peers import Channel, PeerLinks
+from distroml.consensus.peers import Address, Channel, PeerLinks
 from distroml.consensus.proposer import Proposer
 from distroml.consensus.raft import RaftNode
 from distroml.consensus.raft_types import EntryTooLarge, NotLeader, Overloaded, RaftSettings
 from distroml.consensus.replica import Replica
 from distroml.errors import ConfigError, DistroMLError
 from distroml.http.app import HttpServer
-from distroml.model import NodeStatus
-from distroml.runtime.checkpoint.commit import LocalCheckpointFiles
+from distroml.model import Event, NodeStatus
+from distroml.runtime.checkpoint.store import LocalStore
 from distroml.runtime.coordinator import Coordinator, CoordinatorSettings
 from distroml.runtime.facts import ReconcilerSettings
 from distroml.runtime.failure_detector import DetectorSettings
+from distroml.runtime.history_sink import HistoryWriter
 from distroml.runtime.identity import DataDirectory
 from distroml.runtime.observations import Observations
 from distroml.runtime.reporter import Reporter, ReporterSources
+from distroml.runtime.store.history import HistoryStore
+from distroml.runtime.store.replication import HistoryReplicator
 from distroml.runtime.supervisor import HistorySink, Supervisor, SupervisorSettings
-from distroml.services import History, NodeServices
+from distroml.services import NodeServices, Parts
 
 FAREWELL_TIMEOUT_S = 2.0
 """How long a node that stops tries to tell the cluster before it just goes."""
@@ -66,7 +69,7 @@ class Node:
             name=config.name,
             incarnation=incarnation,
             cluster_id=settings.cluster_id,
-            listen=config.listen,
+            listen=config.listen or Address("127.0.0.1", 0),
             peers=others,
         )
         self.replica = Replica()
@@ -74,7 +77,7 @@ class Node:
         self.raft = RaftNode(
             name=config.name,
             voters=tuple(config.voters),
-            data_dir=config.data_dir / "raft",
+            data_dir=config.data_dir,
             links=self.links,
             machine=self.replica,
             settings=RaftSettings(
@@ -94,7 +97,18 @@ class Node:
         self.observations = Observations(
             name=config.name, monotonic=asyncio.get_running_loop().time
         )
-        self.history = History(config, self.links, self.replica)
+        self.history = HistoryStore(
+            config.data_dir / "history",
+            active=lambda: {job.job_id for job in self.replica.state.active_jobs()},
+        )
+        self.writer = HistoryWriter(self.history)
+        self.replicator = HistoryReplicator(
+            config.name,
+            self.history,
+            self.links,
+            peers=lambda: others.keys(),
+            known_jobs=lambda: self.replica.state.jobs.keys(),
+        )
         self.supervisor = Supervisor(
             SupervisorSettings(
                 node=config.name,
@@ -104,7 +118,7 @@ class Node:
                 store_dir=config.store_dir,
                 worker_threads=settings.worker_threads,
             ),
-            sink=HistorySink(metrics=self.history.take_metrics, logs=self.history.take_logs),
+            sink=HistorySink(metrics=self.writer.take_metrics, logs=self.writer.take_logs),
             changed=self._local_change,
         )
         self.reporter = Reporter(
@@ -116,7 +130,7 @@ class Node:
             sources=ReporterSources(
                 workers=self.supervisor.facts,
                 applied_index=lambda: self.replica.state.index,
-                ready=lambda: self.supervisor.ready or config.slots == 0,
+                ready=self._warm,
             ),
             took=self._take_own_report,
             interval_s=settings.report_interval_ms / 1000,
@@ -127,16 +141,31 @@ class Node:
             replica=self.replica,
             observations=self.observations,
             propose=self.proposer.propose,
-            files=LocalCheckpointFiles(config.store_dir),
+            store=LocalStore(config.store_dir),
             settings=CoordinatorSettings(
                 detector=DetectorSettings(silence_s=settings.node_timeout_ms / 1000),
                 reconciler=ReconcilerSettings(start_deadline_s=settings.start_timeout_ms / 1000),
             ),
         )
-        self.services = NodeServices(self)
-        self.http = HttpServer(self.services, config.http)
         self.registered = False
         self.stopping = False
+        self.services = NodeServices(
+            Parts(
+                config=config,
+                incarnation=incarnation,
+                raft=self.raft,
+                replica=self.replica,
+                proposer=self.proposer,
+                links=self.links,
+                observations=self.observations,
+                history=self.history,
+                replicator=self.replicator,
+                stopping=lambda: self.stopping,
+                warm=self._warm,
+                coordinator=self.coordinator,
+            )
+        )
+        self.http = HttpServer(self.services)
         self._converge_due = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -166,10 +195,17 @@ class Node:
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         """Start each part; whatever was started is stopped in reverse order, also after a failure."""
         self._wire()
-        await self.http.start()
+        try:
+            await self.http.start(self.config.http.host, self.config.http.port)
+        except OSError as error:
+            raise ConfigError(
+                f"http {self.config.http} cannot be used: {error.strerror}.", field="http"
+            ) from None
         stack.push_async_callback(self.http.stop)
         await self.history.start()
-        stack.push_async_callback(self.history.stop)
+        stack.push_async_callback(self.history.close)
+        self.replicator.start()
+        stack.push_async_callback(self.replicator.close)
         await self.links.start()
         stack.push_async_callback(self.links.close)
         await self.raft.start()
@@ -198,6 +234,7 @@ class Node:
         self.replica.listen(self.proposer.on_applied)
         self.replica.listen(self.services.events.applied)
         self.replica.listen(self._on_applied)
+        self.replica.listen(lambda entry, outcome, events: self.coordinator.on_events(events))
         self.raft.on_role(lambda status: self._on_role())
 
     async def _register(self) -> None:
@@ -223,6 +260,7 @@ class Node:
                 )
                 raise Reincarnate(max(known, self.incarnation) + 1)
             self.registered = True
+            self.replicator.sweep()
 
     async def _farewell(self) -> None:
         """SIGTERM: leave the cluster, hand leadership over; the exit stack then stops the workers."""
@@ -235,17 +273,21 @@ class Node:
             status=NodeStatus.LEFT,
             reason="stopped by request",
         )
-        with contextlib.suppress(DistroMLError, TimeoutError):
-            await asyncio.wait_for(
-                self.proposer.propose(leave, FAREWELL_TIMEOUT_S), FAREWELL_TIMEOUT_S
-            )
+        with contextlib.suppress(DistroMLError):
+            await self.proposer.propose(leave, FAREWELL_TIMEOUT_S)
         if self.raft.is_leader and len(self.config.voters) > 1:
             with contextlib.suppress(Exception):
                 await self.raft.transfer_leadership(timeout_s=FAREWELL_TIMEOUT_S)
 
+    def _warm(self) -> bool:
+        return self.supervisor.ready or self.config.slots == 0
+
     # --- wiring: note and wake, never block ---
 
-    def _on_applied(self, entry: object, outcome: Outcome, events: tuple[object, ...]) -> None:
+    def _on_applied(self, entry: object, outcome: Outcome, events: tuple[Event, ...]) -> None:
+        for event in events:
+            if event.type == "removed" and event.job_id is not None:
+                self.replicator.forget(event.job_id)
         self._converge_due.set()
         self.coordinator.kick()
 
@@ -275,7 +317,8 @@ class Node:
     async def _converge(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._converge_due.wait(), CONVERGE_S)
+                async with asyncio.timeout(CONVERGE_S):
+                    await self._converge_due.wait()
             self._converge_due.clear()
             try:
                 self.supervisor.converge(self.replica.state)

@@ -1,0 +1,1 @@
+"""The ``distroml`` command line: one file per noun, all of it through ``distroml.client``."""

@@ -272,7 +272,8 @@ def _set_node_status(state: ClusterState, context: _Context, command: c.SetNodeS
 def _submit_job(state: ClusterState, context: _Context, command: c.SubmitJob) -> _Change:
     if command.job_id in state.jobs:
         raise _Refused("conflict", f"job '{command.job_id}' exists already")
-    jobs = _make_room(state.jobs)
+    removed = _oldest_finished_if_full(state.jobs)
+    jobs = {job_id: kept for job_id, kept in state.jobs.items() if job_id != removed}
     job = Job(
         job_id=command.job_id,
         run_id=command.run_id,
@@ -292,19 +293,21 @@ def _submit_job(state: ClusterState, context: _Context, command: c.SubmitJob) ->
         reason=job.reason,
         generation=0,
     )
-    return _Change(replace(state, jobs={**jobs, job.job_id: job}), (event,), job.job_id)
+    jobs[job.job_id] = job
+    events = (_event(context, "removed", job_id=removed), event) if removed else (event,)
+    return _Change(replace(state, jobs=jobs), events, job.job_id)
 
 
-def _make_room(jobs: dict[str, Job]) -> dict[str, Job]:
+def _oldest_finished_if_full(jobs: dict[str, Job]) -> str | None:
+    """Which job makes room for a new one; None while there is room."""
     if len(jobs) < MAX_JOBS:
-        return jobs
+        return None
     finished = [job for job in jobs.values() if job.status in TERMINAL]
     if not finished:
         raise _Refused(
             "too-many-requests", f"{MAX_JOBS} jobs are waiting or running; submit again later."
         )
-    oldest = min(finished, key=lambda job: job.change_index)
-    return {job_id: job for job_id, job in jobs.items() if job_id != oldest.job_id}
+    return min(finished, key=lambda job: job.change_index).job_id
 
 
 def _cancel_job(state: ClusterState, context: _Context, command: c.CancelJob) -> _Change:
@@ -408,16 +411,6 @@ def _fail_generation(state: ClusterState, context: _Context, command: c.FailGene
     )
     # A corrupt checkpoint says nothing about the user's code, and there are finitely many of them.
     counted = command.cause.kind is not FailureKind.CORRUPT_CHECKPOINT
-    incident = Incident(
-        number=job.incidents[-1].number + 1 if job.incidents else 1,
-        generation=command.generation,
-        reason=command.reason,
-        cause=command.cause,
-        collateral=command.collateral,
-        observed_at=command.observed_at,
-        decided_at=context.at,
-        highest_step=command.highest_step,
-    )
     return _moved(
         state,
         job,
@@ -426,8 +419,26 @@ def _fail_generation(state: ClusterState, context: _Context, command: c.FailGene
         command.reason,
         restarts=job.restarts + counted,
         backoff_s=command.backoff_s,
-        incidents=(*job.incidents, incident)[-MAX_INCIDENTS:],
+        incidents=_with_incident(job, context, command, command.reason),
     )
+
+
+def _with_incident(
+    job: Job, context: _Context, failure: c.Failure, reason: str
+) -> tuple[Incident, ...]:
+    if failure.cause is None:
+        return job.incidents
+    incident = Incident(
+        number=job.incidents[-1].number + 1 if job.incidents else 1,
+        generation=job.generation_number,
+        reason=reason,
+        cause=failure.cause,
+        collateral=failure.collateral,
+        observed_at=failure.observed_at,
+        decided_at=context.at,
+        highest_step=failure.highest_step,
+    )
+    return (*job.incidents, incident)[-MAX_INCIDENTS:]
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------
@@ -482,7 +493,7 @@ def _back_to_running(
 ) -> _Change:
     if job.status is not S.CHECKPOINTING:
         return _Change(_updated(state, job, context, **changes), (event,), job.job_id)
-    return _moved(state, job, context, S.RUNNING, reason, **changes)
+    change = _moved(state, job, context, S.RUNNING, reason, **changes)
     return replace(change, events=(event, *change.events))
 
 
@@ -513,7 +524,15 @@ def _finish_run(state: ClusterState, context: _Context, command: c.FinishRun) ->
     result = command.result
     if result is not None and job.started_at is not None:
         result = replace(result, duration_s=round(context.at - job.started_at, 3))
-    return _moved(state, job, context, command.status, command.reason, result=result)
+    return _moved(
+        state,
+        job,
+        context,
+        command.status,
+        command.reason,
+        result=result,
+        incidents=_with_incident(job, context, command, command.reason),
+    )
 
 
 _HANDLERS: Final[dict[type, Callable[[ClusterState, _Context, Any], _Change]]] = {

@@ -1,4 +1,4 @@
-"""The wire between an agent and each of its workers: plan, messages, framing.
+"""The wires between an agent, its forkserver and each of its workers: plan, messages, framing.
 
 A worker is forked with a ``WorkerPlan`` and connects to the agent's Unix socket; both sides then exchange
 length-prefixed MessagePack frames. Imported by the agent and by the worker; imports neither asyncio nor torch.
@@ -7,6 +7,8 @@ length-prefixed MessagePack frames. Imported by the agent and by the worker; imp
 from __future__ import annotations
 
 import struct
+from types import UnionType
+from typing import Generic, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -124,10 +126,92 @@ class Stop(Struct, frozen=True, tag=True, kw_only=True):
 
 ToWorker = RendezvousKeys | Stop
 
+
+# --- agent <-> forkserver --------------------------------------------------------------------------------------
+# The forkserver inherits one end of a Unix socket pair. End of file from the agent means that the agent is gone:
+# the forkserver then kills every worker with its process group and exits.
+
+
+class Spawn(Struct, frozen=True, tag=True, kw_only=True):
+    """agent -> forkserver: fork a worker with this plan; ``env`` is added to its environment."""
+
+    plan: WorkerPlan
+    env: dict[str, str] = {}
+
+
+class Ready(Struct, frozen=True, tag=True, kw_only=True):
+    """forkserver -> agent: everything is imported; spawns sent earlier were queued, not lost."""
+
+    pid: int
+
+
+class Spawned(Struct, frozen=True, tag=True, kw_only=True):
+    """forkserver -> agent: the worker runs; it leads the process group ``pid``."""
+
+    run_id: str
+    generation: int
+    rank: int
+    pid: int
+
+
+class SpawnFailed(Struct, frozen=True, tag=True, kw_only=True):
+    """forkserver -> agent: no process was made for this plan."""
+
+    run_id: str
+    generation: int
+    rank: int
+    reason: str
+
+
+class Exited(Struct, frozen=True, tag=True, kw_only=True):
+    """forkserver -> agent: a worker ended and was reaped; always after its ``Spawned``."""
+
+    pid: int
+    status: int
+    """As of ``subprocess``: negative for a signal."""
+
+
+FromForkserver = Ready | Spawned | SpawnFailed | Exited
+
+
+# --- framing ---------------------------------------------------------------------------------------------------
+
 _encoder = msgspec.msgpack.Encoder()
+_Message = TypeVar("_Message")
 
 
-def encode_frame(message: FromWorker | ToWorker | WorkerPlan) -> bytes:
+class FrameReader(Generic[_Message]):
+    """Cuts a byte stream into messages of ``kind`` (a Struct or a union of them); does no I/O."""
+
+    def __init__(self, kind: type[_Message] | UnionType) -> None:
+        self._decoder: msgspec.msgpack.Decoder[_Message] = msgspec.msgpack.Decoder(kind)
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[_Message]:
+        """Take what arrived, return the messages that are now complete.
+
+        Raises:
+            ValueError: a frame announces more than ``MAX_FRAME_BYTES``.
+            msgspec.DecodeError: a body is not one of the expected messages.
+        """
+        self._buffer += data
+        messages, at = [], 0
+        while len(self._buffer) - at >= HEADER.size:
+            (length,) = HEADER.unpack_from(self._buffer, at)
+            if length > MAX_FRAME_BYTES:
+                raise ValueError(
+                    f"control frame of {length} bytes is over the limit of {MAX_FRAME_BYTES}"
+                )
+            end = at + HEADER.size + length
+            if len(self._buffer) < end:
+                break
+            messages.append(self._decoder.decode(bytes(self._buffer[at + HEADER.size : end])))
+            at = end
+        del self._buffer[:at]
+        return messages
+
+
+def encode_frame(message: FromWorker | ToWorker | Spawn | FromForkserver) -> bytes:
     """Length prefix (4 bytes, big-endian) and MessagePack body.
 
     Raises:
@@ -135,5 +219,7 @@ def encode_frame(message: FromWorker | ToWorker | WorkerPlan) -> bytes:
     """
     body = _encoder.encode(message)
     if len(body) > MAX_FRAME_BYTES:
-        raise ValueError(f"control frame of {len(body)} bytes is over the limit of {MAX_FRAME_BYTES}")
+        raise ValueError(
+            f"control frame of {len(body)} bytes is over the limit of {MAX_FRAME_BYTES}"
+        )
     return HEADER.pack(len(body)) + body

@@ -17,18 +17,23 @@ from msgspec import Struct
 
 from distroml.commands import AnyCommand, CommitCheckpoint, Outcome
 from distroml.consensus.replica import Replica
-from distroml.errors import DistroMLError
-from distroml.model import Checkpoint, Event
+from distroml.errors import DistroMLError, Unavailable
+from distroml.model import Event
+from distroml.runtime.checkpoint.commit import publish_latest, write_manifest
+from distroml.runtime.checkpoint.store import CheckpointStore
+from distroml.runtime.decisions import Decision, WriteManifest
 from distroml.runtime.facts import CheckpointKey, Facts, NodeFacts, Now, ReconcilerSettings, look
 from distroml.runtime.failure_detector import DetectorSettings, Listening, assess
 from distroml.runtime.observations import Observations
-from distroml.runtime.reconciler import Decision, WriteManifest, reconcile
+from distroml.runtime.reconciler import reconcile, waiting_reasons
 
 TURN_S = 0.1
 """Longest pause between two turns; reports and applied entries start one at once."""
 STALL_S = 1.0
 """A loop that stood still for longer has not listened: silence in that time proves nothing."""
 PROPOSE_TIMEOUT_S = 5.0
+WAITING_AGE_S = 0.25
+"""How old the reasons may be that clients are told for waiting jobs."""
 MAX_WRITE_FAILURES = 256
 
 _log = logging.getLogger(__name__)
@@ -37,13 +42,6 @@ _log = logging.getLogger(__name__)
 class _Raft(Protocol):
     @property
     def is_leader(self) -> bool: ...
-
-
-class CheckpointFiles(Protocol):
-    """The blocking side of a commit; called in threads (see ``runtime.checkpoint.commit``)."""
-
-    def write_manifest(self, effect: WriteManifest) -> Checkpoint: ...
-    def publish_latest(self, checkpoint: Checkpoint) -> None: ...
 
 
 class CoordinatorSettings(Struct, frozen=True, kw_only=True):
@@ -64,7 +62,7 @@ class Coordinator:
         replica: Replica,
         observations: Observations,
         propose: Callable[[AnyCommand, float], Awaitable[Outcome]],
-        files: CheckpointFiles,
+        store: CheckpointStore,
         settings: CoordinatorSettings,
     ) -> None:
         self._node = node
@@ -72,12 +70,15 @@ class Coordinator:
         self._replica = replica
         self._observations = observations
         self._propose = propose
-        self._files = files
+        self._store = store
         self._settings = settings
         self._kicked = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[None]] = set()
         self._facts: Facts | None = None
+        self._watched: Facts | None = None
+        self._waiting: dict[str, str] = {}
+        self._waiting_at_s = float("-inf")
         self._leader_since_s = 0.0
         self._awake_since_s = 0.0
         self._writing: set[CheckpointKey] = set()
@@ -108,11 +109,24 @@ class Coordinator:
             if event.type == "checkpoint" and event.job_id is not None:
                 self._start(self._publish_latest(event.job_id))
 
+    def waiting(self) -> dict[str, str]:
+        """Why each QUEUED or RECOVERING job does not go on, as this node sees it; any node may answer."""
+        now = Now(time.time(), time.monotonic())
+        if now.monotonic_s - self._waiting_at_s >= WAITING_AGE_S:
+            before = self._facts or self._watched or Facts(nodes={})
+            self._watched = self._look(before, now)
+            self._waiting_at_s = now.monotonic_s
+            self._waiting = waiting_reasons(
+                self._replica.state, self._watched, now, self._settings.reconciler
+            )
+        return self._waiting
+
     async def _run(self) -> None:
         last_s = time.monotonic()
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._kicked.wait(), TURN_S)
+                async with asyncio.timeout(TURN_S):
+                    await self._kicked.wait()
             self._kicked.clear()
             now_s = time.monotonic()
             if now_s - last_s > STALL_S:
@@ -134,12 +148,12 @@ class Coordinator:
         if self._facts is None:
             self._leader_since_s = now.monotonic_s
             _log.info("%s coordinates now", self._node)
-        self._facts = self._look(now)
+        self._facts = self._look(self._facts, now)
         decisions = reconcile(self._replica.state, self._facts, now, self._settings.reconciler)
         for decision in decisions:
             await self._carry_out(decision)
 
-    def _look(self, now: Now) -> Facts:
+    def _look(self, before: Facts | None, now: Now) -> Facts:
         state = self._replica.state
         registered = {name: node.incarnation for name, node in state.nodes.items()}
         verdicts = assess(
@@ -162,7 +176,7 @@ class Coordinator:
             for name, verdict in verdicts.items()
         }
         return look(
-            self._facts,
+            before,
             state,
             nodes,
             now,
@@ -195,21 +209,34 @@ class Coordinator:
     async def _commit(self, key: CheckpointKey, effect: WriteManifest) -> None:
         """Write the manifest, then propose the commit: the log entry is what counts."""
         try:
-            checkpoint = await asyncio.to_thread(self._files.write_manifest, effect)
+            checkpoint = await asyncio.to_thread(
+                write_manifest,
+                self._store,
+                job_id=effect.job_id,
+                run_id=effect.run_id,
+                generation=effect.generation,
+                shards=effect.shards,
+                committed_at=time.time(),
+            )
             command = CommitCheckpoint(
                 job_id=effect.job_id, generation=effect.generation, checkpoint=checkpoint
             )
             outcome = await self._propose(command, PROPOSE_TIMEOUT_S)
             if outcome.error:
-                _log.warning("commit of %s was refused: %s", key, outcome.detail)
-        except (DistroMLError, OSError, ValueError) as error:
-            _log.error("manifest of %s could not be written: %s", key, error)
-            while len(self._write_failures) >= MAX_WRITE_FAILURES:
-                del self._write_failures[next(iter(self._write_failures))]
-            self._write_failures[key] = str(error)
+                self._give_up_writing(key, f"the commit was refused: {outcome.detail}")
+        except Unavailable as error:
+            _log.warning("commit of %s is tried again: %s", key, error)
+        except (DistroMLError, OSError) as error:
+            self._give_up_writing(key, str(error))
         finally:
             self._writing.discard(key)
             self.kick()
+
+    def _give_up_writing(self, key: CheckpointKey, reason: str) -> None:
+        _log.error("checkpoint %s could not be committed: %s", key, reason)
+        while len(self._write_failures) >= MAX_WRITE_FAILURES:
+            del self._write_failures[next(iter(self._write_failures))]
+        self._write_failures[key] = reason
 
     async def _publish_latest(self, job_id: str) -> None:
         job = self._replica.state.jobs.get(job_id)
@@ -217,7 +244,7 @@ class Coordinator:
         if newest is None:
             return
         try:
-            await asyncio.to_thread(self._files.publish_latest, newest)
+            await asyncio.to_thread(publish_latest, self._store, newest)
         except (DistroMLError, OSError) as error:
             # LATEST is a convenience for people; the log is what recovery reads.
             _log.warning("LATEST of %s could not be updated: %s", job_id, error)
@@ -226,5 +253,3 @@ class Coordinator:
         task = asyncio.ensure_future(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-
-

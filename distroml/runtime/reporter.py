@@ -90,7 +90,8 @@ class Reporter:
     async def _run(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._kicked.wait(), self._interval_s)
+                async with asyncio.timeout(self._interval_s):
+                    await self._kicked.wait()
                 await asyncio.sleep(COALESCE_S)
             self._kicked.clear()
             self.send_now()

@@ -32,7 +32,8 @@ from distroml.runtime.framing import BadFrame, read_messages
 
 RESTART_FIRST_S = 0.2
 RESTART_MOST_S = 10.0
-STOP_TIMEOUT_S = 5.0
+STOP_TIMEOUT_S = 0.5
+"""A forkserver busy importing does not see that it should end; killing it loses nothing."""
 
 _log = logging.getLogger(__name__)
 
@@ -150,7 +151,8 @@ class Spawner:
         if process is None:
             return
         try:
-            await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await process.wait()
         except TimeoutError:
             process.kill()
             await process.wait()

@@ -109,7 +109,8 @@ class WorkerServer:
         link: WorkerLink | None = None
         try:
             messages = read_messages(reader, FromWorker)
-            hello = await asyncio.wait_for(anext(messages), HELLO_TIMEOUT_S)
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                hello = await anext(messages)
             if not isinstance(hello, Hello):
                 raise BadFrame(f"expected Hello, got {type(hello).__name__}")
             link = WorkerLink((hello.run_id, hello.generation, hello.rank), hello.pid, writer)

@@ -41,6 +41,32 @@ def test_a_job_runs_to_its_end() -> None:
     assert job.result.duration_s == 1000.0 - job.started_at
 
 
+def test_commit_and_abandonment_are_told_with_the_return_to_running() -> None:
+    log = running(Log())
+    for step, end in (
+        (10, c.CommitCheckpoint(job_id="job-1", generation=1, checkpoint=checkpoint(10))),
+        (20, c.AbandonCheckpoint(job_id="job-1", generation=1, step=20, reason="disk full")),
+    ):
+        log.ok(c.BeginCheckpoint(job_id="job-1", generation=1, step=step))
+        told = [event.type for event in log.ok(end).events]
+        assert told[0].startswith("checkpoint")
+        assert told[1:] == ["state"]
+
+
+def test_giving_up_leaves_the_last_failure_as_an_incident() -> None:
+    log = running(Log())
+    failed = c.FinishRun(
+        job_id="job-1",
+        generation=1,
+        status=JobStatus.FAILED,
+        reason="gave up after 0 restarts",
+        cause=Cause(kind=FailureKind.ERROR, rank=1, error="ValueError: x", traceback="..."),
+        observed_at=1.0,
+    )
+    log.ok(failed)
+    assert log.job().incidents[-1].cause.error == "ValueError: x"
+
+
 def test_a_failure_becomes_an_incident_with_its_phases() -> None:
     log = running(Log())
     log.ok(c.CommitCheckpoint(job_id="job-1", generation=1, checkpoint=checkpoint(8)))
@@ -196,7 +222,11 @@ class TestClientWrites:
         log.ok(submit("job-2"))
         assert log(submit("job-3")).outcome.error == "too-many-requests"
         log.ok(c.CancelJob(job_id="job-2", reason=""))
-        log.ok(submit("job-3"))
+        told = log.ok(submit("job-3")).events
+        assert [(event.type, event.job_id) for event in told] == [
+            ("removed", "job-2"),
+            ("state", "job-3"),
+        ]
         assert list(log.state.jobs) == ["job-1", "job-3"]
 
 

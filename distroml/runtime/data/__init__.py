@@ -1,0 +1,1 @@
+"""Which sample is seen when: deterministic order (and, later, placement of data shards)."""

@@ -1,0 +1,64 @@
+# The two commands that a fresh machine needs are `make demo` and `make test`; each makes its own environment first.
+# Needed before: Python 3.11 or newer with pip, and a package index that pip can reach.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test check format bench clean
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+help: ## show the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo "  ARGS='...' is handed to demo, bench and pytest; PYTHON=... chooses the interpreter of the environment."
+
+venv: $(STAMP) ## make the environment in .venv with all pinned packages
+
+demo: $(STAMP) ## three nodes train a model, lose a worker and their leader, and finish
+	@$(BIN)/python -m distroml.demo $(ARGS)
+
+test: check ## all checks, then all tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP) ## lint, format, types and import rules
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(STAMP) ## rewrite the sources in the project's format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(STAMP) ## run benchmarks, such as ARGS='spine --quick'
+	@$(BIN)/python -m bench $(ARGS)
+
+clean: ## remove what runs and tools left (the environment stays)
+	@rm -rf .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache bench-results build *.egg-info
+	@find distroml tests bench chaos examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# torch goes first: it is most of the work, and the rest then cannot pull another build of it.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "There is no '$(PYTHON)' here. Install Python 3.11 or newer, or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "DistroML needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) -V). Name another: make PYTHON=python3.12" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	  echo "Making $(VENV) with $$($(PYTHON) -V) ..."; \
+	  $(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { \
+	    echo "(no ensurepip here; trying the pip that is installed)"; \
+	    $(PYTHON) -m venv --clear --without-pip $(VENV) \
+	    && $(PYTHON) -m pip --disable-pip-version-check --python $(BIN)/python install --quiet pip; \
+	  } || { \
+	    echo "'$(PYTHON) -m venv' could not make an environment with pip." >&2; \
+	    echo "Debian and Ubuntu: apt install python3-venv python3-pip. Elsewhere: install Python with ensurepip, or make PYTHON=..." >&2; \
+	    exit 1; }; }
+	@echo "Installing the pinned packages into $(VENV) (torch is the large one) ..."
+	@$(INSTALL) torch==2.13.0
+	@$(INSTALL) -e '.[digits,dev]'
+	@touch $@

@@ -1,0 +1,154 @@
+"""Elections: pre-votes, loyalty to a live leader, votes that count once, leadership on request.
+
+Replaces how the library starts an election and what it lets through to its vote handling; granting
+a vote and counting to a majority stay the library's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from distroml.consensus.library_fields import CANDIDATE, FOLLOWER, LEADER, LibraryFields
+from distroml.consensus.messages import PreVote, RequestVote, TimeoutNow, VoteGranted, VoteReply
+from distroml.consensus.raft_log import FIRST_INDEX
+
+_STICKY_SHARE: Final = 0.9
+"""Share of the minimum election timeout for which a voter stays loyal to the leader it heard; below
+1, so that the first follower whose timeout ends is not refused by one that heard a little later."""
+
+
+class Elections(LibraryFields):
+    """The candidate's and the voter's side; mixed into `hardening.HardenedRaft`."""
+
+    heard_leader_at: float
+    pre_vote_term: int | None
+    """The term for which a round of pre-votes is under way."""
+    supporters: set[str]
+    """Who has granted the current pre-vote or vote, this node included."""
+
+    def _majority(self, count: int) -> bool:
+        return count > len(self.voters) // 2
+
+    def retry_s(self) -> float:
+        """Pause before the next round of pre-votes; they disturb nobody, so it may be short."""
+        return self.settings.pre_vote_retry_s * self.rng.uniform(0.5, 1.5)
+
+    def _may_campaign(self) -> bool:
+        """A voter whose directory was emptied has forgotten its votes: it must not elect itself
+        with what it has, except in a cluster where all is new."""
+        return self.log.proven or self.log.blank
+
+    def seek_election(self) -> None:
+        if not self._may_campaign():
+            return
+        if not self.peers:
+            self.campaign(transfer=False)
+            return
+        self.leader_node = None
+        self.pre_vote_term = self.term + 1
+        self.supporters = {self.name}
+        question = PreVote(self.pre_vote_term, self.log.last_index, self.log.last_term)
+        for node in self.peers_in_order():
+            self.emit(node, question)
+
+    def campaign(self, *, transfer: bool) -> None:
+        """Starts a real election (Raft, section 5.2)."""
+        self.pre_vote_term = None
+        self.supporters = {self.name}
+        self.election_deadline = self.now + self.election_timeout_s()
+        self.leader_node = None
+        self.set_role(CANDIDATE)
+        self.adopt_term(self.term + 1, self.name)
+        self.votes = 1
+        request = RequestVote(self.term, self.log.last_index, self.log.last_term, transfer)
+        for node in self.peers_in_order():
+            self.emit(node, request)
+        if not self.peers:
+            self.become_leader()
+
+    def _loyal(self) -> bool:
+        """Whether a live leader was heard so recently that no other may be elected (L4)."""
+        window_s = self.settings.election_min_s * _STICKY_SHARE
+        if self.role != LEADER:
+            return self.now - self.heard_leader_at < window_s
+        answered = sum(self.now - at < window_s for at in self.last_response_at.values())
+        return self._majority(answered + 1)
+
+    def _refuses_as_forgetful(self, question: PreVote | RequestVote) -> bool:
+        """An emptied voter may have voted before; it helps only a cluster in which all is new."""
+        blank_candidate = question.last_index == FIRST_INDEX and question.last_term == 0
+        return not self.log.proven and not (self.log.blank and blank_candidate)
+
+    def on_pre_vote(self, node: Any, question: PreVote) -> None:
+        behind = (question.last_term, question.last_index) < (
+            self.log.last_term,
+            self.log.last_index,
+        )
+        granted = (
+            question.term > self.term
+            and not behind
+            and not self._loyal()
+            and self.role != LEADER
+            and not self._refuses_as_forgetful(question)
+        )
+        # Hazard L4: a refusal carries our term, else a candidate behind in terms never catches up.
+        self.emit(node, VoteReply(question.term, granted, self.term))
+
+    def on_vote_reply(self, node: Any, reply: VoteReply) -> None:
+        if reply.current_term > self.term:
+            deadline = self.election_deadline
+            self.step_down(reply.current_term)
+            self.election_deadline = min(deadline, self.election_deadline)
+            return
+        if not reply.granted or reply.term != self.pre_vote_term or reply.term != self.term + 1:
+            return
+        self.supporters.add(node.id)
+        if self._majority(len(self.supporters)) and self.role != LEADER:
+            self.campaign(transfer=False)
+
+    def on_request_vote(self, node: Any, request: RequestVote) -> None:
+        if request.term < self.term:
+            self.emit(node, VoteReply(request.term, False, self.term))
+            return
+        # Hazard L4: loyalty to a live leader, unless that leader itself wants the election.
+        if request.term > self.term and not request.transfer and self._loyal():
+            return
+        if self._refuses_as_forgetful(request):
+            if request.term > self.term:
+                self.step_down(request.term)
+            return
+        if request.term == self.term and self.voted_for == node.id and self.role == FOLLOWER:
+            self.emit(node, VoteGranted(self.term))  # the first answer may have been lost
+            return
+        founding = self.log.blank
+        self.receive_in_library(
+            node,
+            {
+                "type": "request_vote",
+                "term": request.term,
+                "last_log_index": request.last_index,
+                "last_log_term": request.last_term,
+            },
+        )
+        if founding and self.voted_for == node.id:
+            self.log.set_proven()  # it has helped to found a cluster in which all was new
+
+    def on_vote_granted(self, node: Any, vote: VoteGranted) -> None:
+        # Hazard S8: each voter counts once per term.
+        if vote.term != self.term or self.role != CANDIDATE or node.id in self.supporters:
+            return
+        self.supporters.add(node.id)
+        self.receive_in_library(node, {"type": "response_vote", "term": vote.term})
+
+    def on_timeout_now(self, node: Any, order: TimeoutNow) -> None:
+        if order.term == self.term and node == self.leader_node and self._may_campaign():
+            self.campaign(transfer=True)
+
+    def step_down(self, term: int) -> None:
+        """Adopts a higher term without a vote in it (Raft, section 5.1)."""
+        if term > self.term:
+            self.adopt_term(term, None)
+        self.set_role(FOLLOWER)
+        self.leader_node = None
+        self.pre_vote_term = None
+        self.election_deadline = self.now + self.election_timeout_s()

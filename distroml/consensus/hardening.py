@@ -1,0 +1,374 @@
+"""PySyncObj 0.3.17 made safe: one override per known hazard, and nothing else.
+
+The library stays the Raft core: roles, terms, commit rule, check-quorum, votes. What it gets wrong
+is replaced through its private names, so the exact source is pinned by hash and checked before use.
+Each override names the hazard it closes (S = safety, L = liveness, P = performance, X = security)
+and the rule of Raft it restores:
+
+====  ===========================================================================================
+S1    a snapshot chunk moved the commit index over an unverified suffix → `on_snapshot_chunk`
+S2    restart between snapshot and trim dropped acknowledged entries → `storage.join`
+S3-5  journal and term/vote file were neither atomic, checksummed nor synced → `wal.py`
+S6    a delayed append truncated entries that match → `on_append`
+S7    acknowledgements carried no term → `on_append_reply`
+S8    votes were counted, not identified; strangers were heard → `receive`, `on_vote_granted`
+S9    snapshot streams had no identity, offset or hash → `snapshot.py`, `on_snapshot_chunk`
+S10   an exception after apply applied the entry twice → `_SyncObj__applyLogEntries`
+S11   forwarded commands could acknowledge the wrong one → never forwarded: leader-only `submit`
+S13   membership changes could overlap → voters are static, other command types are refused
+S14   a code version switch could replay entries → one entry kind of our own bytes
+L1    two rejections in flight overwrote each other for ever → `on_append_reply`, probe mode
+L2    a raising command blocked every node → `_SyncObj__applyLogEntries`
+L3    back-off by one entry per heartbeat → conflict hint by term in `_conflict_hint`
+L4    no pre-vote, no stickiness, silent rejections → `_onTick`, `on_pre_vote`, `on_request_vote`
+L5    lost forwards → see S11; the proposer retries with the same identity
+L6    an unreadable dump left the log starting nowhere → `storage.join` refuses to start
+L7    compaction kept no trailing entries → `_SyncObj__tryLogCompaction`
+P1    the send loop spun while a dump ran → `_SyncObj__sendAppendEntries`
+P2    commands waited for a heartbeat → `_checkCommandsToApply` sends once per turn
+P3    mmap journal: 32-bit offsets, SIGBUS on a full disk → `wal.py`
+P4    fork for dumps → `_SyncObj__tryLogCompaction` takes plain bytes
+P5    huge entries were cut wrongly → entries are capped, batches are whole entries
+X1    pickle on wire, in log and in dumps → `messages.py`, `_SyncObj__doApplyCommand`
+====  ===========================================================================================
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+import pysyncobj.syncobj as library
+from pysyncobj.node import Node
+from pysyncobj.transport import Transport
+
+from distroml.consensus.elections import Elections
+from distroml.consensus.following import Following
+from distroml.consensus.library_fields import LEADER
+from distroml.consensus.messages import (
+    REGULAR,
+    Append,
+    AppendReply,
+    Message,
+    PreVote,
+    RequestVote,
+    SnapshotChunk,
+    SnapshotReply,
+    TimeoutNow,
+    VoteGranted,
+    VoteReply,
+)
+from distroml.consensus.raft_log import FIRST_INDEX, LogImage, RaftLog
+from distroml.consensus.raft_types import (
+    RaftSettings,
+    SafetyViolation,
+    StateMachine,
+    UnsafeLibrary,
+    check_voters,
+)
+from distroml.consensus.replication import Progress, Replication
+from distroml.consensus.snapshot import IncomingSnapshot, Snapshot
+
+logger = logging.getLogger(__name__)
+
+LIBRARY_SHA256: Final = "e8bdf06797085d734df86e24ab4802fe87893dff77268565ec036f7ad4a1cfe4"
+"""Of pysyncobj/syncobj.py in version 0.3.17."""
+APPLY_PER_TURN: Final = 1_024
+"""Entries applied in one turn, at most, so that a long replay does not stop the event loop."""
+_COMPACT_AT_LEAST: Final = 256
+"""Applied entries that make a snapshot worth its while even where the log is full of bytes."""
+
+
+def check_library(path: Path | None = None) -> None:
+    """Raises UnsafeLibrary unless the installed library is the audited source."""
+    source = Path(path or library.__file__)
+    found = hashlib.sha256(source.read_bytes()).hexdigest()
+    if found != LIBRARY_SHA256:
+        raise UnsafeLibrary(
+            f"{source} has SHA-256 {found}, expected {LIBRARY_SHA256}: it is not the PySyncObj "
+            "0.3.17 whose hazards are closed here, and running it could lose acknowledged state. "
+            "Install pysyncobj==0.3.17"
+        )
+
+
+class _Ambient(threading.local):
+    """Clock and randomness of the core that is running now: cores of one process take turns."""
+
+    now: float = 0.0
+    rng: random.Random = random.Random(0)
+
+
+_ambient = _Ambient()
+
+
+class _AmbientRandom:
+    """Stands in for the module `random` inside the library."""
+
+    def random(self) -> float:
+        return _ambient.rng.random()
+
+
+class _NoPoller:
+    """The library's poller, with nothing to poll: sockets are ours."""
+
+    def subscribe(self, *_: object) -> None: ...
+    def unsubscribe(self, *_: object) -> None: ...
+    def poll(self, _timeout_s: float) -> None: ...
+
+
+@functools.cache
+def adopt_library() -> None:
+    """Checks the library, then replaces its module globals: the one place that does."""
+    check_library()
+    library.monotonicTime = lambda: _ambient.now
+    library.random = _AmbientRandom()
+    library.createPoller = lambda _kind: _NoPoller()
+    library.createJournal = lambda journal: journal
+
+
+class _Peer(Node):  # type: ignore[misc]
+    """A voter. The hash is its place in the sorted voter list: the library iterates over sets, and
+    with string hashes the order of messages would differ from run to run."""
+
+    def __init__(self, name: str, place: int) -> None:
+        super().__init__(name)
+        self._place = place
+
+    def __hash__(self) -> int:
+        return self._place
+
+
+class _Journal(RaftLog):
+    """The names under which the library knows a journal."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.entries[key]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def add(self, command: bytes, index: int, term: int) -> None:
+        self.append(command, index, term)
+
+    def getCurrentTerm(self) -> int:  # noqa: N802
+        return self.term
+
+    def getVotedForNodeId(self) -> str | None:  # noqa: N802
+        return self.vote
+
+    def setCurrentTerm(self, term: int, vote: str | None) -> None:  # noqa: N802
+        self.set_term(term, vote)
+
+    def getRaftCommitIndex(self) -> int:  # noqa: N802
+        return FIRST_INDEX  # Raft needs no durable commit index
+
+    def setRaftCommitIndex(self, _index: int) -> None: ...  # noqa: N802
+    def onOneSecondTimer(self) -> None: ...  # noqa: N802
+
+
+class _Outbox(Transport):  # type: ignore[misc]
+    """The library's transport: collects what it wants sent. Only vote replies are left to it."""
+
+    def __init__(self, raft: HardenedRaft) -> None:
+        super().__init__(None, None, None)
+        self._raft = raft
+
+    def send(self, node: Any, message: dict[str, Any]) -> bool:
+        if message["type"] != "response_vote":
+            raise SafetyViolation(f"the library sent a {message['type']!r} past its override")
+        self._raft.emit(node, VoteGranted(message["term"]))
+        return True
+
+
+class HardenedRaft(Elections, Following, Replication, library.SyncObj):  # type: ignore[misc]
+    """One voter. Input methods change state and fill `outbox`; `turn` runs the library's tick.
+
+    The caller sets `now` (through `begin`) before any input, performs `log.take_ops()` after the
+    turn, and only then lets the outbox leave.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        voters: tuple[str, ...],
+        settings: RaftSettings,
+        machine: StateMachine,
+        image: LogImage,
+        snapshot: Snapshot | None,
+        rng: random.Random,
+        now: float,
+    ) -> None:
+        adopt_library()
+        check_voters(name, voters)
+        self.name, self.voters, self.settings, self.machine = name, voters, settings, machine
+        self.snapshot, self.rng = snapshot, rng
+        self.outbox: list[tuple[str, Message]] = []
+        self.submissions: list[bytes] = []
+        self.nodes = {voter: _Peer(voter, place) for place, voter in enumerate(sorted(voters))}
+        self.progress: dict[Any, Progress] = {}
+        self.send_needed = False
+        self.apply_failures = 0
+        self.refused = 0
+        self.supporters: set[str] = set()
+        self.pre_vote_term: int | None = None
+        self.heard_leader_at = float("-inf")
+        self.incoming = IncomingSnapshot()
+        self.begin(now)
+        self.heartbeat_at = now  # the library reads every attribute while it constructs itself
+        conf = library.SyncObjConf(
+            autoTick=False,
+            useFork=False,
+            dynamicMembershipChange=False,
+            commandsWaitLeader=False,
+            journalFile=_Journal(image),
+            raftMinTimeout=settings.election_min_s,
+            raftMaxTimeout=settings.election_max_s,
+            appendEntriesPeriod=settings.heartbeat_s,
+            leaderFallbackTimeout=settings.check_quorum_s,
+            connectionTimeout=settings.election_max_s,
+            appendEntriesUseBatch=True,
+        )
+        others = [self.nodes[voter] for voter in sorted(voters) if voter != name]
+        super().__init__(self.nodes[name], others, conf, transport=_Outbox(self))
+        if snapshot is not None:
+            machine.restore(snapshot.index, snapshot.blob)
+            self.applied_index = self.commit_index = snapshot.index
+        if not others:
+            self.election_deadline = now
+
+    # ------------------------------------------------------------------ inputs
+
+    def begin(self, now: float) -> None:
+        """Binds the library's clock and randomness to this node for the inputs that follow."""
+        self.now = _ambient.now = now
+        _ambient.rng = self.rng
+
+    def receive(self, peer: str, message: Message) -> None:
+        # Hazards S8, X2: only the other voters are heard at all.
+        node = self.nodes.get(peer)
+        if node is None or node not in self.peers:
+            self.refused += 1
+            return
+        handler = self._HANDLERS.get(type(message))
+        if handler is None:
+            self.refused += 1
+        else:
+            handler(self, node, message)
+
+    def set_link(self, peer: str, up: bool) -> None:
+        node = self.nodes.get(peer)
+        if node is None or node not in self.peers:
+            return
+        self.lost_contact(node)
+        if up:
+            self.connected.add(node)
+            self.send_needed = True
+            return
+        self.connected.discard(node)
+        if self.role != LEADER and node == self.leader_node:
+            # A broken connection is a strong hint that the leader died. Only a pre-vote is hastened
+            # by it, which others still refuse while they hear the leader.
+            self.heard_leader_at = float("-inf")
+            soon = self.now + self.rng.uniform(0, self.settings.link_loss_election_s)
+            self.election_deadline = min(self.election_deadline, soon)
+
+    def turn(self) -> None:
+        self._onTick(0.0)
+
+    # ------------------------------------------------------------------ library seams
+
+    def _onTick(self, timeToWait: float = 0.0) -> None:  # noqa: N802, N803
+        # Hazard L4: the library would start an election here. The deadline is moved on before its
+        # tick, and a round of pre-votes takes the election's place. Running it after the tick also
+        # means that a new leader counts its own no-op only in the next turn, once it is durable.
+        due = self.role != LEADER and self.election_deadline <= self.now
+        if due:
+            self.election_deadline = self.now + self.retry_s()
+        super()._onTick(timeToWait)
+        if due and self.role != LEADER:
+            self.seek_election()
+
+    def _checkCommandsToApply(self) -> None:  # noqa: N802
+        # Hazards P2, S11, L5: entries are accepted on the leader only, and sent once per turn.
+        submissions, self.submissions = self.submissions, []
+        if self.role != LEADER:
+            return
+        for command in submissions:
+            self.log.append(REGULAR + command, self.log.last_index + 1, self.term)
+        if submissions or self.send_needed or self._commit_unsent():
+            self._SyncObj__sendAppendEntries()
+
+    def _commit_unsent(self) -> bool:
+        return any(
+            progress.sent_commit < self.commit_index
+            for node, progress in self.progress.items()
+            if node in self.connected and not progress.probing
+        )
+
+    def _SyncObj__onBecomeLeader(self) -> None:  # noqa: N802
+        self.reset_progress()
+        self.log.set_proven()
+        self.incoming.discard()
+        self.heartbeat_at = self.now
+        super()._SyncObj__onBecomeLeader()
+
+    def _SyncObj__applyLogEntries(self) -> bool:  # noqa: N802
+        # Hazards S10, L2: the index moves on whatever apply does, and an entry that raises is an
+        # empty entry on every node alike. Running out of memory is not deterministic: that stops us.
+        end = min(self.commit_index, self.applied_index + APPLY_PER_TURN)
+        offset = self.log.anchor_index
+        for index in range(self.applied_index + 1, end + 1):
+            command = self.log.entries[index - offset][0]
+            self.applied_index = index
+            self._SyncObj__doApplyCommand(command)
+        return False
+
+    def _SyncObj__doApplyCommand(self, command: bytes) -> None:  # noqa: N802
+        # Hazards X1, S13, S14: our own bytes, never unpickled; no membership or version commands.
+        if command[:1] != REGULAR:
+            return
+        try:
+            self.machine.apply(self.applied_index, command[1:])
+        except (MemoryError, RecursionError):
+            raise
+        except Exception:
+            self.apply_failures += 1
+            logger.exception("entry %d raised in apply and counts as empty", self.applied_index)
+
+    def _SyncObj__tryLogCompaction(self) -> None:  # noqa: N802
+        # Hazards L7, P4: plain bytes in process, and a window of entries stays for slow followers.
+        since = self.applied_index - (self.snapshot.index if self.snapshot else FIRST_INDEX)
+        full = self.log.payload_bytes >= self.settings.compaction_bytes
+        if since >= self.settings.compaction_entries or (full and since >= _COMPACT_AT_LEAST):
+            self.compact()
+
+    def compact(self) -> None:
+        """Takes a snapshot of the applied state now and trims the log behind it."""
+        term = self.log.term_at(self.applied_index)
+        assert term is not None, "the last applied entry is in the log or is its anchor"
+        blob = self.machine.snapshot()
+        self.snapshot = Snapshot.take(self.applied_index, term, list(self.voters), blob)
+        kept = 0
+        if self.log.payload_bytes < self.settings.compaction_bytes:
+            kept = self.settings.trailing_entries
+        anchor = max(self.log.anchor_index, self.applied_index - kept)
+        self.log.compact(self.snapshot, anchor)
+
+    _HANDLERS: ClassVar[dict[type, Callable[..., None]]] = {
+        PreVote: Elections.on_pre_vote,
+        VoteReply: Elections.on_vote_reply,
+        RequestVote: Elections.on_request_vote,
+        VoteGranted: Elections.on_vote_granted,
+        Append: Following.on_append,
+        AppendReply: Replication.on_append_reply,
+        SnapshotChunk: Following.on_snapshot_chunk,
+        SnapshotReply: Replication.on_snapshot_reply,
+        TimeoutNow: Elections.on_timeout_now,
+    }

@@ -1,0 +1,94 @@
+"""The library's private state and methods under typed names: the only place that spells them.
+
+PySyncObj keeps its state in name-mangled attributes. Our overrides read and write them through
+these; the hash check in `hardening.py` guarantees that they exist and mean what we think.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any, cast
+
+from distroml.consensus.messages import Message
+from distroml.consensus.raft_log import RaftLog
+from distroml.consensus.raft_types import RaftSettings, StateMachine
+from distroml.consensus.snapshot import Snapshot
+
+FOLLOWER, CANDIDATE, LEADER = 0, 1, 2
+"""The library's role numbers (`_RAFT_STATE`)."""
+
+
+def _field(name: str) -> Any:
+    mangled = f"_SyncObj__{name}"
+
+    def read(self: Any) -> Any:
+        return getattr(self, mangled)
+
+    def write(self: Any, value: Any) -> None:
+        setattr(self, mangled, value)
+
+    return property(read, write)
+
+
+class LibraryFields:
+    """State that the library's code and our overrides share. Peers are the library's Node objects."""
+
+    log: RaftLog = _field("raftLog")
+    role: int = _field("raftState")
+    term: int = _field("raftCurrentTerm")
+    voted_for: str | None = _field("votedForNodeId")
+    votes: int = _field("votesCount")
+    leader_node: Any = _field("raftLeader")
+    election_deadline: float = _field("raftElectionDeadline")
+    commit_index: int = _field("raftCommitIndex")
+    applied_index: int = _field("raftLastApplied")
+    next_index: dict[Any, int] = _field("raftNextIndex")
+    match_index: dict[Any, int] = _field("raftMatchIndex")
+    last_response_at: dict[Any, float] = _field("lastResponseTime")
+    heartbeat_at: float = _field("newAppendEntriesTime")
+    noop_index: int | None = _field("noopIDx")
+    peers: set[Any] = _field("otherNodes")
+    connected: set[Any] = _field("connectedNodes")
+
+    # Ours, shared by the parts that `hardening.HardenedRaft` is made of.
+    name: str
+    voters: tuple[str, ...]
+    settings: RaftSettings
+    machine: StateMachine
+    rng: random.Random
+    now: float
+    """Monotonic seconds, read once per turn."""
+    snapshot: Snapshot | None
+    """The newest snapshot, durable or about to be in this very turn."""
+    outbox: list[tuple[str, Message]]
+    refused: int
+    """Messages that no correct peer sends, or that came from a stranger."""
+
+    def emit(self, node: Any, message: Message) -> None:
+        """Puts a message into the turn's outbox; it leaves once the turn is on disk."""
+        self.outbox.append((node.id, message))
+
+    def peers_in_order(self) -> list[Any]:
+        """The other voters in name order, so that a run can be repeated exactly."""
+        return sorted(self.peers, key=hash)
+
+    def adopt_term(self, term: int, vote: str | None) -> None:
+        """Durable before anything of this turn leaves: it is a record of the log."""
+        cast(Any, self)._SyncObj__setCurrentTerm(term, vote)
+
+    def set_role(self, role: int) -> None:
+        cast(Any, self)._SyncObj__setState(role)
+
+    def become_leader(self) -> None:
+        cast(Any, self)._SyncObj__onBecomeLeader()
+
+    def election_timeout_s(self) -> float:
+        return float(cast(Any, self)._SyncObj__generateRaftTimeout())
+
+    def receive_in_library(self, node: Any, message: dict[str, Any]) -> None:
+        """Hands a message, in the library's own shape, to the library's own handler."""
+        cast(Any, self)._SyncObj__onMessageReceived(node, message)
+
+    def step_down(self, term: int) -> None:
+        """Adopts a higher term without a vote in it (Raft, section 5.1)."""
+        raise NotImplementedError

@@ -1,0 +1,157 @@
+"""The leader's side of replication: what each follower is sent, and what its answers mean.
+
+Replaces the library's `__sendAppendEntries` and its handling of `next_node_idx`. A follower is in
+one of three modes, as in etcd's design: *probe* (its log end is unknown: one message at a time),
+*stream* (pipelined entries) and *snapshot* (it needs entries that the log no longer holds).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distroml.consensus.library_fields import LEADER, LibraryFields
+from distroml.consensus.messages import Append, AppendReply, SnapshotReply
+from distroml.consensus.raft_log import FIRST_INDEX
+from distroml.consensus.snapshot import OutgoingSnapshot
+
+_MESSAGES_PER_ROUND = 8
+"""Append messages to one follower in one turn, at most."""
+
+
+class Progress:
+    """What the leader knows of one follower beyond the library's next and match index."""
+
+    __slots__ = ("probe_in_flight", "probing", "sent_commit", "transfer")
+
+    def __init__(self) -> None:
+        self.probing = True
+        self.probe_in_flight = False
+        self.sent_commit = 0
+        self.transfer: OutgoingSnapshot | None = None
+
+    def lose_contact(self) -> None:
+        self.probing = True
+        self.probe_in_flight = False
+        self.sent_commit = 0
+        if self.transfer is not None:
+            self.transfer.rewind()
+
+
+class Replication(LibraryFields):
+    """Overrides of the library's leader side; mixed into `hardening.HardenedRaft`."""
+
+    progress: dict[Any, Progress]
+    send_needed: bool
+
+    def reset_progress(self) -> None:
+        self.progress = {node: Progress() for node in self.peers}
+
+    def lost_contact(self, node: Any) -> None:
+        """Whatever was in flight to `node` may be gone; find out anew where its log ends."""
+        if node in self.progress:
+            self.progress[node].lose_contact()
+
+    # Hazards P1, P5, L3, S9. The library loops over a clock here, spins while a dump is being
+    # written (P1), compares pickled with unpickled lengths (P5), sends snapshots without any name or
+    # offset (S9), and waits for the next heartbeat after a rejection (L3).
+    def _SyncObj__sendAppendEntries(self) -> None:  # noqa: N802
+        due = self.now >= self.heartbeat_at
+        if due:
+            self.heartbeat_at = self.now + self.settings.heartbeat_s
+        self.send_needed = False
+        for node in self.peers_in_order():
+            if node in self.connected:
+                self._send_to(node, due)
+
+    def _send_to(self, node: Any, due: bool) -> None:
+        progress = self.progress[node]
+        if self.next_index[node] <= self.log.anchor_index:
+            self._send_snapshot(node, progress, due)
+        elif progress.probing:
+            if due or not progress.probe_in_flight:
+                progress.probe_in_flight = True
+                self._send_append(node, progress)
+        else:
+            self._stream(node, progress, due)
+
+    def _stream(self, node: Any, progress: Progress, due: bool) -> None:
+        sent = 0
+        while sent < _MESSAGES_PER_ROUND and self.next_index[node] <= self.log.last_index:
+            in_flight = self.next_index[node] - 1 - self.match_index[node]
+            if in_flight >= self.settings.inflight_entries:
+                break
+            self.next_index[node] = self._send_append(node, progress)
+            sent += 1
+        if self.next_index[node] <= self.log.last_index:
+            self.send_needed = sent == _MESSAGES_PER_ROUND
+        if sent == 0 and (due or progress.sent_commit < self.commit_index):
+            self._send_append(node, progress, limit_entries=0)
+
+    def _send_append(self, node: Any, progress: Progress, limit_entries: int | None = None) -> int:
+        """Sends entries from `next_index` on; returns the index behind the last one sent."""
+        settings, first = self.settings, self.next_index[node]
+        limit = settings.inflight_entries if limit_entries is None else limit_entries
+        entries = self.log.slice(first, settings.append_batch_bytes, limit) if limit else []
+        previous_term = self.log.term_at(first - 1)
+        assert previous_term is not None, "next_index is above the anchor"
+        progress.sent_commit = self.commit_index
+        self.emit(node, Append(self.term, first - 1, previous_term, self.commit_index, entries))
+        return first + len(entries)
+
+    def _send_snapshot(self, node: Any, progress: Progress, due: bool) -> None:
+        assert self.snapshot is not None, "a log that starts late has a snapshot"
+        transfer = progress.transfer
+        if transfer is None or transfer.snapshot.index < self.log.anchor_index:
+            transfer = progress.transfer = OutgoingSnapshot(
+                self.snapshot,
+                self.settings.snapshot_chunk_bytes,
+                self.settings.snapshot_window_chunks,
+            )
+        transfer.rewind_if_stalled(self.now)
+        sent = False
+        while (chunk := transfer.next_chunk(self.term)) is not None:
+            self.emit(node, chunk)
+            sent = True
+        if due and not sent:
+            self.emit(node, transfer.keepalive(self.term))
+
+    def on_append_reply(self, node: Any, reply: AppendReply) -> None:
+        # Hazard S7: an acknowledgement counts only in the term it was given in (Raft, section 5.3),
+        # and none may speak of entries beyond this log.
+        if reply.term > self.term:
+            self.step_down(reply.term)
+            return
+        if reply.term != self.term or self.role != LEADER:
+            return
+        self.last_response_at[node] = self.now
+        progress = self.progress[node]
+        if not reply.accepted:
+            # Hazards L1, L3: the hint only ever lowers next_index, never below what is known to
+            # match, and the follower is probed at once instead of at the next heartbeat.
+            hinted = min(reply.next_index, self.next_index[node])
+            self.next_index[node] = max(hinted, self.match_index[node] + 1, FIRST_INDEX + 1)
+            progress.probing, progress.probe_in_flight = True, False
+            self.send_needed = True
+            return
+        if reply.next_index > self.log.last_index + 1:
+            return
+        if reply.next_index - 1 > self.match_index[node]:
+            self.match_index[node] = reply.next_index - 1
+        self.next_index[node] = max(self.next_index[node], self.match_index[node] + 1)
+        if progress.probing or self.next_index[node] <= self.log.last_index:
+            self.send_needed = True
+        progress.probing = False
+        if self.next_index[node] > self.log.anchor_index:
+            progress.transfer = None
+
+    def on_snapshot_reply(self, node: Any, reply: SnapshotReply) -> None:
+        if reply.term > self.term:
+            self.step_down(reply.term)
+            return
+        if reply.term != self.term or self.role != LEADER:
+            return
+        self.last_response_at[node] = self.now
+        transfer = self.progress[node].transfer
+        if transfer is not None and reply.sha256 == transfer.snapshot.sha256:
+            transfer.acknowledged(reply.next_offset, self.now)
+            self.send_needed = True

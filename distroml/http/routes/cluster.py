@@ -1,0 +1,52 @@
+"""The cluster: workers, resources, nodes and the leader, as the answering node knows them."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from distroml.http import cluster_views as views
+from distroml.http.limits import Query
+from distroml.http.table import Answer, Call, Route, json_response
+
+
+async def get_workers(call: Call, query: Query) -> web.StreamResponse:
+    """All worker processes."""
+    return json_response(views.worker_list(call.services.state(), call.services.observed()))
+
+
+async def get_resources(call: Call, query: Query) -> web.StreamResponse:
+    """Slots in total and by node."""
+    return json_response(views.resources_view(call.services.state(), call.services.observed()))
+
+
+async def get_nodes(call: Call, query: Query) -> web.StreamResponse:
+    """All nodes."""
+    services = call.services
+    leader = services.raft().leader
+    shown = views.node_views(services.state(), services.observed(), leader, services.name)
+    return json_response(shown)
+
+
+async def get_leader(call: Call, query: Query) -> web.StreamResponse:
+    """Who leads."""
+    services = call.services
+    return json_response(views.leader_view(services.state(), services.raft(), services.name))
+
+
+ROUTES = tuple(
+    Route(
+        method="GET",
+        path=f"/api/cluster/{noun}",
+        name=f"getCluster{noun.capitalize()}",
+        summary=summary,
+        tag="cluster",
+        handler=handler,
+        answers=(Answer(200, summary, body),),
+    )
+    for noun, summary, handler, body in (
+        ("workers", "All worker processes that agents report", get_workers, views.WorkerList),
+        ("resources", "Slots in total and by node", get_resources, views.ResourcesView),
+        ("nodes", "All nodes, their status and last heartbeat", get_nodes, views.NodeList),
+        ("leader", "The leader, its term and address", get_leader, views.LeaderView),
+    )
+)

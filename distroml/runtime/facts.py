@@ -1,0 +1,227 @@
+"""What the reconciler looks at besides the replicated state: ``Facts``, one consistent view per turn.
+
+The coordinator calls ``look`` once per turn with the verdicts and newest reports of all nodes; the result carries
+over what only time can tell (since when a job stands where it stands, since when a failure shows). It is rebuilt
+from nothing by a new leader, whose clocks then start again: every wait here is short and bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from distroml.consensus.state import ClusterState
+from distroml.model import Job, JobStatus
+from distroml.reports import NodeReport, WorkerFact, WorkerPhase
+from distroml.runtime.failure_detector import Health
+
+
+class Now(Struct, frozen=True):
+    """The present, taken once per turn."""
+
+    wall_s: float
+    """Unix seconds; goes into what people read."""
+    monotonic_s: float
+    """The leader's monotonic clock; measures waits."""
+
+
+class ReconcilerSettings(Struct, frozen=True, kw_only=True):
+    """Every wait and limit of the decisions; seconds on the leader's monotonic clock unless said otherwise."""
+
+    start_deadline_s: float = 120.0
+    """From the forming of a generation until all its ranks train."""
+    stop_deadline_s: float = 300.0
+    """From a stop request until all ranks have finished."""
+    echo_wait_s: float = 0.5
+    """How long to wait for the root cause when only echoes of a failure are seen."""
+    suspect_echo_wait_s: float = 3.5
+    """The same while a node of the generation is SUSPECT; longer than the detector takes to decide."""
+    gone_worker_wait_s: float = 2.0
+    """How long an agent may leave out a worker that trained before it counts as gone."""
+    unspawned_wait_s: float = 20.0
+    """The same for a worker that was never seen."""
+    leftover_wait_s: float = 10.0
+    """How long a recovery waits for the processes of the failed generation to end."""
+    commit_wait_s: float = 5.0
+    """How long a recovery waits for the commit of a checkpoint that was whole when its generation failed."""
+    final_checkpoint_wait_s: float = 60.0
+    """How long a finished run waits for the commit of its final checkpoint."""
+    checkpoint_deadline_s: float = 600.0
+    """From the first durable shard of a checkpoint until it is whole."""
+    settle_s: float = 3.0
+    """How long placement waits for the first report of each node, after an election or a registration."""
+    return_wait_s: float = 60.0
+    """How long a lost node's slots keep a job's place at the head of the queue (wall clock)."""
+    backoff_base_s: float = 0.1
+    """Pause before the first restart; doubles with each failure that follows without progress."""
+    backoff_limit_s: float = 30.0
+    progress_s: float = 60.0
+    """A generation that trained this long made progress: the pause starts at its base again (wall clock)."""
+
+
+class NodeFacts(Struct, frozen=True, kw_only=True):
+    """One node as this leader sees it."""
+
+    health: Health
+    reason: str
+    incarnation: int
+    """The one last heard; the registered one if nothing was heard."""
+    report: NodeReport | None = None
+    """The newest one, kept after the node was lost."""
+
+
+class Sighting(Struct, frozen=True, kw_only=True):
+    """Since when (monotonic seconds) this leader sees a job as it is."""
+
+    status: JobStatus
+    generation: int
+    since_s: float
+    """First sight of this status in this generation."""
+    status_index: int
+    """Log index of the job's last change at that time."""
+    generation_since_s: float
+    index: int
+    """Log index of the job's last change when the generation was first seen."""
+    failing_since_s: float | None = None
+    """First sight of a failed worker of this generation."""
+    finished_since_s: float | None = None
+    """First sight of outcomes of all its ranks."""
+    shards_since_s: dict[int, float] = {}
+    """First sight of a durable shard, by checkpoint step."""
+    abandoned_since_s: dict[int, float] = {}
+    """First sight that a rank, or the writer of manifests, gave up, by checkpoint step."""
+
+
+CheckpointKey = tuple[str, int, int]
+"""Job, generation, step."""
+
+
+class Facts(Struct, frozen=True, kw_only=True):
+    """All that was observed, by this leader, at one moment."""
+
+    nodes: dict[str, NodeFacts]
+    sightings: dict[str, Sighting] = {}
+    leader_since_s: float = 0.0
+    """First look of this leader, monotonic."""
+    looked_s: float = 0.0
+    """This look, monotonic."""
+    writing: frozenset[CheckpointKey] = frozenset()
+    """Manifests that the coordinator is writing or has written and not yet seen committed."""
+    write_failures: dict[CheckpointKey, str] = {}
+    """Manifests that it gave up on, with the reason."""
+
+
+def look(
+    previous: Facts | None,
+    state: ClusterState,
+    nodes: Mapping[str, NodeFacts],
+    now: Now,
+    *,
+    writing: frozenset[CheckpointKey] = frozenset(),
+    write_failures: Mapping[CheckpointKey, str] | None = None,
+) -> Facts:
+    """The facts of this turn. ``previous`` is the last turn's value, None in a leader's first turn."""
+    seen = previous.sightings if previous else {}
+    facts = Facts(
+        nodes=dict(nodes),
+        leader_since_s=previous.leader_since_s if previous else now.monotonic_s,
+        looked_s=now.monotonic_s,
+        writing=writing,
+        write_failures=dict(write_failures or {}),
+    )
+    for job in state.active_jobs():
+        facts.sightings[job.job_id] = _sighting(seen.get(job.job_id), job, facts, now.monotonic_s)
+    return facts
+
+
+def sighting_of(job: Job, facts: Facts) -> Sighting:
+    """Since when the job is as it is; right also when ``job`` changed after the look."""
+    seen = facts.sightings.get(job.job_id)
+    if seen and (seen.status, seen.generation) == (job.status, job.generation_number):
+        return seen
+    return _sighting(seen, job, facts, facts.looked_s)
+
+
+def members_facts(job: Job, facts: Facts) -> dict[int, WorkerFact]:
+    """What the agents know of the ranks of the job's newest generation, by rank; stale reports are left out."""
+    if job.generation is None:
+        return {}
+    wanted = (job.job_id, job.run_id, job.generation.number)
+    places = {member.rank: member for member in job.generation.members}
+    found: dict[int, WorkerFact] = {}
+    for name in sorted({member.node for member in job.generation.members}):
+        node = facts.nodes.get(name)
+        report = node.report if node else None
+        for fact in report.workers if report else ():
+            if (fact.job_id, fact.run_id, fact.generation) != wanted or report is None:
+                continue
+            place = places.get(fact.rank)
+            if place and (place.node, place.incarnation) == (name, report.incarnation):
+                found[fact.rank] = fact
+    return dict(sorted(found.items()))
+
+
+def workers_of(job: Job, facts: Facts) -> Iterator[tuple[str, WorkerFact]]:
+    """Facts of all workers of a job, of whichever generation, with the node they are on."""
+    for name in sorted(facts.nodes):
+        report = facts.nodes[name].report
+        for fact in report.workers if report else ():
+            if fact.job_id == job.job_id:
+                yield name, fact
+
+
+def has_failed(fact: WorkerFact) -> bool:
+    """Whether a worker ended, or is ending, without having done its work."""
+    if fact.outcome is not None:
+        return False
+    ended = fact.exit_code is not None or fact.phase in (WorkerPhase.FAILED, WorkerPhase.EXITED)
+    return ended or fact.failure is not None
+
+
+def _sighting(before: Sighting | None, job: Job, facts: Facts, now_s: float) -> Sighting:
+    if before is None or before.generation != job.generation_number:
+        before = Sighting(
+            status=job.status,
+            generation=job.generation_number,
+            since_s=now_s,
+            status_index=job.change_index,
+            generation_since_s=now_s,
+            index=job.change_index,
+        )
+    same = before.status is job.status
+    ranks = members_facts(job, facts)
+    failing = any(has_failed(fact) for fact in ranks.values())
+    finished = (
+        job.generation is not None
+        and len(ranks) == len(job.generation.members)
+        and all(fact.outcome is not None for fact in ranks.values())
+    )
+    durable = {shard.step for fact in ranks.values() for shard in fact.shards}
+    abandoned = {step for fact in ranks.values() for step, _ in fact.abandoned}
+    abandoned |= {
+        step
+        for job_id, number, step in facts.write_failures
+        if (job_id, number) == (job.job_id, job.generation_number)
+    }
+    return replace(
+        before,
+        status=job.status,
+        since_s=before.since_s if same else now_s,
+        status_index=before.status_index if same else job.change_index,
+        failing_since_s=_first(before.failing_since_s, failing, now_s),
+        finished_since_s=_first(before.finished_since_s, finished, now_s),
+        shards_since_s=_firsts(before.shards_since_s, durable, now_s),
+        abandoned_since_s=_firsts(before.abandoned_since_s, abandoned, now_s),
+    )
+
+
+def _first(before: float | None, holds: bool, now_s: float) -> float | None:
+    if not holds:
+        return None
+    return now_s if before is None else before
+
+
+def _firsts(before: Mapping[int, float], steps: set[int], now_s: float) -> dict[int, float]:
+    return {step: before.get(step, now_s) for step in sorted(steps)}

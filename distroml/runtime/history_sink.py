@@ -1,0 +1,34 @@
+"""Where the output of local workers enters history: one stream per rank of a generation and kind."""
+
+from __future__ import annotations
+
+import time
+
+from distroml.reports import WorkerFact
+from distroml.runtime.control import MetricRecord
+from distroml.runtime.store.history import HistoryStore
+from distroml.runtime.store.records import Kind, StreamKey, encode_log, encode_metric
+
+
+class HistoryWriter:
+    """Appends what the supervisor hands it; counts what the store could not take."""
+
+    def __init__(self, store: HistoryStore) -> None:
+        self._store = store
+        self.dropped = 0
+        """Records that were refused because too much waited for the disk."""
+
+    def take_metrics(self, worker: WorkerFact, records: tuple[MetricRecord, ...]) -> None:
+        """Append metrics of one rank."""
+        self._append(worker, "metrics", [encode_metric(record) for record in records])
+
+    def take_logs(self, worker: WorkerFact, lines: list[str]) -> None:
+        """Append lines of one rank's output."""
+        now = time.time()
+        self._append(worker, "logs", [encode_log(now, line) for line in lines])
+
+    def _append(self, worker: WorkerFact, kind: Kind, records: list[bytes]) -> None:
+        key = StreamKey(worker.job_id, worker.run_id, worker.generation, worker.rank, kind)
+        first = self._store.next_seq(key)
+        wanted = self._store.append(key, first, records)
+        self.dropped += max(0, first + len(records) - wanted)

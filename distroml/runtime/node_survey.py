@@ -1,0 +1,200 @@
+"""The nodes of this turn: whose status changes, who is gone, who may get work.
+
+Pure; the first step of ``runtime.reconciler``. It merges what the log says of each node with what the failure
+detector says, so that the rest of the turn sees the statuses as they will be once the changes are applied.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from distroml.commands import SetNodeStatus
+from distroml.consensus.state import ClusterState
+from distroml.model import ASSIGNED, FailureKind, Job, Member, Node, NodeStatus
+from distroml.reports import NodeReport
+from distroml.runtime.facts import Facts, NodeFacts, Now, ReconcilerSettings, sighting_of
+from distroml.runtime.failure_detector import Health
+from distroml.runtime.scheduler import Host, leftover_workers, possible_workers
+
+
+class GoneNode(Struct, frozen=True):
+    """A node that can no longer hold the ranks of a generation."""
+
+    kind: FailureKind
+    said: str
+    """Such as ``lost (silent for 3.1 s)``."""
+    planned: bool = False
+    """True where it announced its end, which then explains how its workers ended."""
+
+
+class NodeView(Struct, frozen=True, kw_only=True):
+    """One node with the status that it has after this turn."""
+
+    node: Node
+    status: NodeStatus
+    reason: str
+    health: Health
+    incarnation: int
+    """The newest known, registered or heard."""
+    report: NodeReport | None
+    """Only if it speaks for the registered incarnation."""
+
+    @property
+    def changed(self) -> bool:
+        return self.status is not self.node.status
+
+    @property
+    def speaks(self) -> bool:
+        """Whether its report describes what runs there now."""
+        gone = self.status in (NodeStatus.LOST, NodeStatus.LEFT)
+        return self.report is not None and not gone
+
+
+class Survey(Struct, frozen=True, kw_only=True):
+    """All registered nodes, by name in sorted order."""
+
+    views: dict[str, NodeView]
+    hosts: tuple[Host, ...]
+    unheard: tuple[str, ...]
+    """Nodes whose first report is awaited before anything is placed."""
+    returning_slots: int
+    """Slots of nodes that cannot get work now but may be back soon."""
+
+    def changes(self) -> list[SetNodeStatus]:
+        """The commands that make the log agree."""
+        return [
+            SetNodeStatus(
+                name=name,
+                incarnation=view.node.incarnation,
+                status=view.status,
+                reason=view.reason,
+            )
+            for name, view in self.views.items()
+            if view.changed
+        ]
+
+    def gone(self, member: Member) -> GoneNode | None:
+        """Why the node of ``member`` cannot hold it any more; None if it can."""
+        view = self.views.get(member.node)
+        if view is None:
+            return GoneNode(FailureKind.NODE_LOST, "is not registered")
+        if view.incarnation > member.incarnation:
+            said = f"restarted (incarnation {view.incarnation}, was {member.incarnation})"
+            return GoneNode(FailureKind.NODE_RESTARTED, said)
+        if view.status is NodeStatus.LOST:
+            return GoneNode(FailureKind.NODE_LOST, f"lost ({view.reason})")
+        if view.status is NodeStatus.LEFT:
+            return GoneNode(FailureKind.NODE_LOST, f"left ({view.reason})", planned=True)
+        if view.status is NodeStatus.DRAINING:
+            return GoneNode(FailureKind.NODE_LOST, f"is draining ({view.reason})", planned=True)
+        return None
+
+    def suspects(self, members: tuple[Member, ...]) -> bool:
+        """Whether the detector is still undecided about a node of ``members``."""
+        views = [self.views[m.node] for m in members if m.node in self.views]
+        return any(view.health is Health.SUSPECT for view in views)
+
+
+def survey(state: ClusterState, facts: Facts, now: Now, settings: ReconcilerSettings) -> Survey:
+    """Look at every registered node once."""
+    views = {
+        name: _view(state.nodes[name], facts.nodes.get(name), now, settings)
+        for name in sorted(state.nodes)
+    }
+    hosts = _hosts(state, facts, views)
+    hosting = {host.node for host in hosts}
+    absent = {name: view for name, view in views.items() if name not in hosting}
+    return Survey(
+        views=views,
+        hosts=hosts,
+        unheard=tuple(n for n, v in absent.items() if _awaited(v, facts, now, settings)),
+        returning_slots=sum(v.node.slots for v in absent.values() if _may_return(v, now, settings)),
+    )
+
+
+def released_index(job: Job, facts: Facts) -> int:
+    """The log index, or one soon after, at which a job that is not assigned any more released its slots."""
+    return job.change_index if job.terminal else sighting_of(job, facts).status_index
+
+
+def _hosts(state: ClusterState, facts: Facts, views: dict[str, NodeView]) -> tuple[Host, ...]:
+    used = state.slots_used()
+    reports = {name: view.report for name, view in views.items() if view.report and _may_host(view)}
+    oldest = min((report.applied_index for report in reports.values()), default=state.index)
+    released = {
+        job_id: released_index(job, facts)
+        for job_id, job in state.jobs.items()
+        if job.change_index > oldest and job.generation and job.status not in ASSIGNED
+    }
+    hosts = []
+    for name, report in reports.items():
+        node = views[name].node
+        unseen = possible_workers(report, released, state.jobs)
+        taken = used.get(name, 0) + leftover_workers(report, state.jobs) + unseen
+        hosts.append(
+            Host(
+                node=name,
+                incarnation=node.incarnation,
+                slots=node.slots,
+                free=node.slots - taken,
+                ready=report.ready,
+            )
+        )
+    return tuple(hosts)
+
+
+def _view(node: Node, seen: NodeFacts | None, now: Now, settings: ReconcilerSettings) -> NodeView:
+    report = seen.report if seen else None
+    status, reason = _next_status(node, seen, now, settings)
+    heard = report.incarnation if report else 0
+    return NodeView(
+        node=node,
+        status=status,
+        reason=reason,
+        health=seen.health if seen else Health.SUSPECT,
+        incarnation=max(node.incarnation, heard),
+        report=report if heard == node.incarnation else None,
+    )
+
+
+def _next_status(
+    node: Node, seen: NodeFacts | None, now: Now, settings: ReconcilerSettings
+) -> tuple[NodeStatus, str]:
+    kept = (node.status, node.reason)
+    if seen is None or node.status is NodeStatus.LEFT:
+        return kept
+    speaks = seen.report is not None and seen.report.incarnation == node.incarnation
+    if seen.health is Health.LOST:
+        # What was heard of an earlier incarnation says nothing about one that registered just now.
+        fresh = now.wall_s - node.registered_at < settings.settle_s and not speaks
+        return kept if fresh or node.status is NodeStatus.LOST else (NodeStatus.LOST, seen.reason)
+    if node.status is NodeStatus.LOST and seen.health is Health.ALIVE and speaks:
+        return NodeStatus.ALIVE, "heard again"
+    if node.status is NodeStatus.ALIVE and speaks and seen.report and seen.report.draining:
+        return NodeStatus.DRAINING, "it is shutting down"
+    return kept
+
+
+def _may_host(view: NodeView) -> bool:
+    return (
+        view.status is NodeStatus.ALIVE
+        and view.health is Health.ALIVE
+        and view.report is not None
+        and not view.report.draining
+    )
+
+
+def _awaited(view: NodeView, facts: Facts, now: Now, settings: ReconcilerSettings) -> bool:
+    if view.status is not NodeStatus.ALIVE or view.node.slots == 0 or view.report is not None:
+        return False
+    leads_s = now.monotonic_s - facts.leader_since_s
+    registered_s = now.wall_s - view.node.registered_at
+    return min(leads_s, registered_s) < settings.settle_s
+
+
+def _may_return(view: NodeView, now: Now, settings: ReconcilerSettings) -> bool:
+    if view.status is NodeStatus.ALIVE:
+        return True
+    if view.status is not NodeStatus.LOST:
+        return False
+    return view.changed or now.wall_s - view.node.changed_at < settings.return_wait_s

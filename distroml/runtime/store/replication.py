@@ -1,0 +1,432 @@
+"""Brings the history that each node originates to all others, and back from them.
+
+Push: what this node has just written of its own streams goes to every connected peer, once, without a queue that
+could grow: who misses it sees the hole and pulls. Pull: when a link comes up and every few seconds, nodes compare
+digests of jobs, then heads where those differ, and ask for what they lack in bounded chunks. So a voter that was
+down catches up, and what a dead node's streams reached anywhere reaches everybody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Protocol
+
+from distroml.consensus.frames import Channel
+from distroml.runtime.store import sync
+from distroml.runtime.store.history import HistoryStore
+from distroml.runtime.store.records import StreamKey
+from distroml.runtime.store.subscriptions import Written
+from distroml.runtime.store.sync import (
+    AskHeads,
+    Chunk,
+    Digests,
+    Heads,
+    Message,
+    Offer,
+    Pull,
+    Records,
+    Span,
+    Want,
+)
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.25
+COMPARE_EVERY_S = 2.0
+"""Time between comparisons of digests with each peer."""
+RECENT_JOBS = 16
+"""Compared every time; the rest in turn."""
+MAX_OPENS = 32
+"""Jobs read from disk for one comparison."""
+PULLS_PER_PEER = 2
+PULL_TIMEOUT_S = 5.0
+SKIP_AFTER_S = 10.0
+"""How long to look for records that a peer has dropped, before going on without them."""
+MAX_OFFERS = 8192
+"""Remembered per peer; what is beyond comes up again at the next comparison."""
+MAX_OUTGOING_BYTES = 2 * 1024 * 1024
+
+
+class Links(Protocol):
+    """What is needed of ``consensus.peers.PeerLinks``."""
+
+    def subscribe(self, channel: Channel, handler: Callable[[str, bytes], None]) -> None: ...
+    def on_link(self, handler: Callable[[str, bool], None]) -> None: ...
+    def connected(self, peer: str) -> bool: ...
+    def send(self, peer: str, channel: Channel, body: bytes) -> bool: ...
+
+
+@dataclass(slots=True)
+class _InFlight:
+    peer: str
+    wants: dict[StreamKey, Want]
+    deadline: float
+
+
+@dataclass(slots=True)
+class ReplicationCounts:
+    """What happened, for ``/metrics``."""
+
+    pushed: int = 0
+    push_dropped: int = 0
+    pulled: int = 0
+    served: int = 0
+    skipped: int = 0
+    timeouts: int = 0
+    malformed: int = 0
+
+
+@dataclass(slots=True)
+class _Outgoing:
+    """What was just written here and not yet pushed; the oldest is dropped beyond the limit."""
+
+    queue: deque[Written] = field(default_factory=deque)
+    size_bytes: int = 0
+
+    def add(self, written: Written) -> int:
+        self.queue.append(written)
+        self.size_bytes += sum(map(len, written.records))
+        dropped = 0
+        while self.size_bytes > MAX_OUTGOING_BYTES and len(self.queue) > 1:
+            self.size_bytes -= sum(map(len, self.queue.popleft().records))
+            dropped += 1
+        return dropped
+
+    def take(self) -> list[Written]:
+        taken = list(self.queue)
+        self.queue.clear()
+        self.size_bytes = 0
+        return taken
+
+
+class HistoryReplicator:
+    """Keeps ``store`` and those of the peers alike. ``start`` and ``close`` it, or drive it by ``tick``.
+
+    Args:
+        name: of this node.
+        peers: names of the nodes to exchange history with (this node's own is ignored).
+        known_jobs: ids of the jobs that exist by the replicated state; others are refused.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        store: HistoryStore,
+        links: Links,
+        peers: Callable[[], Collection[str]],
+        known_jobs: Callable[[], Collection[str]],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.counts = ReplicationCounts()
+        self._name = name
+        self._store = store
+        self._links = links
+        self._peers = peers
+        self._known_jobs = known_jobs
+        self._clock = clock
+        self._outgoing = _Outgoing()
+        self._offers: dict[str, dict[StreamKey, Offer]] = {}
+        self._in_flight: dict[int, _InFlight] = {}
+        self._next_pull = 1
+        self._next_compare = 0.0
+        self._rotation = 0
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        store.listen(self._on_written)
+        links.subscribe(Channel.STORE, self._on_body)
+        links.on_link(self._on_link)
+
+    # --- life --------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Run in the background from now on."""
+        self._task = asyncio.create_task(self._run(), name="history-replication")
+
+    async def close(self) -> None:
+        """Stop; what was not pushed is pulled by the peers from whoever has it."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+
+    async def _run(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TICK_S):
+                    await self._wake.wait()
+            self._wake.clear()
+            try:
+                self.tick()
+            except Exception:  # a defect must not end replication for good
+                log.exception("history: replication failed; going on")
+                await asyncio.sleep(TICK_S)
+
+    def tick(self) -> None:
+        """Push what is new, give up on late answers, compare when it is time, ask for what is missing."""
+        now = self._clock()
+        self._push()
+        for number, pull in list(self._in_flight.items()):
+            if pull.deadline <= now:
+                self.counts.timeouts += 1
+                self._end_pull(number, answered=False)
+        if now >= self._next_compare:
+            self._next_compare = now + COMPARE_EVERY_S
+            page = self._digests_page()
+            for peer in self._reachable():
+                self._send(peer, page)
+        self._pump()
+
+    def forget(self, job_id: str) -> None:
+        """A job was removed (and is no longer among ``known_jobs``): delete its history, take none of it again."""
+        self._store.remove(job_id)
+        for offers in self._offers.values():
+            for key in [key for key in offers if key.job_id == job_id]:
+                del offers[key]
+
+    def sweep(self) -> list[str]:
+        """Delete the history of all jobs that are not known, and return their ids.
+
+        Only to be called when this node has applied all that is committed: jobs may have been removed while it
+        was down, but before it has caught up it does not know the others either.
+        """
+        known = self._known_jobs()
+        unknown = [job_id for job_id in self._store.jobs() if job_id not in known]
+        for job_id in unknown:
+            self.forget(job_id)
+        return unknown
+
+    # --- push --------------------------------------------------------------------------------------------------
+
+    def _on_written(self, written: Written, local: bool) -> None:
+        if local:
+            self.counts.push_dropped += self._outgoing.add(written)
+            self._wake.set()
+
+    def _push(self) -> None:
+        reachable = self._reachable()
+        for message in _packed(self._outgoing.take(), self._store.span):
+            for peer in reachable:
+                self.counts.pushed += self._send(peer, message)
+
+    def _reachable(self) -> list[str]:
+        return sorted(
+            peer for peer in self._peers() if peer != self._name and self._links.connected(peer)
+        )
+
+    def _send(self, peer: str, message: Message) -> bool:
+        return self._links.send(peer, Channel.STORE, sync.encode(message))
+
+    # --- compare -----------------------------------------------------------------------------------------------
+
+    def _digests_page(self) -> Digests:
+        """Digests of the most recently written jobs, and of some of the others in turn."""
+        known = self._known_jobs()
+        jobs = [job_id for job_id in self._store.jobs() if job_id in known]
+        recent, rest = jobs[:RECENT_JOBS], jobs[RECENT_JOBS:]
+        if rest:
+            start = self._rotation % len(rest)
+            turned = rest[start:] + rest[:start]
+            page = list(self._affordable(turned[: sync.MAX_DIGESTS - RECENT_JOBS]))
+            self._rotation = start + max(1, len(page))
+            recent += page
+        return Digests(tuple((job_id, self._store.digest(job_id)) for job_id in recent))
+
+    def _affordable(self, job_ids: Collection[str]) -> Iterator[str]:
+        """The start of ``job_ids`` that needs at most ``MAX_OPENS`` jobs to be read from disk."""
+        opens = 0
+        for job_id in job_ids:
+            if not self._store.digest_known(job_id):
+                opens += 1
+            if opens > MAX_OPENS:
+                return
+            yield job_id
+
+    def _on_digests(self, peer: str, message: Digests) -> None:
+        known = self._known_jobs()
+        theirs = {
+            job_id: digest
+            for job_id, digest in message.jobs
+            if job_id in known and not self._store.evicted(job_id)
+        }
+        own = [(job_id, self._store.digest(job_id)) for job_id in self._affordable(theirs)]
+        theirs = {job_id: theirs[job_id] for job_id, _ in own}
+        if jobs := sync.differing(own, theirs):
+            self._send(peer, AskHeads(jobs))
+
+    def _on_ask_heads(self, peer: str, message: AskHeads) -> None:
+        spans = (
+            Span(key, first, head)
+            for job_id in message.jobs
+            for key, (first, head) in self._store.spans(job_id).items()
+            if head
+        )
+        while page := tuple(islice(spans, sync.MAX_SPANS)):
+            if not self._send(peer, Heads(page)):
+                return  # it will ask again after the next comparison
+
+    def _on_heads(self, peer: str, message: Heads) -> None:
+        for span in message.spans:
+            self._note(peer, span)
+        self._pump()
+
+    def _wanted(self, key: StreamKey) -> int | None:
+        """The next sequence number that this node lacks; None for what it does not keep.
+
+        A job that is not known here yet is asked for by the first comparison after it is.
+        """
+        return self._store.wanted(key) if key.job_id in self._known_jobs() else None
+
+    def _note(self, peer: str, span: Span) -> None:
+        """Remember that ``peer`` has more of a stream, or that it has not."""
+        offers = self._offers.setdefault(peer, {})
+        wanted = self._wanted(span.key)
+        if wanted is None or span.next <= wanted:
+            offers.pop(span.key, None)
+            return
+        before = offers.get(span.key)
+        if before is None and len(offers) >= MAX_OFFERS:
+            return
+        since = before.since if before else self._clock()
+        offers[span.key] = Offer(span.first, span.next, since)
+
+    # --- pull --------------------------------------------------------------------------------------------------
+
+    def _pump(self) -> None:
+        """Ask for what is missing, as far as pulls in flight and the disk allow."""
+        if self._store.pending_bytes > self._store.limits.pending_bytes // 2:
+            return
+        slots = dict.fromkeys(self._reachable(), PULLS_PER_PEER)
+        for pull in self._in_flight.values():
+            if pull.peer in slots:
+                slots[pull.peer] -= 1
+        if not any(slots.values()):
+            return
+        mine: dict[StreamKey, int] = {}
+        for offers in self._offers.values():
+            for key in offers:
+                if (wanted := self._wanted(key)) is not None:
+                    mine[key] = wanted
+        busy = {key for pull in self._in_flight.values() for key in pull.wants}
+        now = self._clock()
+        for peer, wants in sync.plan_pulls(mine, self._offers, busy, slots, now - SKIP_AFTER_S):
+            number = self._next_pull
+            if self._send(peer, Pull(number, wants)):
+                self._next_pull += 1
+                by_key = {want.key: want for want in wants}
+                self._in_flight[number] = _InFlight(peer, by_key, now + PULL_TIMEOUT_S)
+
+    def _on_pull(self, peer: str, message: Pull) -> None:
+        chunks: list[Chunk] = []
+        room = sync.MAX_BODY_BYTES
+        for want in message.wants:
+            first, head = self._store.span(want.key)
+            records = self._store.read(want.key, want.from_seq, room) if room > 0 else None
+            if records is not None:
+                chunks.append(Chunk(Span(want.key, first, head), want.from_seq, records))
+                room -= sum(map(len, records))
+        self.counts.served += sum(len(chunk.records) for chunk in chunks)
+        self._send(peer, Records(message.number, tuple(chunks)))
+
+    def _on_records(self, peer: str, message: Records) -> None:
+        pull = self._in_flight.get(message.number)
+        if pull is not None and pull.peer != peer:
+            pull = None
+        for chunk in message.chunks:
+            key = chunk.span.key
+            if chunk.records and self._wanted(key) is not None:
+                want = pull.wants.get(key) if pull else None
+                self._take(chunk, skip=want is not None and want.skip)
+            self._note(peer, chunk.span)
+        if pull is not None:
+            empty = not any(chunk.records for chunk in message.chunks)
+            self._end_pull(message.number, answered=not empty)
+        self._pump()
+
+    def _take(self, chunk: Chunk, skip: bool) -> None:
+        key = chunk.span.key
+        if (
+            skip
+            and chunk.span.first == chunk.from_seq
+            and chunk.from_seq > self._store.next_seq(key)
+        ):
+            self._store.skip_to(key, chunk.from_seq)
+            self.counts.skipped += 1
+        before = self._store.next_seq(key)
+        self._store.append(key, chunk.from_seq, chunk.records, local=False)
+        self.counts.pulled += self._store.next_seq(key) - before
+
+    def _end_pull(self, number: int, answered: bool) -> None:
+        """Without an answer of use the peer's offers count as withdrawn until it makes them again."""
+        pull = self._in_flight.pop(number)
+        if not answered:
+            offers = self._offers.get(pull.peer, {})
+            for key in pull.wants:
+                offers.pop(key, None)
+
+    # --- links -------------------------------------------------------------------------------------------------
+
+    def _on_link(self, peer: str, up: bool) -> None:
+        self._offers.pop(peer, None)
+        for number in [n for n, pull in self._in_flight.items() if pull.peer == peer]:
+            self._end_pull(number, answered=False)
+        if up:
+            self._next_compare = 0.0
+            self._wake.set()
+
+    def _on_body(self, peer: str, body: bytes) -> None:
+        if peer not in self._peers():
+            return
+        try:
+            message = sync.decode(body)
+        except sync.Undecodable as error:
+            self.counts.malformed += 1
+            log.warning("history: message of %s refused: %s", peer, error)
+            return
+        match message:
+            case Digests():
+                self._on_digests(peer, message)
+            case AskHeads():
+                self._on_ask_heads(peer, message)
+            case Heads():
+                self._on_heads(peer, message)
+            case Pull():
+                self._on_pull(peer, message)
+            case Records():
+                self._on_records(peer, message)
+
+
+def _packed(
+    written: Iterable[Written], span: Callable[[StreamKey], tuple[int, int]]
+) -> Iterator[Records]:
+    """Pushes of at most ``MAX_BODY_BYTES`` of records each."""
+    chunks: list[Chunk] = []
+    room = sync.MAX_BODY_BYTES
+    for batch in written:
+        first, head = span(batch.key)
+        seq = start = batch.first_seq
+        for record in batch.records:
+            if len(record) > room or len(chunks) >= sync.MAX_CHUNKS - 1:
+                if seq > start:
+                    chunks.append(_chunk(batch, start, seq, first, head))
+                yield Records(0, tuple(chunks))
+                chunks, room, start = [], sync.MAX_BODY_BYTES, seq
+            room -= len(record)
+            seq += 1
+        chunks.append(_chunk(batch, start, seq, first, head))
+    if chunks:
+        yield Records(0, tuple(chunks))
+
+
+def _chunk(batch: Written, start: int, end: int, first: int, head: int) -> Chunk:
+    records = batch.records[start - batch.first_seq : end - batch.first_seq]
+    return Chunk(Span(batch.key, first, max(head, end)), start, records)

@@ -1,0 +1,173 @@
+"""``FrameworkAdapter``: what a user may replace of a training run.
+
+A user's class needs ``build_model`` and ``build_dataset``; everything else has a default. The worker creates
+the adapter, sets ``spec``, and calls, in this order::
+
+    init_distributed(plan)                      once, before the ranks meet
+    build_dataset(spec), build_holdout(spec)    or build_dataloader(spec, rank, world_size)
+    deserialize_state(blob)                     with a checkpoint, else build_model + build_optimizer
+    train_step(state, batch, dist)              each step; uses forward and loss
+    evaluate(state, dist)                       at the end of each epoch; uses forward, loss and measure
+    serialize_state(state)                      for each checkpoint and for the final digest
+
+Before each call of ``train_step`` all random generators are seeded from (seed, step, rank): a step does the
+same after a resume as it would have done without the interruption, and no generator state has to be saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+
+from distroml.errors import DistroMLError
+from distroml.runtime.control import WorkerPlan
+from distroml.runtime.worker import optimizer_state
+from distroml.runtime.worker.batches import Dataset, as_dataset
+from distroml.runtime.worker.dist import Dist
+from distroml.runtime.worker.evaluation import evaluate
+from distroml.runtime.worker.state import StateBlob, TrainState
+from distroml.spec import JobSpec
+
+
+class FrameworkAdapter:
+    """Base of all adapters; see the module for when each method is called."""
+
+    spec: JobSpec
+    """The job's specification, set before anything else is called."""
+    find_unused_parameters = False
+    """True where a step may leave parameters of the model without gradient; costs a graph walk per step."""
+    evaluation_batch = 64
+    """Samples per forward pass of the default ``evaluate``."""
+
+    # --- what to train -----------------------------------------------------------------------------------------
+
+    def build_model(self, spec: JobSpec) -> nn.Module:
+        """A new model. Called with seeded generators; rank 0's initial weights reach all ranks."""
+        raise NotImplementedError(_missing(self, "build_model(self, spec)"))
+
+    def build_dataset(self, spec: JobSpec) -> Dataset | Sequence[Any]:
+        """The training samples. Order and sharing over the ranks are the runtime's (DESIGN §8)."""
+        raise NotImplementedError(
+            _missing(self, "build_dataset(self, spec)", "build_dataloader(self, spec, rank, world)")
+        )
+
+    def build_dataloader(self, spec: JobSpec, rank: int, world_size: int) -> Iterable[Any] | None:
+        """This rank's batches of one epoch, for data that has no index; None (default): ``build_dataset``.
+
+        It is iterated once per epoch, after seeding from (seed, epoch, rank), and must then yield the same
+        batches again: a resume skips those already consumed. An epoch ends when all ranks are at their end.
+        """
+        return None
+
+    def build_holdout(self, spec: JobSpec) -> Dataset | Sequence[Any] | None:
+        """Samples for ``evaluate``, never trained on; None (default): no evaluation."""
+        return None
+
+    def build_optimizer(self, spec: JobSpec, model: nn.Module) -> Optimizer:
+        """The optimizer named by ``spec.hyperparameters``."""
+        knobs = spec.hyperparameters
+        common: dict[str, Any] = {"lr": knobs.lr, "weight_decay": knobs.weight_decay, "fused": True}
+        if knobs.optimizer == "sgd":
+            return torch.optim.SGD(model.parameters(), momentum=knobs.momentum, **common)
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[knobs.optimizer]
+        return kind(model.parameters(), **common)
+
+    def init_distributed(self, plan: WorkerPlan) -> None:
+        """Prepare the process (devices, libraries) for ``plan.rank`` of ``plan.world_size``."""
+
+    # --- one step ----------------------------------------------------------------------------------------------
+
+    def train_step(
+        self, state: TrainState, batch: Any, dist: Dist
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """Train on this rank's part of one global batch.
+
+        Call ``state.module`` (not ``state.model``) and ``dist.backward``. ``batch`` is never empty: where this
+        rank's part is, it is a stand-in that ``dist.backward`` weighs zero (``dist.samples`` is then 0).
+
+        Returns:
+            The state and this rank's mean of each metric, "loss" among them; the same names on each rank.
+        """
+        state.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(self.forward(state.module, batch), batch)
+        dist.backward(loss)
+        state.optimizer.step()
+        return state, {"loss": loss.detach()}
+
+    def forward(self, module: nn.Module, batch: Any) -> Any:
+        """Outputs of the model; by default ``module(inputs)`` for a pair (inputs, targets)."""
+        return module(batch[0])
+
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        """Mean loss over the batch; by default the cross-entropy of class scores [..., classes]."""
+        targets = batch[1]
+        return functional.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+
+    def measure(self, outputs: Any, batch: Any) -> dict[str, Tensor]:
+        """Further means over a held-out batch; by default "accuracy" where targets are classes."""
+        targets = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
+        if not isinstance(targets, Tensor) or targets.is_floating_point():
+            return {}
+        if not isinstance(outputs, Tensor) or outputs.shape[:-1] != targets.shape:
+            return {}
+        return {"accuracy": (outputs.argmax(-1) == targets).double().mean()}
+
+    def evaluate(self, state: TrainState, dist: Dist) -> dict[str, float]:
+        """Metrics of the held-out samples, equal on all ranks and independent of their number.
+
+        By default "eval_loss" and what ``measure`` adds; nothing without ``build_holdout``.
+        """
+        return evaluate(self, state, dist)
+
+    @cached_property
+    def holdout(self) -> Dataset | None:
+        """What ``build_holdout`` made, built once."""
+        samples = self.build_holdout(self.spec)
+        return None if samples is None else as_dataset(samples)
+
+    # --- the state at rest -------------------------------------------------------------------------------------
+
+    def new_state(self) -> TrainState:
+        """A state that has completed no step."""
+        model = self.build_model(self.spec)
+        return TrainState(model, self.build_optimizer(self.spec, model), module=model)
+
+    def serialize_state(self, state: TrainState) -> StateBlob:
+        """Tensors ``model.<name>`` and ``optimizer.<parameter>.<slot>``; hyperparameters as values."""
+        tensors = {f"model.{name}": tensor for name, tensor in state.model.state_dict().items()}
+        slots, values = optimizer_state.dump(state.optimizer, state.model)
+        tensors |= {f"optimizer.{name}": tensor for name, tensor in slots.items()}
+        return StateBlob(tensors, {"optimizer": values, "user": state.values})
+
+    def deserialize_state(self, blob: StateBlob) -> TrainState:
+        """The state that ``serialize_state`` made ``blob`` of.
+
+        Raises:
+            DistroMLError: the blob is of another model or optimizer; names what differs.
+        """
+        state = self.new_state()
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+        for name, tensor in blob.tensors.items():
+            kind, _, rest = name.partition(".")
+            parts[kind][rest] = tensor
+        try:
+            state.model.load_state_dict(parts["model"])
+        except RuntimeError as error:
+            raise DistroMLError(
+                f"The checkpoint does not fit the model that build_model made: {error}"
+            ) from None
+        optimizer_state.load(
+            state.optimizer, state.model, parts["optimizer"], blob.values["optimizer"]
+        )
+        state.values = dict(blob.values.get("user", {}))
+        return state
+
+
+def _missing(adapter: FrameworkAdapter, *methods: str) -> str:
+    return f"{type(adapter).__qualname__} must define {' or '.join(methods)}"

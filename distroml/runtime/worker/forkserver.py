@@ -1,0 +1,260 @@
+"""A small process that has torch imported and forks workers from itself: ``... .forkserver --fd N``.
+
+Importing torch takes seconds, a fork some tens of milliseconds. The agent starts one forkserver, hands it one end
+of a Unix socket pair as descriptor N, and sends ``Spawn``; it gets ``Ready``, ``Spawned``, ``SpawnFailed`` and
+``Exited`` back (``runtime.control``). The forkserver stays single-threaded, since only then is a fork safe.
+
+Nothing outlives its parent: at end of file from the agent the forkserver kills each worker with its process
+group and exits; a worker is killed by the kernel when the forkserver dies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import faulthandler
+import gc
+import os
+import selectors
+import signal
+import socket
+import sys
+import traceback
+from collections import deque
+from typing import NoReturn
+
+from distroml.runtime.control import (
+    Exited,
+    FrameReader,
+    FromForkserver,
+    Ready,
+    Spawn,
+    Spawned,
+    SpawnFailed,
+    WorkerPlan,
+    encode_frame,
+)
+
+READ_BYTES = 65_536
+MAX_WORKERS = 1024
+MAX_UNSENT_FRAMES = 16_384
+PR_SET_PDEATHSIG = 1
+PR_SET_NAME = 15
+LOG_MODE = 0o644
+CRASHED_EXIT = 70
+LOST_PARENT_EXIT = 71
+
+
+def preload() -> None:
+    """Import everything a worker needs, so that its first step does not wait for an import."""
+    # Named singly: torch imports these on first use only (optimizers and DDP both reach for _dynamo).
+    import torch
+    import torch._dynamo
+    import torch.distributed
+    import torch.nn.parallel
+    import torch.optim
+    import torch.utils.data
+
+    import distroml.runtime.worker.entry  # noqa: F401
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+class Forkserver:
+    """The loop: frames from the agent, children that end.
+
+    Args:
+        agent: connected stream socket to the agent.
+    """
+
+    def __init__(self, agent: socket.socket) -> None:
+        self._agent = agent
+        self._agent.setblocking(False)
+        self._frames: FrameReader[Spawn] = FrameReader(Spawn)
+        self._unsent: deque[bytes] = deque()
+        self._children: set[int] = set()
+        self._selector = selectors.DefaultSelector()
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._pid = os.getpid()
+
+    def run(self) -> NoReturn:
+        """Serve until the agent is gone."""
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        self._selector.register(self._wake_read, selectors.EVENT_READ)
+        self._selector.register(self._agent, selectors.EVENT_READ)
+        self._send(Ready(pid=self._pid))
+        while True:
+            for key, events in self._selector.select():
+                if key.fileobj == self._wake_read:
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(self._wake_read, READ_BYTES)
+                    self._reap()
+                    continue
+                if events & selectors.EVENT_WRITE:
+                    self._flush()
+                if events & selectors.EVENT_READ:
+                    self._receive()
+
+    # --- the agent ---------------------------------------------------------------------------------------------
+
+    def _receive(self) -> None:
+        try:
+            data = self._agent.recv(READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._end()
+        for spawn in self._frames.feed(data):
+            self._spawn(spawn)
+
+    def _send(self, message: FromForkserver) -> None:
+        self._unsent.append(encode_frame(message))
+        if len(self._unsent) > MAX_UNSENT_FRAMES:
+            self._end()
+        self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._unsent:
+                frame = self._unsent[0]
+                sent = self._agent.send(frame)
+                if sent < len(frame):
+                    self._unsent[0] = frame[sent:]
+                else:
+                    self._unsent.popleft()
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._end()
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._unsent else 0)
+        self._selector.modify(self._agent, wanted)
+
+    def _end(self) -> NoReturn:
+        """The agent is gone: so is everything that it watched."""
+        for pid in self._children:
+            _kill_group(pid)
+        os._exit(0)
+
+    # --- workers -----------------------------------------------------------------------------------------------
+
+    def _spawn(self, spawn: Spawn) -> None:
+        plan = spawn.plan
+        identity = {"run_id": plan.run_id, "generation": plan.generation, "rank": plan.rank}
+        if len(self._children) >= MAX_WORKERS:
+            self._send(SpawnFailed(**identity, reason=f"there are {MAX_WORKERS} workers already"))  # type: ignore[arg-type]
+            return
+        try:
+            log = os.open(plan.log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, LOG_MODE)
+        except OSError as error:
+            self._send(SpawnFailed(**identity, reason=f"log {plan.log_path}: {error.strerror}"))  # type: ignore[arg-type]
+            return
+        try:
+            pid = os.fork()
+        except OSError as error:
+            self._send(SpawnFailed(**identity, reason=f"fork: {error.strerror}"))  # type: ignore[arg-type]
+            return
+        finally:
+            if os.getpid() == self._pid:
+                os.close(log)
+        if pid == 0:
+            become_worker(spawn, log, self._pid)
+        self._children.add(pid)
+        # Both sides do this, so that the group exists before Spawned is sent and before the child runs on.
+        with contextlib.suppress(OSError):
+            os.setpgid(pid, pid)
+        self._send(Spawned(**identity, pid=pid))  # type: ignore[arg-type]
+
+    def _reap(self) -> None:
+        while self._children:
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is None:
+                return
+            pid = ended.si_pid
+            # What the worker started itself ends with it; before reaping, while the id is still its own.
+            _kill_group(pid)
+            _, status = os.waitpid(pid, 0)
+            self._children.discard(pid)
+            self._send(Exited(pid=pid, status=os.waitstatus_to_exitcode(status)))
+
+
+def become_worker(spawn: Spawn, log: int, parent: int) -> NoReturn:
+    """In the child: cut every tie to the forkserver, then live the worker's life."""
+    code = CRASHED_EXIT
+    try:
+        os.setpgid(0, 0)
+        _die_with(parent)
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
+            signal.signal(number, signal.SIG_DFL)
+        _redirect(log)
+        os.environ.update(spawn.env)
+        _set_name(spawn.plan)
+        faulthandler.enable()
+        from distroml.runtime.worker import entry
+
+        code = entry.main(spawn.plan)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        # Not sys.exit: threads of Gloo may be blocked, and there is nothing left to clean up.
+        os._exit(code)
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends, which may already have happened."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(LOST_PARENT_EXIT)
+
+
+def _redirect(log: int) -> None:
+    """stdin from nowhere, stdout and stderr to the log, everything else that was inherited closed."""
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2:
+            with contextlib.suppress(OSError):
+                os.close(int(name))
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+def _set_name(plan: WorkerPlan) -> None:
+    """What ``ps`` shows: at most 15 bytes."""
+    name = f"dml-r{plan.rank}-g{plan.generation}".encode()[:15]
+    ctypes.CDLL(None).prctl(PR_SET_NAME, name, 0, 0, 0)
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def main() -> NoReturn:
+    """Command line of the forkserver."""
+    parser = argparse.ArgumentParser(description="forks DistroML workers; started by distroml-node")
+    parser.add_argument("--fd", type=int, required=True, help="descriptor of the agent's socket")
+    agent = socket.socket(fileno=parser.parse_args().fd)
+    # Out of the terminal's session: its signals are the agent's to handle.
+    with contextlib.suppress(PermissionError):
+        os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    preload()
+    gc.collect()
+    gc.freeze()  # keeps the collector from touching, and so copying, the pages shared with workers
+    Forkserver(agent).run()
+
+
+if __name__ == "__main__":
+    main()

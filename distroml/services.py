@@ -1,0 +1,229 @@
+"""What ``http`` sees of a node: ``NodeServices`` and its view of history, as ``http.services`` asks for them."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from msgspec import Struct
+
+from distroml import __version__
+from distroml.commands import AnyCommand, Outcome
+from distroml.config import NodeConfig
+from distroml.consensus.peers import PeerLinks
+from distroml.consensus.proposer import Proposer
+from distroml.consensus.raft import RaftNode
+from distroml.consensus.raft_types import RaftStatus
+from distroml.consensus.replica import Replica
+from distroml.consensus.state import ClusterState
+from distroml.errors import InvalidRequest
+from distroml.http.job_events import JobEvents
+from distroml.http.limits import HttpSettings
+from distroml.http.services import Counter, HistoryBatch, LogLine, MetricPoint, Series
+from distroml.runtime.control import MetricRecord
+from distroml.runtime.coordinator import Coordinator
+from distroml.runtime.observations import Observations, ObservedNode
+from distroml.runtime.store.following import Entry, follow
+from distroml.runtime.store.history import HistoryStore
+from distroml.runtime.store.queries import HistoryQueries
+from distroml.runtime.store.records import UndecodableRecord, decode_log, decode_metric
+from distroml.runtime.store.replication import HistoryReplicator
+from distroml.runtime.store.subscriptions import Written
+
+MAX_LATEST_JOBS = 1024
+
+
+class HistoryView:
+    """The history of jobs in the words of the API."""
+
+    def __init__(self, store: HistoryStore) -> None:
+        self._store = store
+        self._queries = HistoryQueries(store)
+        self._latest: dict[str, dict[str, float]] = {}
+        self._wakes: dict[str, set[asyncio.Event]] = {}
+        store.listen(self._on_written)
+
+    async def metric_names(self, job_id: str) -> Sequence[str]:
+        return await self._queries.metric_names(job_id)
+
+    async def metric_series(
+        self, job_id: str, name: str, from_step: int, to_step: int | None, max_points: int
+    ) -> Series:
+        points = await self._queries.metric_series(job_id, name, from_step, to_step, max_points)
+        return Series(
+            steps=tuple(point.step for point in points),
+            values=tuple(point.value for point in points),
+            total=len(points),
+        )
+
+    def latest_metrics(self, job_id: str) -> Mapping[str, float]:
+        return self._latest.get(job_id, {})
+
+    async def log_lines(self, job_id: str, rank: int | None, tail: int) -> Sequence[LogLine]:
+        page = await self._queries.log_lines(job_id, rank=rank, tail=tail)
+        return [
+            LogLine(generation=one.generation, rank=one.rank, at=one.at, line=one.line)
+            for one in page.lines
+        ]
+
+    def end_position(self, job_id: str) -> str:
+        return follow(self._store, job_id, from_now=True).cursor()
+
+    async def read_after(self, job_id: str, position: str | None, limit: int) -> HistoryBatch:
+        try:
+            follower = follow(self._store, job_id, position)
+        except InvalidRequest as error:
+            raise ValueError(error.detail) from None
+        records: list[tuple[MetricPoint | LogLine, str]] = []
+        more = True
+        while len(records) < limit:
+            entry = await follower.stored()
+            if entry is None:
+                more = False
+                break
+            record = _shown(entry)
+            if record is not None:
+                records.append((record, follower.cursor()))
+        follower.close()
+        return HistoryBatch(records=tuple(records), position=follower.cursor(), more=more)
+
+    @contextmanager
+    def watch(self, job_id: str, wake: asyncio.Event) -> Iterator[None]:
+        self._wakes.setdefault(job_id, set()).add(wake)
+        try:
+            yield
+        finally:
+            watchers = self._wakes[job_id]
+            watchers.discard(wake)
+            if not watchers:
+                del self._wakes[job_id]
+
+    def _on_written(self, written: Written, local: bool) -> None:
+        key = written.key
+        for wake in self._wakes.get(key.job_id, ()):
+            wake.set()
+        if key.kind != "metrics" or key.rank != 0:
+            return
+        latest = self._latest.pop(key.job_id, {})
+        for raw in written.records[-2:]:  # an epoch's evaluation comes as a record of its own
+            try:
+                latest = latest | decode_metric(raw).values
+            except UndecodableRecord:
+                continue
+        self._latest[key.job_id] = latest
+        if len(self._latest) > MAX_LATEST_JOBS:
+            del self._latest[next(iter(self._latest))]
+
+
+def _shown(entry: Entry) -> MetricPoint | LogLine | None:
+    key = entry.key
+    try:
+        if key.kind == "logs":
+            line = decode_log(entry.record)
+            return LogLine(generation=key.generation, rank=key.rank, at=line.at, line=line.line)
+        metric: MetricRecord = decode_metric(entry.record)
+    except UndecodableRecord:
+        return None
+    return MetricPoint(
+        step=metric.step,
+        epoch=metric.epoch,
+        generation=key.generation,
+        rank=key.rank,
+        at=metric.at,
+        values=metric.values,
+    )
+
+
+class Parts(Struct, frozen=True, kw_only=True):
+    """The parts of a node that the API reads from and writes through."""
+
+    config: NodeConfig
+    incarnation: int
+    raft: RaftNode
+    replica: Replica
+    proposer: Proposer
+    links: PeerLinks
+    observations: Observations
+    history: HistoryStore
+    replicator: HistoryReplicator
+    stopping: Callable[[], bool]
+    warm: Callable[[], bool]
+    """Whether workers can be started at once (true for a node without slots)."""
+    coordinator: Coordinator
+
+
+class NodeServices:
+    """Implements ``http.services.Services`` over the parts of one node."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._started = time.monotonic()
+        self.events = JobEvents(parts.replica.recent_events)
+        self.history = HistoryView(parts.history)
+        self.settings = HttpSettings()
+        self.version = __version__
+
+    @property
+    def name(self) -> str:
+        return self._parts.config.name
+
+    def state(self) -> ClusterState:
+        return self._parts.replica.state
+
+    def raft(self) -> RaftStatus:
+        return self._parts.raft.status()
+
+    def observed(self) -> Mapping[str, ObservedNode]:
+        return self._parts.observations.view()
+
+    def waiting(self) -> Mapping[str, str]:
+        return self._parts.coordinator.waiting()
+
+    async def propose(self, command: AnyCommand, timeout_s: float) -> Outcome:
+        return await self._parts.proposer.propose(command, timeout_s)
+
+    def ready(self) -> tuple[bool, str]:
+        parts = self._parts
+        if parts.stopping():
+            return False, "this node is stopping"
+        status = parts.raft.status()
+        if not status.healthy:
+            return False, status.reason
+        if status.leader is None:
+            return False, "no leader is known"
+        own = parts.replica.state.nodes.get(self.name)
+        if own is None or own.incarnation != parts.incarnation:
+            return False, "this node has not applied its registration yet"
+        return True, ""
+
+    def health(self) -> Mapping[str, Any]:
+        status = self._parts.raft.status()
+        return {
+            "incarnation": self._parts.incarnation,
+            "uptime_s": round(time.monotonic() - self._started, 1),
+            "pid": os.getpid(),
+            "raft_healthy": status.healthy,
+            "raft_reason": status.reason,
+            "warm": self._parts.warm(),
+        }
+
+    def counters(self) -> Iterable[Counter]:
+        parts = self._parts
+        for source, values in (("links", parts.links.counters), ("raft", parts.raft.counters)):
+            for key, value in dict(values).items():
+                yield Counter(name=f"distroml_{source}_{key}_total", value=float(value))
+        for slug, count in parts.replica.state.refused.items():
+            labels = {"reason": slug}
+            yield Counter(name="distroml_refused_entries_total", value=count, labels=labels)
+        for command, count in parts.coordinator.decisions.items():
+            labels = {"command": command}
+            yield Counter(name="distroml_decisions_total", value=count, labels=labels)
+        for key, value in dataclasses.asdict(parts.replicator.counts).items():
+            yield Counter(name=f"distroml_history_{key}_total", value=float(value))
+        yield Counter(name="distroml_history_bytes", value=parts.history.size_bytes)
+        yield Counter(name="distroml_reports_refused_total", value=parts.observations.refused)

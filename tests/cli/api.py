@@ -1,0 +1,119 @@
+"""A small imitation of the API for the command line's tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aiohttp import web
+
+
+def job(job_id: str, name: str = "n", status: str = "RUNNING", **more: Any) -> dict[str, Any]:
+    """A job's document with every member that is relied upon."""
+    return {
+        "job_id": job_id, "run_id": "run-1", "name": name, "status": status, "reason": "because",
+        "generation": 1, "restarts": 0, "step": 5, "total_steps": 10, "epoch": 0, "eta_s": 2.0,
+        "created_at": "2026-01-31T12:00:00.250Z", "metrics": {"loss": 0.5},
+        "workers": [{"rank": 0, "node": "a", "pid": 7, "phase": "TRAINING", "step": 5}],
+        "checkpoints": {"count": 1, "newest_step": 5}, "result": None, **more,
+    }  # fmt: skip
+
+
+METRIC = {
+    "type": "metric", "step": 6, "epoch": 0, "generation": 1, "rank": 0, "loss": 0.25, "cursor": "1",
+}  # fmt: skip
+STATE = {
+    "type": "state", "status": "RUNNING", "reason": "all train", "generation": 1, "cursor": "0",
+}  # fmt: skip
+LINES = [
+    {"generation": 1, "rank": 0, "at": "2026-01-31T12:00:01.000Z", "line": "first"},
+    {"generation": 1, "rank": 1, "at": "2026-01-31T12:00:02.000Z", "line": "second"},
+]
+
+
+class Api:
+    """Answers for ``jobs``; a stream plays ``events`` and ends in each job's ``final`` status."""
+
+    def __init__(self, *jobs: dict[str, Any], final: str = "COMPLETED") -> None:
+        self.jobs = {one["job_id"]: one for one in jobs}
+        self.final = final
+        self.events: list[dict[str, Any]] = [STATE, METRIC]
+        self.end = True
+
+    async def __call__(self, request: web.Request) -> web.StreamResponse:
+        _, _, noun, *rest = [*request.path.split("/"), "", ""]
+        match noun, [part for part in rest if part]:
+            case "jobs", []:
+                if request.method == "POST":
+                    made = job("job-new", (await request.json()).get("name", "job"), "QUEUED")
+                    self.jobs[made["job_id"]] = made
+                    return web.json_response(made, status=201)
+                return web.json_response({"jobs": list(self.jobs.values()), "next_cursor": None})
+            case "jobs", [job_id, *more]:
+                if job_id not in self.jobs:
+                    return _missing(job_id)
+                return await self._job(request, self.jobs[job_id], more)
+            case "cluster", [part]:
+                return web.json_response(_CLUSTER[part])
+        return _missing(request.path)
+
+    async def _job(
+        self, request: web.Request, one: dict[str, Any], more: list[str]
+    ) -> web.StreamResponse:
+        match request.method, more:
+            case "GET", []:
+                return web.json_response(one)
+            case "DELETE", []:
+                return web.json_response({**one, "status": "CANCELLED"}, status=202)
+            case "POST", ["stop"]:
+                return web.json_response({**one, "status": "STOPPING"}, status=202)
+            case "GET", ["logs"]:
+                wanted = request.query.get("rank")
+                lines = [line for line in LINES if wanted in (None, str(line["rank"]))]
+                return web.json_response({"job_id": one["job_id"], "lines": lines})
+            case "GET", ["checkpoints"]:
+                return web.json_response({"job_id": one["job_id"], "checkpoints": [_CHECKPOINT]})
+            case "GET", ["incidents"]:
+                return web.json_response({"job_id": one["job_id"], "incidents": [_INCIDENT]})
+            case "GET", ["stream"]:
+                return await self._stream(request, one)
+        return _missing(request.path)
+
+    async def _stream(self, request: web.Request, one: dict[str, Any]) -> web.StreamResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        for event in self.events:
+            await socket.send_json(event)
+        if self.end:
+            self.jobs[one["job_id"]] = {**one, "status": self.final}
+            await socket.send_json(
+                {"type": "end", "status": self.final, "reason": "", "cursor": "9"}
+            )
+        else:
+            await socket.receive()
+        await socket.close()
+        return socket
+
+
+def _missing(what: str) -> web.Response:
+    problem = {"type": "/problems/not-found", "status": 404, "detail": f"There is no {what}."}
+    return web.json_response(problem, status=404)
+
+
+_CHECKPOINT = {
+    "step": 5, "epoch": 0, "generation": 1, "status": "COMMITTED", "reason": "", "shards": 4,
+    "committed_at": "2026-01-31T12:00:00.250Z", "directory": "job-1/run-1/x", "size_bytes": 2048,
+    "manifest": "manifest.json", "manifest_sha256": "0",
+}  # fmt: skip
+_INCIDENT = {
+    "number": 1, "generation": 1, "next_generation": 2, "reason": "worker 2 exited by SIGKILL",
+    "steps_lost": 3, "phases_ms": {"detect": 1.5, "total": 200.25},
+}  # fmt: skip
+_NODE = {
+    "name": "a", "status": "ALIVE", "leader": True, "slots": 2, "slots_used": 1, "incarnation": 3,
+    "cpu_percent": 12.0, "memory_bytes": 1048576, "http": "http://a:1", "reason": "",
+}  # fmt: skip
+_CLUSTER: dict[str, dict[str, Any]] = {
+    "nodes": {"nodes": [_NODE]},
+    "leader": {"leader": "a", "term": 4},
+    "resources": {"slots": {"total": 2, "used": 1, "free": 1}, "jobs": {"RUNNING": 1}, "nodes": []},
+}

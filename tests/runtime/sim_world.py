@@ -1,0 +1,292 @@
+"""A whole cluster around the real state machine and the real reconciler.
+
+Whoever leads takes one turn per tick: it hears the reports of ``sim_workers``, judges, decides and applies. ``World``
+checks on the way that no decision is stale and that no slot is given twice; tests script the faults.
+"""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from distroml import commands as c
+from distroml.consensus.state import ClusterState
+from distroml.model import ASSIGNED, Checkpoint, Generation, Job, JobStatus
+from distroml.reports import NodeReport
+from distroml.runtime.facts import CheckpointKey, Facts, NodeFacts, ReconcilerSettings, look
+from distroml.runtime.failure_detector import Listening, NodeObservation, assess
+from distroml.runtime.reconciler import Decision, WriteManifest, reconcile
+from tests.builders import node, submit
+from tests.runtime.sim_workers import Fleet
+
+ELECTION_TICKS = 5
+SETTINGS = ReconcilerSettings(
+    backoff_limit_s=1.0, start_deadline_s=30.0, stop_deadline_s=30.0, final_checkpoint_wait_s=10.0
+)
+
+
+class World(Fleet):
+    """Nodes, the log and the leader."""
+
+    def __init__(self, nodes: dict[str, int], settings: ReconcilerSettings = SETTINGS) -> None:
+        super().__init__(nodes)
+        self.settings = settings
+        self.leader: str | None = next(iter(nodes))
+        self.leaderless_ticks = 0
+        self.leader_since_s = 0.0
+        self.facts: Facts | None = None
+        self.heard: dict[str, tuple[NodeReport, float]] = {}
+        self.down_since_s: dict[str, float] = {}
+        self.writing: dict[CheckpointKey, tuple[int, WriteManifest]] = {}
+        self.write_failures: dict[CheckpointKey, str] = {}
+        self.manifests_fail = False
+        self.ended_by_request: set[str] = set()
+        self.decisions: list[Decision] = []
+        self.ghosts: list[tuple[int, list[Decision]]] = []
+        for name, slots in nodes.items():
+            self.log.ok(node(name, slots=slots), at=self.wall_s)
+
+    # --- what tests do ---
+
+    def submit(self, job_id: str, **fields: object) -> None:
+        self.log.ok(submit(job_id, **fields), at=self.wall_s)  # type: ignore[arg-type]
+
+    def run(self, ticks: int) -> None:
+        for _ in range(ticks):
+            self.tick()
+
+    def run_until_over(self, limit_ticks: int) -> None:
+        """Go on until all jobs have ended."""
+        for _ in range(limit_ticks):
+            if all(job.terminal for job in self.state.jobs.values()):
+                return
+            self.tick()
+        left = {j.job_id: (j.status, j.reason) for j in self.state.active_jobs()}
+        raise AssertionError(
+            f"waited {limit_ticks} ticks for all jobs to end; still active: {left}"
+        )
+
+    def run_until(self, job_id: str, *statuses: JobStatus, limit_ticks: int = 600) -> Job:
+        for _ in range(limit_ticks):
+            job = self.state.jobs[job_id]
+            if job.status in statuses:
+                return job
+            self.tick()
+        job = self.state.jobs[job_id]
+        raise AssertionError(f"waited for {statuses}; {job_id} is {job.status}: {job.reason}")
+
+    def take_down(self, name: str) -> None:
+        """The whole host dies, with its workers."""
+        sim = self.nodes[name]
+        sim.up = False
+        sim.workers.clear()
+        sim.doomed.clear()
+        self.down_since_s.setdefault(name, self.now.monotonic_s)
+        if self.leader == name:
+            self.depose()
+
+    def bring_up(self, name: str) -> None:
+        """The host starts again as its next incarnation."""
+        sim = self.nodes[name]
+        if sim.up:
+            return
+        sim.up, sim.incarnation = True, sim.incarnation + 1
+        self.down_since_s.pop(name, None)
+        self.log.ok(node(name, incarnation=sim.incarnation, slots=sim.slots), at=self.wall_s)
+
+    def stop(self, index: int) -> None:
+        """A user asks for the ``index``-th active job to stop."""
+        for job in self._active(index):
+            self.ended_by_request.add(job.job_id)
+            self.log.ok(c.StopJob(job_id=job.job_id, reason="stopped by request"), at=self.wall_s)
+
+    def cancel(self, index: int) -> None:
+        """A user cancels the ``index``-th active job."""
+        for job in self._active(index):
+            self.ended_by_request.add(job.job_id)
+            self.log.ok(c.CancelJob(job_id=job.job_id, reason="cancelled"), at=self.wall_s)
+
+    def depose(self) -> None:
+        """The leader is gone; another node takes over a little later, from state and reports alone."""
+        self.leader, self.facts, self.leaderless_ticks = None, None, 0
+        self.writing.clear()
+        self.write_failures.clear()
+
+    def haunt(self, delay_ticks: int) -> None:
+        """A deposed leader's decisions of this moment reach the log later."""
+        if self.facts is not None:
+            stale = reconcile(self.state, self.facts, self.now, self.settings)
+            self.ghosts.append((self.ticks + delay_ticks, stale))
+
+    def heal(self) -> None:
+        """End all faults that last."""
+        for name, sim in self.nodes.items():
+            self.bring_up(name)
+            sim.muted = sim.disk_full = False
+            sim.lag_ticks = 0
+        self.manifests_fail = False
+
+    # --- one tick ---
+
+    def tick(self) -> None:
+        self.ticks += 1
+        self.converge()
+        self.advance()
+        for report in self.report():
+            self.heard[report.node] = (report, self.now.monotonic_s)
+        self._haunting()
+        self._lead()
+
+    def _active(self, index: int) -> list[Job]:
+        active = self.state.active_jobs()
+        return [active[index % len(active)]] if active else []
+
+    # --- the leader ---
+
+    def _lead(self) -> None:
+        if self.leader is None:
+            self.leaderless_ticks += 1
+            up = [name for name, sim in self.nodes.items() if sim.up]
+            if self.leaderless_ticks < ELECTION_TICKS or not up:
+                return
+            self.leader, self.leader_since_s = up[0], self.now.monotonic_s
+        self._finish_writing()
+        self.facts = look(
+            self.facts,
+            self.state,
+            self._node_facts(),
+            self.now,
+            writing=frozenset(self.writing),
+            write_failures=self.write_failures,
+        )
+        decisions = reconcile(self.state, self.facts, self.now, self.settings)
+        self._check(decisions)
+        for decision in decisions:
+            self.decisions.append(decision)
+            if isinstance(decision.action, WriteManifest):
+                effect = decision.action
+                key = (effect.job_id, effect.generation, effect.step)
+                self.writing[key] = (self.ticks + 2, effect)
+            else:
+                self.log.ok(decision.action, at=self.wall_s)
+
+    def _node_facts(self) -> dict[str, NodeFacts]:
+        observed = []
+        for name, registered in self.state.nodes.items():
+            report, at_s = self.heard.get(name, (None, None))
+            observed.append(
+                NodeObservation(
+                    node=name,
+                    incarnation=report.incarnation if report else registered.incarnation,
+                    last_heard_s=at_s,
+                    connected=name not in self.down_since_s,
+                    down_since_s=self.down_since_s.get(name),
+                )
+            )
+        assert self.leader is not None
+        listening = Listening(own_node=self.leader, leader_since_s=self.leader_since_s)
+        verdicts = assess(observed, now_s=self.now.monotonic_s, listening=listening)
+        return {
+            name: NodeFacts(
+                health=verdict.health,
+                reason=verdict.reason,
+                incarnation=verdict.incarnation,
+                report=self.heard[name][0] if name in self.heard else None,
+            )
+            for name, verdict in verdicts.items()
+        }
+
+    def _finish_writing(self) -> None:
+        for key, (due, effect) in list(self.writing.items()):
+            if due > self.ticks:
+                continue
+            del self.writing[key]
+            if self.manifests_fail:
+                self.write_failures[key] = "Permission denied"
+                continue
+            checkpoint = Checkpoint(
+                step=effect.step,
+                epoch=0,
+                generation=effect.generation,
+                directory=f"ckpt_step_{effect.step:08d}",
+                manifest=f"manifest-{effect.generation}.json",
+                manifest_sha256=f"{effect.generation}-{effect.step}",
+                size_bytes=1,
+                shards=len(effect.shards),
+                committed_at=self.wall_s,
+            )
+            # A job that was cancelled meanwhile refuses it, which is fine.
+            self.corrupt.discard((effect.job_id, effect.step))
+            self.log(
+                c.CommitCheckpoint(
+                    job_id=effect.job_id, generation=effect.generation, checkpoint=checkpoint
+                ),
+                at=self.wall_s,
+            )
+
+    def _haunting(self) -> None:
+        for due, decisions in list(self.ghosts):
+            if due <= self.ticks:
+                self.ghosts.remove((due, decisions))
+                for decision in decisions:
+                    if not isinstance(decision.action, WriteManifest):
+                        self.log(decision.action, at=self.wall_s)
+
+    # --- what must hold at every turn ---
+
+    def _check(self, decisions: list[Decision]) -> None:
+        assert self.facts is not None
+        assert decisions == reconcile(*self._shuffled(), self.now, self.settings)
+        changed: set[str] = set()
+        for decision in decisions:
+            assert decision.reason
+            action = decision.action
+            if isinstance(
+                action, c.FormGeneration | c.FailGeneration | c.FinishRun | c.MarkRunning
+            ):
+                assert action.job_id not in changed, decisions
+                changed.add(action.job_id)
+            if isinstance(action, c.FormGeneration):
+                self._check_formation(action.generation, self.state.jobs[action.job_id])
+            elif isinstance(action, c.FailGeneration | c.FinishRun | c.MarkRunning | WriteManifest):
+                assert action.generation == self.state.jobs[action.job_id].generation_number
+        self._check_slots(decisions)
+
+    def _shuffled(self) -> tuple[ClusterState, Facts]:
+        """The same state and facts with every dict in another order."""
+        assert self.facts is not None
+        state = replace(
+            self.state,
+            jobs=dict(reversed(self.state.jobs.items())),
+            nodes=dict(reversed(self.state.nodes.items())),
+        )
+        facts = replace(
+            self.facts,
+            nodes=dict(reversed(self.facts.nodes.items())),
+            sightings=dict(reversed(self.facts.sightings.items())),
+        )
+        return state, facts
+
+    def _check_formation(self, generation: Generation, job: Job) -> None:
+        newest = job.newest_checkpoint()
+        assert generation.number == job.generation_number + 1
+        assert [m.rank for m in generation.members] == list(range(job.spec.resources.workers))
+        assert generation.checkpoint_step == (newest.step if newest else None)
+        assert generation.resume_step == (newest.step if newest else 0)
+
+    def _check_slots(self, decisions: list[Decision]) -> None:
+        """Assigned ranks plus processes that nobody assigned any more never exceed the slots of a node."""
+        formed = [d.action for d in decisions if isinstance(d.action, c.FormGeneration)]
+        if not formed:
+            return
+        used = self.state.slots_used()
+        for command in formed:
+            for member in command.generation.members:
+                used[member.node] = used.get(member.node, 0) + 1
+        for name, sim in self.nodes.items():
+            current = {
+                (job.run_id, job.generation_number)
+                for job in self.state.jobs.values()
+                if job.status in ASSIGNED
+            }
+            strays = [key for key in sim.alive() if sim.up and key[:2] not in current]
+            assert used.get(name, 0) + len(strays) <= sim.slots, (name, used, strays, decisions)

@@ -1,0 +1,215 @@
+"""The reconciler case by case: nodes, the queue, starts and recoveries, each with its sentence."""
+
+from __future__ import annotations
+
+import pytest
+from msgspec.structs import replace
+
+from distroml import commands as c
+from distroml.model import FailureKind, JobStatus, NodeStatus
+from distroml.reports import WorkerPhase
+from distroml.runtime import reconciler
+from distroml.runtime.failure_detector import Health
+from distroml.spec import Checkpointing
+from tests.builders import checkpoint, node
+from tests.runtime.scenes import (
+    Scene,
+    names,
+    only,
+    reasons,
+    recovering,
+    why_waiting,
+)
+
+NO_CHECKPOINTS = Checkpointing(enabled=False)
+
+
+# --- nodes ---
+
+
+def test_a_node_that_the_detector_lost_is_set_lost_and_back_alive_when_heard() -> None:
+    scene = Scene("a", "b")
+    scene.lose("b", "silent for 3.1 s")
+    assert reasons(scene.step()) == ["node b: silent for 3.1 s"]
+    assert scene.turn() == []
+    scene.hears("b")
+    assert reasons(scene.step()) == ["node b: heard again"]
+    assert scene.log.state.nodes["b"].status is NodeStatus.ALIVE
+
+
+def test_an_earlier_incarnation_does_not_revive_a_node() -> None:
+    scene = Scene("a", "b")
+    scene.lose("b")
+    scene.step()
+    scene.log.ok(node("b", incarnation=2, slots=2), at=scene.wall_s)
+    scene.log.ok(
+        c.SetNodeStatus(name="b", incarnation=2, status=NodeStatus.LOST, reason="silent"),
+        at=scene.wall_s,
+    )
+    scene.hears("b", incarnation=1)
+    assert scene.turn() == []
+
+
+def test_a_node_that_just_registered_is_not_judged_by_the_silence_of_its_predecessor() -> None:
+    scene = Scene("a", "b")
+    scene.lose("b")
+    scene.step()
+    scene.log.ok(node("b", incarnation=2, slots=2), at=scene.wall_s)
+    assert scene.turn() == []
+    assert names(scene.turn(after_s=10.0)) == ["SetNodeStatus"]
+
+
+def test_a_draining_report_drains_the_node() -> None:
+    scene = Scene("a")
+    scene.hears("a", draining=True)
+    assert reasons(scene.step()) == ["node a: it is shutting down"]
+    assert scene.log.state.nodes["a"].status is NodeStatus.DRAINING
+    assert scene.turn() == []
+
+
+# --- the queue ---
+
+
+def test_a_queued_job_gets_its_first_generation() -> None:
+    scene = Scene("a", "b").submitted()
+    decisions = scene.step()
+    assert reasons(decisions) == ["generation 1: 4 workers on a(2), b(2)"]
+    formed = only(decisions, c.FormGeneration).generation
+    assert (formed.number, formed.checkpoint_step, formed.resume_step) == (1, None, 0)
+    assert names(scene.turn()) == []
+
+
+def test_a_waiting_job_says_what_it_waits_for() -> None:
+    scene = Scene("a", "b", slots=1).submitted("large").submitted("small", workers=1)
+    scene.log.ok(node("c", slots=2), at=scene.wall_s - 100)
+    scene.lose("c")
+    scene.reports["c"] = scene.reports["a"]
+    scene.step()
+    assert why_waiting(scene) == {
+        "large": "needs 4 slots, 2 free of 2",
+        "small": "needs 1 slot, 2 free of 2; ahead of it: large",
+    }
+
+
+def test_nothing_is_placed_before_every_node_was_heard() -> None:
+    scene = Scene("a", "b").submitted(workers=2)
+    del scene.reports["b"]
+    assert scene.turn() == []
+    assert why_waiting(scene) == {"job-1": "waiting for the first report of node b"}
+    scene.hears("b")
+    assert reasons(scene.turn()) == ["generation 1: 2 workers on a(1), b(1)"]
+
+
+def test_a_node_that_never_reports_does_not_hold_the_queue_for_ever() -> None:
+    scene = Scene("a", "b").submitted(workers=2)
+    del scene.reports["b"]
+    scene.turn()
+    assert reasons(scene.turn(after_s=5.0)) == ["generation 1: 2 workers on a(2)"]
+
+
+@pytest.mark.parametrize("status", [NodeStatus.DRAINING, NodeStatus.LEFT, NodeStatus.LOST])
+def test_only_alive_nodes_get_work(status: NodeStatus) -> None:
+    scene = Scene("a", "b").submitted(workers=2)
+    scene.log.ok(c.SetNodeStatus(name="a", incarnation=1, status=status, reason="asked"))
+    scene.health["a"] = (Health.SUSPECT, "silent")
+    assert reasons(scene.turn()) == ["generation 1: 2 workers on b(2)"]
+
+
+def test_a_suspect_node_gets_no_work() -> None:
+    scene = Scene("a", "b").submitted(workers=2)
+    scene.health["a"] = (Health.SUSPECT, "silent for 1.2 s")
+    assert reasons(scene.turn()) == ["generation 1: 2 workers on b(2)"]
+
+
+def test_an_old_worker_still_alive_holds_its_slot() -> None:
+    scene = Scene("a").submitted(workers=2)
+    stray = replace(scene.worker(0), job_id="gone", run_id="gone", generation=7)
+    scene.hears("a", stray)
+    assert scene.turn() == []
+    assert why_waiting(scene) == {"job-1": "needs 2 slots, 1 free of 2"}
+
+
+# --- starting ---
+
+
+def test_a_generation_runs_when_all_its_ranks_train() -> None:
+    scene = Scene("a", "b").starting("a", "b")
+    scene.change(1, phase=WorkerPhase.RESTORING)
+    assert scene.turn() == []
+    scene.change(1, phase=WorkerPhase.TRAINING)
+    decisions = scene.step()
+    assert reasons(decisions) == ["generation 1: all 2 ranks train"]
+    assert only(decisions, c.MarkRunning).total_steps == 100
+    assert scene.job().status is JobStatus.RUNNING
+
+
+def test_a_late_start_names_the_ranks_and_what_they_do() -> None:
+    scene = Scene("a", "b").starting("a", "b", "b")
+    scene.change(1, phase=WorkerPhase.CONNECTING)
+    scene.reports["b"] = replace(scene.reports["b"], ready=False)
+    scene.reports["b"] = replace(scene.reports["b"], workers=scene.reports["b"].workers[:1])
+    failed = only(scene.turn(after_s=120.0), c.FailGeneration)
+    assert failed.reason == (
+        "generation 1: not all workers train after 120 s: "
+        "rank 1 on node b is CONNECTING, rank 2 on node b is unknown"
+    )
+    assert failed.cause.kind is FailureKind.START_TIMEOUT
+    assert (failed.cause.rank, failed.cause.node, failed.collateral) == (1, "b", (0,))
+
+
+def test_a_new_leader_starts_the_start_deadline_again() -> None:
+    scene = Scene("a", "b").starting("a", "b")
+    scene.change(1, phase=WorkerPhase.CONNECTING)
+    scene.facts = None
+    assert scene.turn(after_s=500.0) == []
+
+
+# --- recovery ---
+
+
+def test_a_recovery_resumes_from_the_newest_checkpoint() -> None:
+    scene = Scene("a", "b").running("a", "b")
+    for step in (10, 20):
+        commit = c.CommitCheckpoint(
+            job_id="job-1", generation=1, checkpoint=checkpoint(step, 1, f"{step}")
+        )
+        scene.log.ok(commit)
+    recovering(scene)
+    assert scene.turn() == [], "the backoff begins now"
+    assert why_waiting(scene) == {"job-1": "restart in 0.1 s"}
+    decisions = scene.step(after_s=0.2)
+    assert reasons(decisions) == [
+        "generation 2: 2 workers on a(1), b(1) from the checkpoint of step 20"
+    ]
+    formed = only(decisions, c.FormGeneration).generation
+    assert (formed.checkpoint_step, formed.resume_step) == (20, 20)
+
+
+def test_a_recovery_without_a_checkpoint_starts_from_scratch() -> None:
+    scene = recovering(Scene("a", "b").running("a", "b"))
+    scene.turn()
+    assert reasons(scene.turn(1.0)) == ["generation 2: 2 workers on a(1), b(1) from scratch"]
+
+
+def test_a_recovery_waits_for_the_old_workers_to_end_but_not_for_ever() -> None:
+    scene = recovering(Scene("a", "b", slots=4).running("a", "b"))
+    scene.hears("b", scene.worker(1))
+    scene.turn()
+    assert scene.turn(1.0) == []
+    assert why_waiting(scene) == {"job-1": "1 worker of generation 1 still ending"}
+    assert names(scene.turn(20.0)) == ["FormGeneration"]
+
+
+def test_a_recovery_does_not_wait_for_workers_on_a_lost_node() -> None:
+    scene = recovering(Scene("a", "b").running("a", "b"))
+    scene.hears("b", scene.worker(1))
+    scene.lose("b")
+    scene.turn()
+    assert reasons(scene.turn(1.0)) == [
+        "node b: connection closed and silent for 0.6 s",
+        "generation 2: 2 workers on a(2) from scratch",
+    ]
+
+
+def test_every_status_has_a_handler() -> None:
+    assert set(reconciler._HANDLERS) == set(JobStatus)
