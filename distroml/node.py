@@ -195,13 +195,6 @@ class Node:
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         """Start each part; whatever was started is stopped in reverse order, also after a failure."""
         self._wire()
-        try:
-            await self.http.start(self.config.http.host, self.config.http.port)
-        except OSError as error:
-            raise ConfigError(
-                f"http {self.config.http} cannot be used: {error.strerror}.", field="http"
-            ) from None
-        stack.push_async_callback(self.http.stop)
         await self.history.start()
         stack.push_async_callback(self.history.close)
         self.replicator.start()
@@ -210,6 +203,13 @@ class Node:
         stack.push_async_callback(self.links.close)
         await self.raft.start()
         stack.push_async_callback(self.raft.stop)
+        try:
+            await self.http.start(self.config.http.host, self.config.http.port)
+        except OSError as error:
+            raise ConfigError(
+                f"http {self.config.http} cannot be used: {error.strerror}.", field="http"
+            ) from None
+        stack.push_async_callback(self.http.stop)
         await self.supervisor.start(warm=self.config.slots > 0)
         stack.push_async_callback(self.supervisor.stop)
         self.reporter.start()

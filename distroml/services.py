@@ -163,6 +163,7 @@ class NodeServices:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._started = time.monotonic()
+        self._caught_up = False
         self.events = JobEvents(parts.replica.recent_events)
         self.history = HistoryView(parts.history)
         self.settings = HttpSettings()
@@ -187,6 +188,14 @@ class NodeServices:
     async def propose(self, command: AnyCommand, timeout_s: float) -> Outcome:
         return await self._parts.proposer.propose(command, timeout_s)
 
+    def caught_up(self) -> bool:
+        """True from the moment on that this node applied its own registration: all that was acknowledged
+        before it started is then part of its state."""
+        if not self._caught_up:
+            own = self.state().nodes.get(self.name)
+            self._caught_up = own is not None and own.incarnation == self._parts.incarnation
+        return self._caught_up
+
     def ready(self) -> tuple[bool, str]:
         parts = self._parts
         if parts.stopping():
@@ -196,9 +205,8 @@ class NodeServices:
             return False, status.reason
         if status.leader is None:
             return False, "no leader is known"
-        own = parts.replica.state.nodes.get(self.name)
-        if own is None or own.incarnation != parts.incarnation:
-            return False, "this node has not applied its registration yet"
+        if not self.caught_up():
+            return False, "this node has not applied the whole log since it started"
         return True, ""
 
     def health(self) -> Mapping[str, Any]:

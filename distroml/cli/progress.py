@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 MAX_CHANGES = 8
 """State changes that are shown."""
+_SAVING = "CHECKPOINTING"
 _RESOURCES = ("workers", "total_steps", "eta_s", "epoch")
 _COLOURS = {
     "RUNNING": "green",
@@ -39,13 +40,9 @@ class JobProgress:
     def __init__(self, job: Json) -> None:
         self.job = job
         self.metrics: dict[str, float] = {}
+        self.status = ""
         self.changes: deque[tuple[str, str]] = deque(maxlen=MAX_CHANGES)
         self.refresh(job)
-
-    @property
-    def status(self) -> str:
-        """The newest status."""
-        return self.changes[-1][0]
 
     def refresh(self, job: Json) -> None:
         """Take a newer document of the job."""
@@ -99,7 +96,10 @@ class JobProgress:
         return f"{self.status} {shown}" + (f" workers {workers}" if workers else "")
 
     def _change(self, status: str, reason: str) -> None:
-        if not self.changes or self.changes[-1] != (status, reason):
+        # saving checkpoints is the ordinary course of a job: shown as its status, not told as news
+        ordinary = status == _SAVING or (self.status, status) == (_SAVING, "RUNNING")
+        self.status = status
+        if not ordinary and (status, reason) not in list(self.changes)[-1:]:
             self.changes.append((status, reason))
 
 

@@ -62,25 +62,32 @@ async def follow(client: AsyncClient, progress: JobProgress, show: Show) -> None
 
 
 class PlainLines:
-    """Shows progress where there is no terminal: each change of state, and a step now and then."""
+    """Shows progress where there is no terminal: each change of state, and a step now and then.
 
-    def __init__(self) -> None:
+    Args:
+        stamp: begins each line; default: the time of day.
+    """
+
+    def __init__(self, stamp: Callable[[], str] = lambda: time.strftime("%H:%M:%S")) -> None:
+        self._stamp = stamp
         self._seen: tuple[str, str] | None = None
         self._next_line_at = 0.0
 
     def show(self, progress: JobProgress, _event: Json | None = None) -> None:
         """Print what is new."""
-        status, reason = newest = progress.changes[-1]
+        newest = progress.changes[-1] if progress.changes else None
         now = time.monotonic()
-        if newest != self._seen:
+        if newest is not None and newest != self._seen:
             self._seen = newest
-            self._write(f"{status}: {reason}" if reason else status)
+            status, reason = newest
+            self.say(f"{status}: {reason}" if reason else status)
         elif now >= self._next_line_at:
             self._next_line_at = now + PLAIN_LINE_S
-            self._write(progress.line())
+            self.say(progress.line())
 
-    def _write(self, text: str) -> None:
-        sys.stdout.write(f"{time.strftime('%H:%M:%S')} {printable(text)}\n")
+    def say(self, text: str) -> None:
+        """Print one line."""
+        sys.stdout.write(f"{self._stamp()} {printable(text)}\n")
         sys.stdout.flush()
 
 

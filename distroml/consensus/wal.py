@@ -171,11 +171,11 @@ def _batch_at(
 
 
 def _later_batch(content: bytes, offset: int, salt: int, sequence: int) -> int | None:
-    """Offset of an intact batch that was written after batch `sequence` had been synced."""
+    """Offset of an intact batch behind a bad one, which no unfinished write can leave there."""
     while (offset := content.find(_BATCH_MAGIC, offset)) >= 0:
         if _batch_at(content, offset, salt, None) is not None:
             found: int = _BATCH.unpack_from(content, offset)[1]
-            if found > sequence:
+            if found >= sequence:
                 return offset
         offset += 1
     return None

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 NODES = 3
 SLOTS = 2
-TIMEOUT_S = 240.0
+TIMEOUT_S = 210.0
+"""For the story; stopping the nodes takes at most half a minute more."""
 DEFAULT_STEPS = 1200
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -43,7 +44,7 @@ class Screen:
 
     def __init__(self, stack: ExitStack) -> None:
         self._begun = time.monotonic()
-        self._plain = PlainLines()
+        self._plain = PlainLines(self._stamp)
         self._progress: JobProgress | None = None
         self._said: deque[str] = deque(maxlen=MAX_SAID)
         self._live = sys.stdout.isatty()
@@ -60,10 +61,12 @@ class Screen:
 
     def say(self, text: str) -> None:
         """One line of the story."""
-        line = f"{time.monotonic() - self._begun:6.1f} s  {printable(text)}"
-        self._said.append(line)
+        self._said.append(f"{self._stamp()} {printable(text)}")
         if not self._live:
-            print(line, flush=True)
+            self._plain.say(text)
+
+    def _stamp(self) -> str:
+        return f"{time.monotonic() - self._begun:6.1f} s "
 
     def watch(self, progress: JobProgress, event: Json) -> None:
         """Something happened to the job."""

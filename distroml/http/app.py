@@ -16,7 +16,7 @@ from typing import Any
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
-from distroml.errors import InvalidRequest
+from distroml.errors import InvalidRequest, Unavailable
 from distroml.http import limits, openapi, problems
 from distroml.http.guards import Authenticate, check_origin
 from distroml.http.limits import Gate
@@ -145,6 +145,11 @@ class HttpServer:
         services = self._services
         check_origin(request, services.settings, services.state().nodes.values())
         await self._authenticate(request)
+        if request.path.startswith("/api/") and not services.caught_up():
+            raise Unavailable(
+                f"Node '{services.name}' has just started and does not know all jobs yet; "
+                "try again shortly or at another node."
+            )
         return await handler(request)
 
     async def _sign(self, request: web.Request, response: web.StreamResponse) -> None:

@@ -160,6 +160,10 @@ class Services(Protocol):
         """
         ...
 
+    def caught_up(self) -> bool:
+        """False after a start, until all that was acknowledged before is part of ``state``; then always true."""
+        ...
+
     def ready(self) -> tuple[bool, str]:
         """Whether this node can serve, and if not, why."""
         ...

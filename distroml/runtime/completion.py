@@ -6,11 +6,11 @@ Pure; used by ``runtime.reconciler``.
 from __future__ import annotations
 
 from distroml.commands import FinishRun
-from distroml.model import CheckpointStatus, Job, JobStatus, Result
+from distroml.model import Cause, CheckpointStatus, FailureKind, Job, JobStatus, Result
 from distroml.reports import WorkerOutcome
 from distroml.runtime.checkpoint_progress import Progress
 from distroml.runtime.decisions import Decision, Running, Turn
-from distroml.runtime.evidence import MAX_REASON_BYTES, clip, ranks_text
+from distroml.runtime.evidence import MAX_REASON_BYTES, Blame, clip, ranks_text
 from distroml.runtime.facts import sighting_of
 
 DIGEST_CHARS = 12
@@ -27,8 +27,14 @@ def outcomes_of(run: Running) -> dict[int, WorkerOutcome] | None:
     return outcomes if len(outcomes) == len(run.generation.members) else None
 
 
-def finish(run: Running, status: JobStatus, reason: str, result: Result | None = None) -> Decision:
-    """End the run."""
+def finish(
+    run: Running,
+    status: JobStatus,
+    reason: str,
+    result: Result | None = None,
+    because: Blame | None = None,
+) -> Decision:
+    """End the run; ``because`` of a failure, it leaves an incident."""
     reason = clip(reason, MAX_REASON_BYTES)
     command = FinishRun(
         job_id=run.job.job_id,
@@ -36,6 +42,10 @@ def finish(run: Running, status: JobStatus, reason: str, result: Result | None =
         status=status,
         reason=reason,
         result=result,
+        cause=because.cause if because else None,
+        collateral=because.collateral if because else (),
+        observed_at=because.observed_at if because else 0.0,
+        highest_step=run.highest_step,
     )
     return Decision(action=command, reason=reason)
 
@@ -45,7 +55,9 @@ def conclude(
 ) -> Decision | None:
     """The end of a run whose ranks all finished; None while the final checkpoint is still being committed."""
     if len({outcome.state_digest for outcome in outcomes.values()}) > 1:
-        return finish(run, JobStatus.FAILED, _diverged(run, outcomes))
+        verdict = _diverged(turn, run, outcomes)
+        reason = f"generation {run.generation.number}: {verdict.reason}"
+        return finish(run, JobStatus.FAILED, reason, because=verdict)
     first = outcomes[min(outcomes)]
     problem = _final_checkpoint_problem(turn, run, first, at)
     if problem is None:
@@ -69,9 +81,10 @@ def conclude(
     return finish(run, JobStatus.COMPLETED, reason, result)
 
 
-def stopped_by_failure(run: Running, why: str) -> Decision:
+def stopped_by_failure(run: Running, why: str, because: Blame | None = None) -> Decision:
     """The end of a run that failed while it was stopping."""
-    return finish(run, JobStatus.CANCELLED, f"stopped; {_after_stop(run.job, why)}")
+    reason = f"stopped; {_after_stop(run.job, why)}"
+    return finish(run, JobStatus.CANCELLED, reason, because=because)
 
 
 def _final_checkpoint_problem(
@@ -109,7 +122,7 @@ def _newest_step(job: Job) -> int | None:
     return newest.step if newest else None
 
 
-def _diverged(run: Running, outcomes: dict[int, WorkerOutcome]) -> str:
+def _diverged(turn: Turn, run: Running, outcomes: dict[int, WorkerOutcome]) -> Blame:
     by_digest: dict[str, list[int]] = {}
     for rank in sorted(outcomes):
         by_digest.setdefault(outcomes[rank].state_digest, []).append(rank)
@@ -117,4 +130,12 @@ def _diverged(run: Running, outcomes: dict[int, WorkerOutcome]) -> str:
         f"{ranks_text(ranks)} ended with {digest[:DIGEST_CHARS]}"
         for digest, ranks in by_digest.items()
     ]
-    return f"generation {run.generation.number}: the final states differ: {'; '.join(parts)}"
+    reason = clip(f"the final states differ: {'; '.join(parts)}", MAX_REASON_BYTES)
+    return Blame(
+        cause=Cause(kind=FailureKind.DIVERGED, error=reason),
+        collateral=(),
+        observed_at=turn.now.wall_s,
+        reason=reason,
+        echoes_only=False,
+        planned=False,
+    )

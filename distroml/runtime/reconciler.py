@@ -6,44 +6,31 @@ the next turn, and one that took effect is not repeated, because the state says 
 that it is about, and the state machine refuses it if another one was formed meanwhile.
 
 The story of a job is the ``_HANDLERS`` table: one function per status. The parts live beside this module:
-``node_survey`` (who is gone, who may get work), ``evidence`` (why a generation failed), ``checkpoint_progress``
-(which checkpoints are whole), ``completion`` (how a run ends) and ``scheduler`` (who runs where).
+``node_survey`` (who is gone, who may get work), ``evidence`` (why a generation failed), ``failing`` (what follows),
+``checkpoint_progress`` (which checkpoints are whole), ``completion`` (how a run ends), ``scheduler`` (who runs where).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Final
 
-from msgspec.structs import replace
-
-from distroml.commands import FailGeneration, FormGeneration, MarkCheckpointCorrupt, MarkRunning
+from distroml.commands import FailGeneration, FormGeneration, MarkRunning
 from distroml.consensus.state import ClusterState
-from distroml.model import (
-    Cause,
-    Checkpoint,
-    CheckpointStatus,
-    FailureKind,
-    Generation,
-    Job,
-    JobStatus,
-    Member,
-)
-from distroml.reports import WorkerFact, WorkerPhase
+from distroml.model import Generation, Job, JobStatus, Member
 from distroml.runtime.checkpoint_progress import checkpoint_decisions, progress, write_decisions
-from distroml.runtime.completion import conclude, finish, outcomes_of, stopped_by_failure
+from distroml.runtime.completion import conclude, outcomes_of, stopped_by_failure
 from distroml.runtime.decisions import Decision, Running, Turn, WriteManifest, running
-from distroml.runtime.evidence import (
-    MAX_ERROR_BYTES,
-    MAX_REASON_BYTES,
-    Blame,
-    Evidence,
-    blame,
-    clip,
-    gather,
-    ranks_text,
-)
 from distroml.runtime.facts import Facts, Now, ReconcilerSettings, sighting_of, workers_of
+from distroml.runtime.failing import (
+    evidence_of,
+    fail_generation,
+    fail_when_known,
+    is_beyond_start,
+    late_start,
+    unasked_stop,
+    verdict_on,
+)
 from distroml.runtime.node_survey import Survey, released_index, survey
 from distroml.runtime.scheduler import (
     Request,
@@ -65,7 +52,6 @@ __all__ = [
 ]
 
 _DEFAULTS = ReconcilerSettings()
-_BEYOND_START = frozenset({WorkerPhase.TRAINING, WorkerPhase.FINISHING, WorkerPhase.FINISHED})
 
 
 def reconcile(
@@ -184,12 +170,12 @@ def _form(turn: Turn, job: Job, members: tuple[Member, ...]) -> Decision:
 
 def _on_starting(turn: Turn, job: Job) -> list[Decision]:
     run = running(job, turn.facts)
-    evidence = _evidence(turn, run)
+    evidence = evidence_of(turn, run)
     if evidence:
-        return _fail_when_known(turn, run, evidence)
-    late = _late_start(turn, run)
+        return fail_when_known(turn, run, evidence)
+    late = late_start(turn, run)
     if late is not None:
-        return _fail(turn, run, late, [])
+        return fail_generation(turn, run, late, [])
     return _mark_running(run)
 
 
@@ -197,15 +183,15 @@ def _on_running(turn: Turn, job: Job) -> list[Decision]:
     """RUNNING and CHECKPOINTING."""
     run = running(job, turn.facts)
     at = progress(turn, run)
-    evidence = _evidence(turn, run)
-    failing = _fail_when_known(turn, run, evidence) if evidence else []
+    evidence = evidence_of(turn, run)
+    failing = fail_when_known(turn, run, evidence) if evidence else []
     if failing:
         recovers = isinstance(failing[-1].action, FailGeneration)
         return [*failing, *(write_decisions(turn, run, at.whole) if recovers else [])]
     outcomes = outcomes_of(run)
     if outcomes is not None:
         if any(o.stopped for o in outcomes.values()) and not job.stop_requested:
-            return _fail(turn, run, _unasked_stop(turn, run), [])
+            return fail_generation(turn, run, unasked_stop(turn, run), [])
         ending = conclude(turn, run, outcomes, at)
         if ending is not None:
             return [ending]
@@ -222,10 +208,11 @@ def _on_stopping(turn: Turn, job: Job) -> list[Decision]:
     waited_s = turn.now.monotonic_s - sighting_of(job, turn.facts).since_s
     if waited_s >= turn.settings.stop_deadline_s:
         return [stopped_by_failure(run, f"its workers did not stop within {waited_s:.0f} s")]
-    evidence = _evidence(turn, run)
-    verdict = _verdict(turn, run, evidence) if evidence else None
+    evidence = evidence_of(turn, run)
+    verdict = verdict_on(turn, run, evidence) if evidence else None
     if verdict is not None and not at.whole:
-        return [stopped_by_failure(run, f"generation {run.generation.number}: {verdict.reason}")]
+        why = f"generation {run.generation.number}: {verdict.reason}"
+        return [stopped_by_failure(run, why, verdict)]
     starting = _mark_running(run) if run.generation.running_at is None else []
     return [*starting, *checkpoint_decisions(turn, run, at)]
 
@@ -233,7 +220,7 @@ def _on_stopping(turn: Turn, job: Job) -> list[Decision]:
 def _mark_running(run: Running) -> list[Decision]:
     if len(run.ranks) < len(run.generation.members):
         return []
-    if not all(_is_beyond_start(fact) for fact in run.ranks.values()):
+    if not all(is_beyond_start(fact) for fact in run.ranks.values()):
         return []
     totals = [f.total_steps for f in run.ranks.values() if f.total_steps is not None]
     command = MarkRunning(
@@ -243,142 +230,6 @@ def _mark_running(run: Running) -> list[Decision]:
     )
     reason = f"generation {run.generation.number}: all {len(run.ranks)} ranks train"
     return [Decision(action=command, reason=reason)]
-
-
-def _is_beyond_start(fact: WorkerFact) -> bool:
-    return fact.outcome is not None or fact.phase in _BEYOND_START
-
-
-# --- failures --------------------------------------------------------------------------------------------------
-
-
-def _evidence(turn: Turn, run: Running) -> list[Evidence]:
-    return gather(run.job, run.generation, turn.facts, turn.survey, turn.settings)
-
-
-def _verdict(turn: Turn, run: Running, evidence: list[Evidence]) -> Blame | None:
-    """Who is to blame; None while only echoes are seen and the root cause may still show up."""
-    verdict = blame(evidence, run.generation, turn.now.wall_s)
-    failing_s = sighting_of(run.job, turn.facts).failing_since_s
-    if verdict.echoes_only and failing_s is not None:
-        suspect = turn.survey.suspects(run.generation.members)
-        wait_s = turn.settings.suspect_echo_wait_s if suspect else turn.settings.echo_wait_s
-        if turn.now.monotonic_s - failing_s < wait_s:
-            return None
-    return verdict
-
-
-def _fail_when_known(turn: Turn, run: Running, evidence: list[Evidence]) -> list[Decision]:
-    verdict = _verdict(turn, run, evidence)
-    return _fail(turn, run, verdict, evidence) if verdict is not None else []
-
-
-def _fail(turn: Turn, run: Running, verdict: Blame, evidence: Iterable[Evidence]) -> list[Decision]:
-    """End the generation: the run recovers, or has failed if it used up its restarts."""
-    job, number = run.job, run.generation.number
-    marks = _corrupt_marks(run, evidence)
-    verdict = _checked(run, verdict)
-    spares = verdict.planned or verdict.cause.kind is FailureKind.CORRUPT_CHECKPOINT
-    reason = clip(f"generation {number}: {verdict.reason}", MAX_REASON_BYTES)
-    if job.restarts >= job.spec.max_restarts and not spares:
-        restarts = f"{job.restarts} restart{'s'[: job.restarts != 1]}"
-        return [*marks, finish(run, JobStatus.FAILED, f"gave up after {restarts}: {reason}")]
-    command = FailGeneration(
-        job_id=job.job_id,
-        generation=number,
-        cause=verdict.cause,
-        collateral=verdict.collateral,
-        observed_at=verdict.observed_at,
-        highest_step=run.highest_step,
-        reason=reason,
-        backoff_s=_backoff_s(turn, run, fresh=spares),
-    )
-    return [*marks, Decision(action=command, reason=reason)]
-
-
-def _backoff_s(turn: Turn, run: Running, *, fresh: bool) -> float:
-    """Doubles with every failure until a generation gets something done."""
-    settings, generation = turn.settings, run.generation
-    committed = any(c.generation == generation.number for c in run.job.checkpoints)
-    trained_s = turn.now.wall_s - (generation.running_at or turn.now.wall_s)
-    if fresh or committed or trained_s > settings.progress_s or run.job.backoff_s <= 0:
-        return settings.backoff_base_s
-    return min(settings.backoff_limit_s, run.job.backoff_s * 2)
-
-
-def _corrupt_marks(run: Running, evidence: Iterable[Evidence]) -> list[Decision]:
-    """Take the checkpoint that a rank found corrupt out of use, so that the next generation reads an older one."""
-    source = _source(run)
-    accuser = next((e for e in evidence if e.kind is FailureKind.CORRUPT_CHECKPOINT), None)
-    if source is None or accuser is None or source.status is CheckpointStatus.CORRUPT:
-        return []
-    reason = clip(f"rank {accuser.rank} on node {accuser.node} {accuser.said}", MAX_REASON_BYTES)
-    command = MarkCheckpointCorrupt(
-        job_id=run.job.job_id,
-        step=source.step,
-        manifest_sha256=source.manifest_sha256,
-        reason=reason,
-    )
-    return [Decision(action=command, reason=f"checkpoint of step {source.step}: {reason}")]
-
-
-def _checked(run: Running, verdict: Blame) -> Blame:
-    """A corrupt checkpoint costs no restart, so a claim that names none is an error like any other."""
-    if verdict.cause.kind is FailureKind.CORRUPT_CHECKPOINT and _source(run) is None:
-        return replace(verdict, cause=replace(verdict.cause, kind=FailureKind.ERROR))
-    return verdict
-
-
-def _source(run: Running) -> Checkpoint | None:
-    """The checkpoint that the generation started from."""
-    wanted = run.generation.checkpoint_step
-    return next((c for c in run.job.checkpoints if c.step == wanted), None)
-
-
-def _late_start(turn: Turn, run: Running) -> Blame | None:
-    """The blame for a generation that is not training in time; None while it has time left."""
-    waited_s = turn.now.monotonic_s - sighting_of(run.job, turn.facts).since_s
-    late = [m for m in run.generation.members if not _started(run, m)]
-    if waited_s < turn.settings.start_deadline_s or not late:
-        return None
-    where = [
-        f"rank {m.rank} on node {m.node} is {run.ranks[m.rank].phase if m.rank in run.ranks else 'unknown'}"
-        for m in late
-    ]
-    reason = f"not all workers train after {waited_s:.0f} s: {', '.join(where)}"
-    return _made_up(turn, run, FailureKind.START_TIMEOUT, reason, late)
-
-
-def _started(run: Running, member: Member) -> bool:
-    fact = run.ranks.get(member.rank)
-    return fact is not None and _is_beyond_start(fact)
-
-
-def _unasked_stop(turn: Turn, run: Running) -> Blame:
-    reason = f"{ranks_text(sorted(run.ranks))} stopped at step {run.highest_step} without a request"
-    verdict = _made_up(turn, run, FailureKind.ERROR, reason, run.generation.members)
-    return replace(verdict, planned=True)
-
-
-def _made_up(
-    turn: Turn, run: Running, kind: FailureKind, reason: str, blamed: Iterable[Member]
-) -> Blame:
-    """A verdict without evidence against a single worker."""
-    guilty = list(blamed)
-    ranks = {member.rank for member in guilty}
-    return Blame(
-        cause=Cause(
-            kind=kind,
-            rank=guilty[0].rank,
-            node=guilty[0].node,
-            error=clip(reason, MAX_ERROR_BYTES),
-        ),
-        collateral=tuple(m.rank for m in run.generation.members if m.rank not in ranks),
-        observed_at=turn.now.wall_s,
-        reason=reason,
-        echoes_only=False,
-        planned=False,
-    )
 
 
 def _on_ended(turn: Turn, job: Job) -> list[Decision]:

@@ -373,7 +373,13 @@ class Supervisor:
                 local.update(abandoned=kept)
                 self._changed()
             case control.Failed(failure=failure, step=step):
-                local.update(phase=WorkerPhase.FAILED, failure=failure, step=step)
+                self._ship_log(local)
+                local.update(
+                    phase=WorkerPhase.FAILED,
+                    failure=failure,
+                    step=step,
+                    last_lines=local.tail.last_lines,
+                )
                 self._changed()
             case control.Finished(outcome=outcome):
                 local.update(phase=WorkerPhase.FINISHED, outcome=outcome, step=outcome.step)

@@ -139,6 +139,7 @@ class MemoryNode:
         self.replica.listen(self.events.applied)
         self.raft_view = Raft(leader=name)
         self.reports: dict[str, Observed] = {}
+        self.knows_all = True
         self.readiness = (True, "")
         self.fault: BaseException | None = None
         self.hold: asyncio.Event | None = None
@@ -154,6 +155,9 @@ class MemoryNode:
 
     def observed(self) -> Mapping[str, Observed]:
         return self.reports
+
+    def caught_up(self) -> bool:
+        return self.knows_all
 
     def ready(self) -> tuple[bool, str]:
         return self.readiness

@@ -10,7 +10,6 @@ from distroml.model import FailureKind, JobStatus, NodeStatus
 from distroml.reports import WorkerPhase
 from distroml.runtime import reconciler
 from distroml.runtime.failure_detector import Health
-from distroml.spec import Checkpointing
 from tests.builders import checkpoint, node
 from tests.runtime.scenes import (
     Scene,
@@ -20,9 +19,6 @@ from tests.runtime.scenes import (
     recovering,
     why_waiting,
 )
-
-NO_CHECKPOINTS = Checkpointing(enabled=False)
-
 
 # --- nodes ---
 

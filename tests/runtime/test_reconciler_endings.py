@@ -204,6 +204,7 @@ def test_different_digests_fail_the_run_and_name_the_ranks() -> None:
         "rank 2 ended with 222222222222"
     ]
     assert scene.job().status is JobStatus.FAILED
+    assert scene.job().incidents[-1].cause.kind is FailureKind.DIVERGED
 
 
 def test_a_run_recovers_when_one_rank_fails_after_another_finished() -> None:
@@ -272,6 +273,7 @@ def test_a_failure_while_stopping_ends_the_run() -> None:
         "newest committed is step 20"
     ]
     assert scene.job().status is JobStatus.CANCELLED
+    assert scene.job().incidents[-1].cause.signal == "SIGKILL"
 
 
 def test_a_stop_is_bounded() -> None:

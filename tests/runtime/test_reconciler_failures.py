@@ -8,7 +8,6 @@ from distroml import commands as c
 from distroml.model import FailureKind, JobStatus
 from distroml.reports import WorkerPhase
 from distroml.runtime.failure_detector import Health
-from distroml.spec import Checkpointing
 from tests.builders import checkpoint, node
 from tests.runtime.scenes import (
     Scene,
@@ -17,9 +16,6 @@ from tests.runtime.scenes import (
     only,
     reasons,
 )
-
-NO_CHECKPOINTS = Checkpointing(enabled=False)
-
 
 # --- failures: the cause and the sentence ---
 
@@ -189,6 +185,7 @@ def test_the_run_fails_when_its_restarts_are_used_up() -> None:
         "gave up after 0 restarts: generation 1: worker 0 on node a failed: ValueError: bad batch"
     ]
     assert scene.job().status is JobStatus.FAILED
+    assert scene.job().incidents[-1].cause.traceback is not None, "the last failure is kept too"
     assert scene.turn() == []
 
 

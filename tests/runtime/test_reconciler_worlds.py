@@ -86,6 +86,7 @@ def _check_end(world: World) -> None:
         elif job.status is JobStatus.FAILED:
             assert job.reason.startswith("gave up after 3 restarts: generation "), job.reason
             assert job.restarts == 3
+            assert job.incidents[-1].generation == job.generation_number
         else:
             assert job.status is JobStatus.CANCELLED
             assert job.job_id in world.ended_by_request, job.reason

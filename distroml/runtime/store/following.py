@@ -74,7 +74,7 @@ class Follower:
         store: HistoryStore,
         position: Position,
         *,
-        kinds: Collection[Kind] = KINDS,
+        kinds: tuple[Kind, ...] = KINDS,
         max_bytes_per_s: float = REPLAY_BYTES_PER_S,
     ) -> None:
         self.ended = False
@@ -181,6 +181,10 @@ class Follower:
         wanted = self._position.wanted(key)
         return None if wanted is None else max(wanted, self._reach.get(key, 0))
 
+    def _ahead(self, key: StreamKey) -> bool:
+        wanted = self._position.wanted(key)
+        return wanted is not None and self._reach[key] > wanted
+
     def _unread(self) -> list[StreamKey]:
         """Streams of which the store has more than was fetched or buffered."""
         found: list[StreamKey] = []
@@ -194,9 +198,7 @@ class Follower:
         unread = self._unread()
         if not unread:
             # nothing can be written between the look at the heads and this line, so nothing is lost
-            self._reach = {
-                k: v for k, v in self._reach.items() if v > (self._position.wanted(k) or v)
-            }
+            self._reach = {key: reach for key, reach in self._reach.items() if self._ahead(key)}
             self._live = self._store.subscribe(self._position.job_id)
             return
         oldest = min(key.generation for key in unread)
@@ -233,7 +235,7 @@ def follow(
     job_id: str,
     cursor: str | None = None,
     *,
-    kinds: Collection[Kind] = KINDS,
+    kinds: tuple[Kind, ...] = KINDS,
     from_now: bool = False,
 ) -> Follower:
     """Follow a job from a cursor, from its beginning, or from now on.

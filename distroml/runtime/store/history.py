@@ -18,13 +18,12 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from distroml.errors import TooManyRequests
 from distroml.runtime.store import retention
 from distroml.runtime.store.jobs import JobHistory, open_job
 from distroml.runtime.store.records import StreamKey, check_id, check_key, valid_id
 from distroml.runtime.store.retention import HistoryLimits
 from distroml.runtime.store.streams import Stream, StreamWrite
-from distroml.runtime.store.subscriptions import Subscription, Written
+from distroml.runtime.store.subscriptions import Subscription, Subscriptions, Written
 from distroml.runtime.store.writeback import Writeback
 
 log = logging.getLogger(__name__)
@@ -63,7 +62,7 @@ class HistoryStore:
         """When each job that has history here was last written."""
         self._digests: dict[str, bytes] = {}
         self._damaged: dict[StreamKey, int] = {}
-        self._subscriptions: dict[str, set[Subscription]] = {}
+        self._subscriptions = Subscriptions(self.limits.subscriptions)
         self._listeners: list[Callable[[Written, bool], None]] = []
         self._writeback = Writeback(
             self._committed,
@@ -95,8 +94,7 @@ class HistoryStore:
     async def close(self) -> None:
         """Write what is pending and end all subscriptions."""
         await self._writeback.close()
-        for job_id in list(self._subscriptions):
-            self._end_subscriptions(job_id)
+        self._subscriptions.close()
 
     async def __aenter__(self) -> HistoryStore:
         await self.start()
@@ -123,7 +121,11 @@ class HistoryStore:
         Raises:
             ValueError: the key or a record cannot be stored.
         """
-        stream = self._stream_for(key)
+        try:
+            stream = self._stream_for(key)
+        except OSError as error:  # nothing accepted, as with a full disk
+            log.error("history: cannot make %s: %s", key, error)
+            return self.next_seq(key)
         if stream is None:
             return first_seq + len(records)
         if self._writeback.pending_bytes <= self.limits.pending_bytes:
@@ -181,10 +183,7 @@ class HistoryStore:
                 self._publish(news, write.stream.local)
 
     def _publish(self, written: Written, local: bool) -> None:
-        for subscription in tuple(self._subscriptions.get(written.key.job_id, ())):
-            subscription.push(written)
-            if subscription.slow:
-                self.unsubscribe(subscription)
+        self._subscriptions.publish(written)
         for listener in self._listeners:
             try:
                 listener(written, local)
@@ -257,7 +256,7 @@ class HistoryStore:
             return []
         try:
             found, damaged = stream.read(from_seq, max_bytes)
-        except OSError as error:
+        except OSError as error:  # perhaps only for now, so nothing is dropped
             log.error("history: cannot read %s from %d: %s", key, from_seq, error)
             return []
         if damaged is not None:
@@ -288,29 +287,15 @@ class HistoryStore:
         Raises:
             TooManyRequests: this node serves ``limits.subscriptions`` already.
         """
-        if sum(map(len, self._subscriptions.values())) >= self.limits.subscriptions:
-            raise TooManyRequests(
-                f"This node already serves {self.limits.subscriptions} streams; use another node."
-            )
-        subscription = Subscription(job_id)
-        self._subscriptions.setdefault(job_id, set()).add(subscription)
-        return subscription
+        return self._subscriptions.open(job_id)
 
     def unsubscribe(self, subscription: Subscription) -> None:
         """End a subscription; harmless if it has ended."""
-        subscription.close()
-        of_job = self._subscriptions.get(subscription.job_id, set())
-        of_job.discard(subscription)
-        if not of_job:
-            self._subscriptions.pop(subscription.job_id, None)
+        self._subscriptions.end(subscription)
 
     def listen(self, listener: Callable[[Written, bool], None]) -> None:
         """Call ``listener(written, local)`` for all that is written, of any job; it must not wait."""
         self._listeners.append(listener)
-
-    def _end_subscriptions(self, job_id: str) -> None:
-        for subscription in tuple(self._subscriptions.get(job_id, ())):
-            self.unsubscribe(subscription)
 
     # --- letting go --------------------------------------------------------------------------------------------
 
@@ -321,7 +306,7 @@ class HistoryStore:
         if job_id in self._evicted:
             self._evicted.discard(job_id)
             self._writeback.doom([self._directory / f"{job_id}{EVICTED}"])
-        self._end_subscriptions(job_id)
+        self._subscriptions.end_job(job_id)
 
     def _let_go(self, job_id: str) -> None:
         job = self._jobs.pop(job_id, None)
@@ -334,11 +319,10 @@ class HistoryStore:
             return
         # renamed at once, so that a crash before the removal does not bring it back
         gone = self._directory / f"{job_id}{REMOVED}"
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                (self._directory / job_id).rename(gone)
-            except OSError:  # an earlier one of this name is still being removed
-                self._writeback.doom([self._directory / job_id])
+        try:
+            (self._directory / job_id).rename(gone)
+        except OSError:  # an earlier one of this name is still being removed
+            self._writeback.doom([self._directory / job_id])
         self._writeback.doom([gone])
 
     def _make_room(self) -> None:
@@ -347,7 +331,8 @@ class HistoryStore:
             active = self._active()
             for job_id in retention.to_evict(self._sizes, self._touched, active, excess):
                 log.warning("history: job %s makes room (%d bytes over)", job_id, excess)
-                (self._directory / f"{job_id}{EVICTED}").mkdir(exist_ok=True)
+                with contextlib.suppress(OSError):  # then it is forgotten at the next start
+                    (self._directory / f"{job_id}{EVICTED}").mkdir(exist_ok=True)
                 self._evicted.add(job_id)
                 self._let_go(job_id)
         idle = [job_id for job_id, job in self._jobs.items() if not job.busy]

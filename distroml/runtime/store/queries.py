@@ -20,7 +20,6 @@ from distroml.runtime.store.cursors import Position, parse_token
 from distroml.runtime.store.following import Entry, Follower
 from distroml.runtime.store.history import HistoryStore
 from distroml.runtime.store.records import (
-    Kind,
     StreamKey,
     UndecodableRecord,
     decode_log,
@@ -36,7 +35,6 @@ PORTION_BYTES = 64 * 1024
 INDEX_POINTS = 4_000_000
 """Points (24 bytes each) in all indexes together; beyond it the least recently asked for are dropped."""
 LAST_STEP = 2**62
-LOGS_ONLY: tuple[Kind, ...] = ("logs",)
 
 
 class LogLine(Struct, frozen=True):
@@ -257,7 +255,7 @@ class HistoryQueries:
     async def _lines_after(
         self, position: Position, count: int, chosen: Callable[[StreamKey], bool]
     ) -> LogPage:
-        follower = Follower(self._store, position, kinds=LOGS_ONLY)
+        follower = Follower(self._store, position, kinds=("logs",))
         lines: list[LogLine] = []
         size = 0
         while len(lines) < count and size < MAX_TAIL_BYTES:

@@ -12,15 +12,15 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
 from distroml.consensus.frames import Channel
 from distroml.runtime.store import sync
 from distroml.runtime.store.history import HistoryStore
+from distroml.runtime.store.outgoing import Outgoing
 from distroml.runtime.store.records import StreamKey
 from distroml.runtime.store.subscriptions import Written
 from distroml.runtime.store.sync import (
@@ -49,9 +49,8 @@ PULLS_PER_PEER = 2
 PULL_TIMEOUT_S = 5.0
 SKIP_AFTER_S = 10.0
 """How long to look for records that a peer has dropped, before going on without them."""
-MAX_OFFERS = 8192
+MAX_OFFERS = 2048
 """Remembered per peer; what is beyond comes up again at the next comparison."""
-MAX_OUTGOING_BYTES = 2 * 1024 * 1024
 
 
 class Links(Protocol):
@@ -83,29 +82,6 @@ class ReplicationCounts:
     malformed: int = 0
 
 
-@dataclass(slots=True)
-class _Outgoing:
-    """What was just written here and not yet pushed; the oldest is dropped beyond the limit."""
-
-    queue: deque[Written] = field(default_factory=deque)
-    size_bytes: int = 0
-
-    def add(self, written: Written) -> int:
-        self.queue.append(written)
-        self.size_bytes += sum(map(len, written.records))
-        dropped = 0
-        while self.size_bytes > MAX_OUTGOING_BYTES and len(self.queue) > 1:
-            self.size_bytes -= sum(map(len, self.queue.popleft().records))
-            dropped += 1
-        return dropped
-
-    def take(self) -> list[Written]:
-        taken = list(self.queue)
-        self.queue.clear()
-        self.size_bytes = 0
-        return taken
-
-
 class HistoryReplicator:
     """Keeps ``store`` and those of the peers alike. ``start`` and ``close`` it, or drive it by ``tick``.
 
@@ -133,7 +109,7 @@ class HistoryReplicator:
         self._peers = peers
         self._known_jobs = known_jobs
         self._clock = clock
-        self._outgoing = _Outgoing()
+        self._outgoing = Outgoing()
         self._offers: dict[str, dict[StreamKey, Offer]] = {}
         self._in_flight: dict[int, _InFlight] = {}
         self._next_pull = 1
@@ -214,7 +190,7 @@ class HistoryReplicator:
 
     def _push(self) -> None:
         reachable = self._reachable()
-        for message in _packed(self._outgoing.take(), self._store.span):
+        for message in self._outgoing.take(self._store.span):
             for peer in reachable:
                 self.counts.pushed += self._send(peer, message)
 
@@ -403,30 +379,3 @@ class HistoryReplicator:
                 self._on_pull(peer, message)
             case Records():
                 self._on_records(peer, message)
-
-
-def _packed(
-    written: Iterable[Written], span: Callable[[StreamKey], tuple[int, int]]
-) -> Iterator[Records]:
-    """Pushes of at most ``MAX_BODY_BYTES`` of records each."""
-    chunks: list[Chunk] = []
-    room = sync.MAX_BODY_BYTES
-    for batch in written:
-        first, head = span(batch.key)
-        seq = start = batch.first_seq
-        for record in batch.records:
-            if len(record) > room or len(chunks) >= sync.MAX_CHUNKS - 1:
-                if seq > start:
-                    chunks.append(_chunk(batch, start, seq, first, head))
-                yield Records(0, tuple(chunks))
-                chunks, room, start = [], sync.MAX_BODY_BYTES, seq
-            room -= len(record)
-            seq += 1
-        chunks.append(_chunk(batch, start, seq, first, head))
-    if chunks:
-        yield Records(0, tuple(chunks))
-
-
-def _chunk(batch: Written, start: int, end: int, first: int, head: int) -> Chunk:
-    records = batch.records[start - batch.first_seq : end - batch.first_seq]
-    return Chunk(Span(batch.key, first, max(head, end)), start, records)

@@ -165,7 +165,10 @@ class Stream:
             segment = self.segments[index]
             end = self.segments[index + 1].first_seq if index + 1 < len(starts) else self.written
             wanted = from_seq + len(found)
-            records, whole = self._read_segment(segment, wanted, max_bytes)
+            try:
+                records, whole = self._read_segment(segment, wanted, max_bytes)
+            except FileNotFoundError:
+                return found, segment
             found += records
             max_bytes -= sum(map(len, records))
             if not whole:
@@ -211,8 +214,14 @@ def open_stream(key: StreamKey, directory: Path, first_seqs: Sequence[int]) -> S
     stream = Stream(key, directory)
     held: list[Segment] = []
     for first in sorted(first_seqs):
-        path = stream.path(Segment(first, 0))
-        held.append(Segment(first, path.stat().st_size))
+        try:
+            size = stream.path(Segment(first, 0)).stat().st_size
+        except FileNotFoundError:  # dropped, and removed while we look
+            held.clear()
+            continue
+        held.append(Segment(first, size))
+    if not held:
+        return stream
     last = held[-1]
     path = stream.path(last)
     stream.written, size = segments.scan(path, last.first_seq)

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 
 from msgspec import Struct
 
+from distroml.errors import TooManyRequests
 from distroml.runtime.store.records import StreamKey
 
 MAX_QUEUED_BYTES = 1024 * 1024
@@ -91,6 +92,62 @@ class Subscription:
         if (written := await self.get()) is None:
             raise StopAsyncIteration
         return written
+
+
+class Subscriptions:
+    """All subscriptions of a store, by job.
+
+    Args:
+        limit: how many there may be at once.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._by_job: dict[str, set[Subscription]] = {}
+        self._count = 0
+        self._closed = False
+
+    def open(self, job_id: str) -> Subscription:
+        """Raises TooManyRequests at the limit."""
+        if self._count >= self._limit:
+            raise TooManyRequests(
+                f"This node already serves {self._limit} streams; use another node or try later."
+            )
+        subscription = Subscription(job_id)
+        if self._closed:
+            subscription.close()
+            return subscription
+        self._by_job.setdefault(job_id, set()).add(subscription)
+        self._count += 1
+        return subscription
+
+    def end(self, subscription: Subscription) -> None:
+        """Harmless if it has ended."""
+        subscription.close()
+        of_job = self._by_job.get(subscription.job_id, set())
+        if subscription in of_job:
+            of_job.remove(subscription)
+            self._count -= 1
+            if not of_job:
+                del self._by_job[subscription.job_id]
+
+    def publish(self, written: Written) -> None:
+        """Push to all who follow the job; those that are too slow end."""
+        for subscription in tuple(self._by_job.get(written.key.job_id, ())):
+            subscription.push(written)
+            if subscription.slow:
+                self.end(subscription)
+
+    def end_job(self, job_id: str) -> None:
+        """End all of a job that was removed."""
+        for subscription in tuple(self._by_job.get(job_id, ())):
+            self.end(subscription)
+
+    def close(self) -> None:
+        """End all; later ones are born ended."""
+        self._closed = True
+        for job_id in tuple(self._by_job):
+            self.end_job(job_id)
 
 
 def _cost(written: Written) -> int:

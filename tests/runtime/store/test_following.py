@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distroml.errors import InvalidRequest
@@ -63,6 +63,7 @@ keys = st.builds(
 )
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.dictionaries(keys, st.integers(1, 2**50)), st.dictionaries(st.just("run-1"), st.just(3)))
 def test_tokens_come_back_as_they_were(
     next_seqs: dict[StreamKey, int], floors: dict[str, int]
@@ -206,7 +207,7 @@ async def test_records_that_were_dropped_are_passed_over(store: HistoryStore) ->
 
 async def test_kinds_and_from_now(store: HistoryStore) -> None:
     await write(store, key(), 0, 3)
-    logs = follow(store, JOB, kinds=KINDS[:1], from_now=True)
+    logs = follow(store, JOB, kinds=("logs",), from_now=True)
     store.append(key(kind="metrics"), 0, [metric(1, loss=1.0)])
     await write(store, key(), 3, 4)
     assert await take(logs, 1) == [Entry(key(), 3, lines(3, 4)[0])]
@@ -223,6 +224,7 @@ async def test_removal_ends_a_live_follower(store: HistoryStore) -> None:
     assert follower.ended
 
 
+@settings(max_examples=50, deadline=None)
 @given(
     plan=st.lists(
         st.tuples(st.integers(0, 2), st.integers(1, 3), st.integers(1, 6), st.integers(0, 9)),

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distroml.errors import TooManyRequests
@@ -57,6 +57,7 @@ def test_a_restarted_store_goes_on_where_it_was(tmp_path: Path) -> None:
     assert again.read(key(), 60) == lines(60, 61)
 
 
+@settings(max_examples=50, deadline=None)
 @given(cut=st.integers(1, 400), records=st.integers(1, 12), flip=st.booleans())
 def test_a_torn_tail_is_cut_and_the_prefix_stays(
     tmp_path_factory: pytest.TempPathFactory, cut: int, records: int, flip: bool
@@ -342,3 +343,30 @@ async def test_removal_ends_followers_even_during_a_write(tmp_path: Path) -> Non
         assert await subscription.get() is None
         assert store.pending_bytes == 0
     assert HistoryStore(tmp_path).jobs() == []
+
+
+async def test_a_closed_store_has_no_live_end(tmp_path: Path) -> None:
+    store = HistoryStore(tmp_path)
+    await store.close()
+    assert await store.subscribe(JOB).get() is None
+
+
+def test_segments_that_vanish_are_passed_over(tmp_path: Path) -> None:
+    limits = HistoryLimits(segment_bytes=300)
+    store = HistoryStore(tmp_path, limits)
+    for number in range(60):
+        store.append(key(), number, lines(number, number + 1))
+        store.flush()
+    files = sorted((tmp_path / JOB).iterdir())
+    files[0].unlink()
+    assert store.read(key(), 0) == []
+    assert store.read(key(), store.first_seq(key())) == lines(store.first_seq(key()), 60)
+    assert content(HistoryStore(tmp_path, limits)) == content(store)
+
+
+def test_a_job_that_cannot_be_made_is_offered_again(tmp_path: Path) -> None:
+    store = HistoryStore(tmp_path)
+    (tmp_path / JOB).write_text("in the way")
+    assert store.append(key(), 0, lines(0, 3)) == 0
+    (tmp_path / JOB).unlink()
+    assert store.append(key(), 0, lines(0, 3)) == 3

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from distroml.runtime.store import sync
 from distroml.runtime.store.history import HistoryStore
+from distroml.runtime.store.outgoing import MAX_OUTGOING_BYTES
 from distroml.runtime.store.records import StreamKey
-from distroml.runtime.store.replication import MAX_OUTGOING_BYTES
 from distroml.runtime.store.retention import HistoryLimits
 from distroml.runtime.store.sync import MAX_WANTS, Offer, Want, choose, plan_pulls
 from tests.runtime.store.histories import JOB, Cluster, content, key, lines
@@ -53,6 +53,7 @@ peer_offers = st.dictionaries(
 )
 
 
+@settings(max_examples=50, deadline=None)
 @given(
     mine=st.dictionaries(st.builds(key, st.integers(0, 80)), st.integers(0, 40)),
     offers=peer_offers,

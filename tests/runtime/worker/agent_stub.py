@@ -94,7 +94,13 @@ class AgentStub:
         self._forkserver = ours
         self._forkserver_frames: FrameReader = FrameReader(FromForkserver)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "distroml.runtime.worker.forkserver", "--fd", str(theirs.fileno())],
+            [
+                sys.executable,
+                "-m",
+                "distroml.runtime.worker.forkserver",
+                "--fd",
+                str(theirs.fileno()),
+            ],
             pass_fds=[theirs.fileno()],
             cwd=REPOSITORY,
             env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
@@ -169,7 +175,9 @@ class AgentStub:
 
     def wait_exit(self, workers: list[StubWorker], timeout_s: float = WAIT_TIMEOUT_S) -> None:
         self.pump(
-            lambda: all(w.exit_status is not None for w in workers), "all workers to exit", timeout_s
+            lambda: all(w.exit_status is not None for w in workers),
+            "all workers to exit",
+            timeout_s,
         )
 
     def wait_step(self, worker: StubWorker, step: int) -> None:

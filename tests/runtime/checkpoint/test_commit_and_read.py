@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+from shards import JOB, RUN, STATE, committed, tensor, write_shards
+
+from distroml.errors import CorruptCheckpoint, StoreError
+from distroml.runtime.checkpoint.commit import publish_latest, write_manifest
+from distroml.runtime.checkpoint.reader import read_manifest, read_tensors
+from distroml.runtime.checkpoint.store import LocalStore
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path)
+
+
+def commit(store: LocalStore, facts, generation: int = 1):
+    return write_manifest(
+        store, job_id=JOB, run_id=RUN, generation=generation, shards=facts, committed_at=1.0
+    )
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_what_was_written_comes_back(store: LocalStore, world_size: int) -> None:
+    checkpoint = committed(store, world_size=world_size)
+    assert checkpoint.shards == world_size
+    manifest = read_manifest(store, checkpoint)
+    pieces = list(read_tensors(store, checkpoint, manifest))
+    found = {piece.name: (piece.dtype, piece.shape, bytes(piece.data)) for piece in pieces}
+    assert found == {t.name: (t.dtype, t.shape, bytes(t.data)) for t in STATE}
+
+
+def test_commit_can_be_repeated(store: LocalStore) -> None:
+    facts = write_shards(store)
+    assert commit(store, facts) == commit(store, facts[::-1])
+    files = store.list(commit(store, facts).directory)
+    assert [f.rpartition("/")[2] for f in files] == [
+        "manifest.json",
+        "worker_0.safetensors",
+        "worker_1.safetensors",
+    ]
+
+
+def test_a_manifest_of_a_dead_generation_is_stepped_around(store: LocalStore) -> None:
+    first = commit(store, write_shards(store, generation=1), generation=1)
+    second = commit(store, write_shards(store, generation=2), generation=2)
+    assert (first.manifest, second.manifest) == ("manifest.json", "manifest.g2.json")
+    for checkpoint in (first, second):
+        assert read_manifest(store, checkpoint).generation == checkpoint.generation
+
+
+def test_size_covers_all_files(store: LocalStore) -> None:
+    checkpoint = committed(store)
+    files = store.list(checkpoint.directory)
+    assert checkpoint.size_bytes == sum(store.size(file) for file in files)
+
+
+def test_latest_points_at_the_checkpoint(store: LocalStore) -> None:
+    checkpoint = committed(store)
+    publish_latest(store, checkpoint)
+    latest = json.loads(store.read(f"{JOB}/{RUN}/checkpoints/LATEST"))
+    assert latest["directory"] == "ckpt_step_00000100"
+    assert latest["manifest_sha256"] == checkpoint.manifest_sha256
+
+
+def test_incomplete_checkpoints_are_not_committed(store: LocalStore) -> None:
+    facts = write_shards(store)
+    with pytest.raises(StoreError, match="ranks 0 to 1 are needed"):
+        commit(store, facts[:1])
+    with pytest.raises(StoreError, match="without shards"):
+        commit(store, [])
+    (store.root / JOB / RUN / "checkpoints/ckpt_step_00000100" / facts[1].file).unlink()
+    with pytest.raises(StoreError, match="no file"):
+        commit(store, facts)
+
+
+def shard_path(store: LocalStore, checkpoint, file: str) -> Path:
+    return store.root / checkpoint.directory / file
+
+
+def flip_byte(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("at", [9, 200, -1], ids=["header", "metadata", "data"])
+@pytest.mark.parametrize("file", ["worker_0.safetensors", "manifest.json"])
+def test_one_flipped_bit_anywhere_is_found(store: LocalStore, file: str, at: int) -> None:
+    checkpoint = committed(store)
+    path = shard_path(store, checkpoint, file)
+    expected = hashlib.sha256(path.read_bytes()).hexdigest()
+    flip_byte(path, at)
+    actual = hashlib.sha256(path.read_bytes()).hexdigest()
+    with pytest.raises(CorruptCheckpoint) as caught:
+        list(read_tensors(store, checkpoint, read_manifest(store, checkpoint)))
+    error = caught.value
+    assert file in error.detail
+    assert expected in error.detail
+    assert actual in error.detail
+    assert error.extra["checkpoint_step"] == 100
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: p.unlink(), "is missing"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-1]), r"has \d+ bytes instead of \d+"),
+        (lambda p: p.write_bytes(p.read_bytes() + b"x"), r"has \d+ bytes instead of \d+"),
+    ],
+    ids=["missing", "short", "long"],
+)
+def test_a_damaged_shard_is_named(store: LocalStore, damage, message: str) -> None:
+    checkpoint = committed(store)
+    damage(shard_path(store, checkpoint, "worker_1.safetensors"))
+    with pytest.raises(CorruptCheckpoint, match=f"worker_1.safetensors {message}"):
+        list(read_tensors(store, checkpoint, read_manifest(store, checkpoint)))
+
+
+def test_a_missing_manifest_is_corrupt(store: LocalStore) -> None:
+    checkpoint = committed(store)
+    shard_path(store, checkpoint, "manifest.json").unlink()
+    with pytest.raises(CorruptCheckpoint, match=r"manifest.json is missing"):
+        read_manifest(store, checkpoint)
+
+
+def test_a_manifest_of_another_step_is_refused(store: LocalStore) -> None:
+    checkpoint = msgspec.structs.replace(committed(store), step=101)
+    with pytest.raises(CorruptCheckpoint, match="is of step 100, not 101"):
+        read_manifest(store, checkpoint)
+
+
+def test_a_tensor_in_two_shards_is_refused(store: LocalStore) -> None:
+    from shards import CURSOR, writer
+
+    facts = []
+    for rank in (0, 1):
+        made, durable, _ = writer(store, rank, 2)
+        made.write(100, CURSOR, [tensor("model.same", [1.0])], None)
+        made.wait()
+        facts += durable
+    with pytest.raises(StoreError, match=r"'model\.same' is in two shards"):
+        commit(store, facts)
+
+
+def test_the_coordinators_side_imports_neither_torch_nor_numpy() -> None:
+    code = (
+        "import sys; import distroml.runtime.checkpoint.commit, distroml.runtime.checkpoint.reader, "
+        "distroml.runtime.checkpoint.writer, distroml.runtime.data.order, distroml.runtime.control; "
+        "bad = {'torch', 'numpy', 'safetensors', 'asyncio'} & set(sys.modules); "
+        "sys.exit(f'imports {bad}' if bad else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

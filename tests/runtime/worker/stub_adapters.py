@@ -1,0 +1,126 @@
+"""Users' adapters, good and bad, for worker tests; imported by real workers as entrypoints."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import distroml
+
+NOT_A_CLASS = 1
+
+
+class Lines:
+    """Points on a plane with noise-free targets: regression."""
+
+    digest = "lines"
+
+    def __init__(self, samples: int) -> None:
+        places = torch.arange(samples, dtype=torch.float32)
+        self.inputs = torch.stack([torch.sin(places), torch.cos(places)], dim=1)
+        self.targets = self.inputs @ torch.tensor([[1.0], [-2.0]]) + 0.5
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def batch(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = torch.from_numpy(indices)
+        return self.inputs[rows], self.targets[rows]
+
+
+class Regression(distroml.FrameworkAdapter):
+    """A linear model; its number of samples comes from the environment."""
+
+    def build_model(self, spec: distroml.JobSpec) -> nn.Module:
+        return nn.Linear(2, 1)
+
+    def build_dataset(self, spec: distroml.JobSpec) -> Lines:
+        return Lines(int(os.environ.get("SAMPLES", "40")))
+
+    def loss(self, outputs: torch.Tensor, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return (outputs - batch[1]).square().mean()
+
+
+class Normalised(Regression):
+    """Has running statistics, dropout and a metric of its own; draws from every generator."""
+
+    def build_model(self, spec: distroml.JobSpec) -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(2, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.25), nn.Linear(8, 1)
+        )
+
+    def train_step(self, state, batch, dist):  # type: ignore[no-untyped-def]
+        state.values["steps_seen"] = state.values.get("steps_seen", 0) + 1
+        noise = random.random() + float(np.random.rand()) + float(torch.rand(()))
+        state.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(state.module(batch[0]), batch) * (1 + 0.01 * noise)
+        dist.backward(loss)
+        state.optimizer.step()
+        return state, {"loss": loss.detach(), "noise": noise}
+
+
+class Loaded(Regression):
+    """Brings its own shuffling data loader; ranks hold different numbers of batches."""
+
+    def build_dataloader(self, spec: distroml.JobSpec, rank: int, world_size: int) -> DataLoader:
+        lines = Lines(40)
+        mine = slice(rank, None, world_size) if rank else slice(0, 12)
+        dataset = TensorDataset(lines.inputs[mine], lines.targets[mine])
+        return DataLoader(dataset, batch_size=4, shuffle=True)
+
+
+class Single(Regression):
+    """A dataset that only knows single samples."""
+
+    def build_dataset(self, spec: distroml.JobSpec) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        lines = Lines(20)
+        return [(lines.inputs[i], lines.targets[i]) for i in range(len(lines))]
+
+
+class Raises(Regression):
+    """Fails on one rank in the middle of training."""
+
+    def train_step(self, state, batch, dist):  # type: ignore[no-untyped-def]
+        if dist.step == 3 and dist.rank == dist.world_size - 1:
+            raise ValueError("the user's own bug")
+        return super().train_step(state, batch, dist)
+
+
+class Unweighted(Regression):
+    """Calls backward itself, which would weigh samples wrongly."""
+
+    def train_step(self, state, batch, dist):  # type: ignore[no-untyped-def]
+        loss = self.loss(state.module(batch[0]), batch)
+        loss.backward()
+        state.optimizer.step()
+        return state, {"loss": loss.detach()}
+
+
+class Disagreeing(Regression):
+    """Sees other data on each node."""
+
+    def build_dataset(self, spec: distroml.JobSpec) -> Lines:
+        lines = Lines(40)
+        lines.digest = f"lines-of-process-{os.getpid()}"
+        return lines
+
+
+class Endless(Regression):
+    """Trains until it is stopped."""
+
+    def build_holdout(self, spec: distroml.JobSpec) -> Lines:
+        return Lines(8)
+
+
+class NoModel(distroml.FrameworkAdapter):
+    def build_dataset(self, spec: distroml.JobSpec) -> Lines:
+        return Lines(8)
+
+
+class NotAnAdapter:
+    pass
