@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from distroml.errors import ConfigError, DistroMLError
+from distroml.errors import UNDECODABLE, ConfigError, DistroMLError
 from distroml.failover import Attempt, Failover, parse_urls
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ def _document(raw: bytes | bytearray, status: int, url: str) -> Json:
         return {}
     try:
         answer = msgspec.json.decode(raw)
-    except msgspec.DecodeError:
+    except UNDECODABLE:
         answer = None
     if isinstance(answer, dict):
         return answer

@@ -210,6 +210,6 @@ def decode_entry(data: bytes) -> Entry:
     """Read an entry back.
 
     Raises:
-        msgspec.DecodeError: the bytes are not an entry of a version this one knows.
+        errors.UNDECODABLE: the bytes are not an entry of a version this one knows.
     """
     return _decoder.decode(data)

@@ -27,6 +27,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+UNDECODABLE = (ValueError, RecursionError)
+"""What msgspec raises for bytes of strangers: its DecodeError and a UnicodeDecodeError are ValueErrors, and deep
+nesting under a field that is skipped exhausts the stack."""
+
 
 class DistroMLError(Exception):
     """Base of all errors; ``detail`` is for people, ``extra`` for programs.

@@ -132,11 +132,18 @@ class FailureKind(StrEnum):
     EXIT = "exit"
     ERROR = "error"
     NODE_LOST = "node_lost"
+    NODE_LEFT = "node_left"
+    """It said goodbye or drains: nobody's fault."""
     NODE_RESTARTED = "node_restarted"
     HANG = "hang"
     START_TIMEOUT = "start_timeout"
     CORRUPT_CHECKPOINT = "corrupt_checkpoint"
     DIVERGED = "diverged"
+
+
+BLAMELESS = frozenset({FailureKind.NODE_LEFT, FailureKind.CORRUPT_CHECKPOINT})
+"""Ends of a generation that say nothing about the user's code and do not count as restarts; there are finitely
+many of them, each is planned or takes a checkpoint out of use."""
 
 
 class Cause(Struct, frozen=True, kw_only=True):

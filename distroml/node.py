@@ -22,7 +22,13 @@ from distroml.config import NodeConfig, load
 from distroml.consensus.peers import Address, Channel, PeerLinks
 from distroml.consensus.proposer import Proposer
 from distroml.consensus.raft import RaftNode
-from distroml.consensus.raft_types import EntryTooLarge, NotLeader, Overloaded, RaftSettings
+from distroml.consensus.raft_types import (
+    ConsensusError,
+    EntryTooLarge,
+    NotLeader,
+    Overloaded,
+    RaftSettings,
+)
 from distroml.consensus.replica import Replica
 from distroml.errors import ConfigError, DistroMLError
 from distroml.http.app import HttpServer
@@ -55,6 +61,10 @@ class Reincarnate(Exception):
     def __init__(self, at_least: int) -> None:
         super().__init__(f"the cluster has seen incarnation {at_least - 1}")
         self.at_least = at_least
+
+
+class NodeBroken(Exception):
+    """An invariant of consensus does not hold in this process; what is on disk is sound, so start it again."""
 
 
 class Node:
@@ -167,6 +177,7 @@ class Node:
         )
         self.http = HttpServer(self.services)
         self._converge_due = asyncio.Event()
+        self._broken = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
     # --- life ---
@@ -176,20 +187,26 @@ class Node:
 
         Raises:
             Reincarnate: start again with a higher incarnation.
+            NodeBroken: consensus stopped for good; the process should end.
             ConfigError: an address cannot be used.
         """
         async with contextlib.AsyncExitStack() as stack:
             await self._start(stack)
-            register = asyncio.create_task(self._register(), name="register")
-            stopping = asyncio.create_task(stop.wait(), name="stop")
+            tasks = {
+                asyncio.create_task(self._register(), name="register"),
+                asyncio.create_task(self._broken.wait(), name="broken"),
+                asyncio.create_task(stop.wait(), name="stop"),
+            }
             try:
-                await asyncio.wait((register, stopping), return_when=asyncio.FIRST_COMPLETED)
-                if register.done():
-                    register.result()
-                await stopping
+                while not stop.is_set():
+                    done, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
+                        task.result()
+                    if self._broken.is_set():
+                        raise NodeBroken(self.raft.failure)
             finally:
-                register.cancel()
-                stopping.cancel()
+                for task in tasks:
+                    task.cancel()
             await self._farewell()
 
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
@@ -292,6 +309,8 @@ class Node:
         self.coordinator.kick()
 
     def _on_role(self) -> None:
+        if self.raft.failure:
+            self._broken.set()
         self.proposer.on_leader_change()
         self.coordinator.kick()
 
@@ -359,6 +378,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ConfigError as error:
         print(f"distroml-node: {error.detail}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except (NodeBroken, ConsensusError) as error:
+        print(f"distroml-node: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
-from distroml.errors import InvalidSpec, NotBuilt
+from distroml.errors import UNDECODABLE, InvalidSpec, NotBuilt
 
 MAX_WORKERS = 1024
 MAX_OPTIONS = 32
@@ -191,7 +191,7 @@ def parse_spec(body: bytes) -> JobSpec:
         spec = msgspec.json.decode(body, type=JobSpec)
     except msgspec.ValidationError as error:
         raise _from_validation(error) from None
-    except msgspec.DecodeError as error:
+    except UNDECODABLE as error:
         raise InvalidSpec(f"The job specification is not valid JSON: {error}") from None
     check(spec)
     return spec

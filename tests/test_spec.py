@@ -87,7 +87,7 @@ def test_bad_specs_name_the_field(document: dict[str, Any], field: str, kind: ty
         assert caught.value.detail
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"x"', b"\xff", b"1e999"])
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"x"', b"\xff", b"1e999", b'{"name":"\xff"}', b'{"\xff":1}'])
 def test_what_is_not_an_object_is_refused(body: bytes) -> None:
     with pytest.raises(InvalidSpec):
         parse_spec(body)

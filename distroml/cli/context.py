@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 
 STDIN = "<stdin>"
 """What ``-`` on the command line becomes before options are looked for."""
-PIPE_WIDTH = 240
+PIPE_WIDTH = 4096
 """Columns of a table that no terminal bounds, so that a pipe gets whole values."""
 
 JobReference = Annotated[

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 
-from distroml.cli.context import Ctx, JobReference, print_json, print_table
+from distroml.cli.context import Ctx, JobReference, print_json, print_table, printable
 from distroml.cli.lookup import find_job
 from distroml.client import AsyncClient, Json
 
@@ -23,6 +24,7 @@ def incidents(job_id: JobReference, /, *, ctx: Ctx) -> int:
         print_json(page)
     else:
         print_incidents(page["incidents"])
+        _print_first_error(page["incidents"])
     return 0
 
 
@@ -43,3 +45,15 @@ def print_incidents(rows: Iterable[Json]) -> None:
         empty="Nothing failed.",
         right=("#", *COLUMNS[3:]),
     )
+
+
+def _print_first_error(rows: Sequence[Json]) -> None:
+    """What the newest failed worker said itself: its traceback, else its last lines."""
+    for row in reversed(rows):
+        cause = row.get("cause") or {}
+        said = (cause.get("traceback") or "").splitlines() or cause.get("last_lines") or ()
+        if said:
+            rank, node = cause.get("rank"), cause.get("node")
+            sys.stdout.write(f"\nIncident {row['number']}, rank {rank} on {node}:\n")
+            sys.stdout.writelines(f"  {printable(line)}\n" for line in said)
+            return

@@ -38,15 +38,14 @@ def choose(reference: str, jobs: Iterable[Json]) -> str:
     raise InvalidRequest(
         f"{reference!r} is ambiguous; it fits {len(fitting)} jobs: {shown}"
         + (f" and {more} more" if more > 0 else "")
-        + ". Give more of the id.",
-        field="ID",
+        + ". Give more of the id."
     )
 
 
 async def find_job(client: AsyncClient, reference: str) -> Json:
     """The job that ``reference`` means."""
     if not reference:
-        raise InvalidRequest("The job id is empty; see 'distroml jobs'.", field="ID")
+        raise InvalidRequest("The job id is empty; see 'distroml jobs'.")
     try:
         return await client.job(reference)
     except (NotFound, InvalidRequest):

@@ -117,7 +117,8 @@ def render(progress: JobProgress) -> RenderableType:
         Text(job["job_id"], "dim"),
         Text(progress.status, _COLOURS.get(progress.status, "cyan")),
     )
-    bar = ProgressBar(total=float(job.get("total_steps") or 1), completed=float(job["step"]))
+    bar = Table.grid(expand=True)  # a bar by itself does not end its line
+    bar.add_row(ProgressBar(total=job.get("total_steps") or 1, completed=job["step"]))
     facts = Text("   ").join(
         Text.assemble((f"{name} ", "dim"), value) for name, value in progress.facts().items()
     )

@@ -103,11 +103,10 @@ async def _draw(client: AsyncClient, progress: JobProgress) -> None:
 
 
 def ending(job: Json) -> str:
-    """One line on how a job ended."""
-    result = job.get("result") or {}
-    metrics = ", ".join(f"{name} {value:.4g}" for name, value in result.get("metrics", {}).items())
-    reason = f": {job['reason']}" if job.get("reason") else ""
-    return printable(f"{job['status']}{reason}" + (f" ({metrics})" if metrics else ""))
+    """One line on how a job ended; the reason was among the changes of state."""
+    metrics = (job.get("result") or {}).get("metrics", {})
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    return printable(f"{job['status']}: {shown}" if shown else job["status"])
 
 
 def exit_code(job: Json) -> int:

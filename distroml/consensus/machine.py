@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -26,13 +25,14 @@ from distroml.consensus.state import (
     KeyRecord,
     ProposerRecord,
 )
+from distroml.errors import UNDECODABLE
 from distroml.model import (
     ASSIGNED,
+    BLAMELESS,
     TERMINAL,
     TRANSITIONS,
     CheckpointStatus,
     Event,
-    FailureKind,
     Incident,
     Job,
     JobStatus,
@@ -77,7 +77,7 @@ def apply(state: ClusterState, index: int, data: bytes) -> Applied:
     """Apply one committed log entry given as bytes (see ``commands.encode_entry``)."""
     try:
         entry = c.decode_entry(data)
-    except msgspec.DecodeError as error:
+    except UNDECODABLE as error:
         outcome = Outcome(index, "invalid-entry", f"entry {index} cannot be read: {error}")
         return Applied(_count(replace(state, index=index), outcome.error), outcome)
     return apply_entry(state, index, entry)
@@ -409,8 +409,7 @@ def _fail_generation(state: ClusterState, context: _Context, command: c.FailGene
     job = _current(
         state, command.job_id, command.generation, S.STARTING, S.RUNNING, S.CHECKPOINTING
     )
-    # A corrupt checkpoint says nothing about the user's code, and there are finitely many of them.
-    counted = command.cause.kind is not FailureKind.CORRUPT_CHECKPOINT
+    counted = command.cause.kind not in BLAMELESS
     return _moved(
         state,
         job,

@@ -183,6 +183,11 @@ class RaftNode:
         return self.core.raft.applied_index
 
     @property
+    def failure(self) -> str:
+        """Why this node has stopped for good (an invariant broke); empty while it works."""
+        return self._failure
+
+    @property
     def _trouble(self) -> str:
         if self._failure or self._sync.trouble:
             return self._failure or self._sync.trouble

@@ -10,11 +10,10 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 
-import msgspec
-
 from distroml.commands import Entry, Outcome, decode_entry
 from distroml.consensus import machine
 from distroml.consensus.state import ClusterState, decode_state, encode_state
+from distroml.errors import UNDECODABLE
 from distroml.model import Event
 
 MAX_EVENTS_PER_JOB = 256
@@ -44,7 +43,7 @@ class Replica:
         entry: Entry | None
         try:
             entry = decode_entry(data)
-        except msgspec.DecodeError:
+        except UNDECODABLE:
             entry = None
             applied = machine.apply(self.state, index, data)
         else:

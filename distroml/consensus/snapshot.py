@@ -21,7 +21,7 @@ FORMAT: Final = 1
 _MAGIC: Final = b"DMLSNAP\x01"
 _LENGTHS: Final = struct.Struct("<II")
 _MAX_HEADER_BYTES: Final = 64 * 1024
-STALL_S: Final = 1.0
+STALL_S: Final = 0.5
 """Without progress for this long, the chunks in flight are taken for lost and sent again."""
 
 

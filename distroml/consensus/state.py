@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from distroml.commands import Outcome
+from distroml.errors import UNDECODABLE
 from distroml.model import ASSIGNED, TERMINAL, Job, JobStatus, Node
 
 STATE_FORMAT = 1
@@ -91,7 +92,7 @@ def decode_state(data: bytes) -> ClusterState:
     """
     try:
         image = msgspec.msgpack.decode(data, type=_Image)
-    except msgspec.DecodeError as error:
+    except UNDECODABLE as error:
         raise ValueError(f"the snapshot does not hold a cluster state: {error}") from None
     if image.format != STATE_FORMAT:
         raise ValueError(

@@ -113,7 +113,8 @@ def main() -> int:
     mark = Mark()
     cluster = LocalCluster(root, nodes=NODES, slots=SLOTS, environ=mark.environ)
     facts = Facts(started_at=time.time(), seed=options.seed, steps=options.steps)
-    held, trouble = False, ""
+    held, interrupted, trouble = False, False, ""
+    mark.post_sentry()
     try:
         with ExitStack() as stack:
             screen = Screen(stack)
@@ -124,15 +125,18 @@ def main() -> int:
         if options.json is not None:
             report.write_json(options.json, facts, verdicts)
     except (KeyboardInterrupt, asyncio.CancelledError):
-        print("\nInterrupted.", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        interrupted = True
     finally:
         _end(cluster, mark)
-        if held and not options.keep:
+        if not held and not interrupted:
+            print(f"\n{cluster.log_tails()}", file=sys.stderr)
+        if (held or interrupted) and not options.keep:
             shutil.rmtree(root, ignore_errors=True)
         else:
-            print(f"\n{cluster.log_tails()}" if not held else "", file=sys.stderr)
-            print(f"Data and logs are in {root}")
+            print(f"\nData and logs are in {root}")
+    if interrupted:
+        print("Interrupted; all nodes are stopped.", file=sys.stderr)
+        return EXIT_INTERRUPTED
     print(f"\n{'Everything held.' if held else 'FAILED. ' + trouble}")
     return 0 if held else EXIT_FAILED
 
@@ -143,6 +147,7 @@ def _end(cluster: LocalCluster, mark: Mark) -> None:
         node.kill()
     if left := mark.kill_all():
         print(f"Killed {len(left)} processes that were left: {left}", file=sys.stderr)
+    mark.dismiss_sentry()
 
 
 def _options() -> argparse.Namespace:

@@ -1,13 +1,20 @@
-"""Makes sure that nothing of the demo outlives it: its processes are recognised by a mark in their environment."""
+"""Makes sure that nothing of the demo outlives it: its processes are recognised by a mark in their environment.
+
+Run as a program it is the sentry: it waits until its standard input ends, as it does with the demo's life however
+that ends, and then kills whatever still carries the mark.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import uuid
 from pathlib import Path
 
 VARIABLE = "DEMO_RUN_ID"
+SENTRY_TIMEOUT_S = 10.0
 _PROC = Path("/proc")
 
 
@@ -17,8 +24,9 @@ class Mark:
     Where there is no /proc (macOS) nothing is recognised: nodes end their own workers there.
     """
 
-    def __init__(self) -> None:
-        self._value = uuid.uuid4().hex
+    def __init__(self, value: str = "") -> None:
+        self._value = value or uuid.uuid4().hex
+        self._sentry: subprocess.Popen[bytes] | None = None
 
     @property
     def environ(self) -> dict[str, str]:
@@ -27,7 +35,7 @@ class Mark:
 
     def on(self, pid: int) -> bool:
         """Whether a running process carries the mark; true where that cannot be told."""
-        if not (_PROC / "self/environ").exists():
+        if not _can_tell():
             return True
         wanted = f"{VARIABLE}={self._value}".encode()
         try:
@@ -37,10 +45,25 @@ class Mark:
 
     def kill_all(self) -> list[int]:
         """SIGKILL every process that carries the mark; returns their ids."""
-        if not (_PROC / "self/environ").exists():
+        if not _can_tell():
             return []
         pids = [int(entry.name) for entry in _PROC.iterdir() if entry.name.isdigit()]
         return [pid for pid in pids if pid != os.getpid() and self.on(pid) and kill(pid)]
+
+    def post_sentry(self) -> None:
+        """From now on a process of its own kills what is left, should this one not live to do it."""
+        self._sentry = subprocess.Popen(
+            [sys.executable, "-m", "distroml.demo.leftovers", self._value],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def dismiss_sentry(self) -> None:
+        """The sentry looks a last time and ends."""
+        sentry, self._sentry = self._sentry, None
+        if sentry is not None and sentry.stdin is not None:
+            sentry.stdin.close()
+            sentry.wait(SENTRY_TIMEOUT_S)
 
 
 def kill(pid: int) -> bool:
@@ -50,3 +73,12 @@ def kill(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def _can_tell() -> bool:
+    return (_PROC / "self/environ").exists()
+
+
+if __name__ == "__main__":
+    sys.stdin.buffer.read()
+    Mark(sys.argv[1]).kill_all()

@@ -76,7 +76,7 @@ class HttpServer:
             keepalive_timeout=settings.keepalive_timeout_s,
             shutdown_timeout=settings.shutdown_timeout_s,
             max_line_size=limits.MAX_LINE_BYTES,
-            max_field_size=limits.MAX_LINE_BYTES,
+            max_field_size=limits.MAX_HEADER_BYTES,
             max_headers=limits.MAX_HEADERS,
         )
         await self._runner.setup()
@@ -103,7 +103,7 @@ class HttpServer:
             resource = app.router.add_resource(route.path, name=None)
             served = ["GET", "HEAD"] if route.method == "GET" and route.head else [route.method]
             for method in served:
-                resource.add_route(method, handler)
+                resource.add_route(method, handler, expect_handler=_expect)
             methods.setdefault(route.path, []).extend(served)
         for path, served in methods.items():
             app.router.add_route("OPTIONS", path, _options(sorted({*served, "OPTIONS"})))
@@ -138,6 +138,7 @@ class HttpServer:
         is_stream = route is not None and not route.head and response.status < 300
         duration_s = None if is_stream else time.perf_counter() - began
         self._telemetry.answered(method, label, response.status, duration_s)
+        _log.debug("%s %s -> %d", request.method, request.rel_url.raw_path, response.status)
         return response
 
     @web.middleware
@@ -163,6 +164,17 @@ def sign(request: web.BaseRequest, response: web.StreamResponse, services: Servi
     response.headers[REQUEST_ID_HEADER] = problems.request_id_of(request)
     response.headers.setdefault("X-Content-Type-Options", "nosniff")
     response.headers.setdefault("Cache-Control", "no-store")
+
+
+async def _expect(request: web.Request) -> web.StreamResponse | None:
+    """``Expect``: go on for 100-continue, refuse the rest; aiohttp calls this before the middlewares."""
+    if request.headers["Expect"].lower() != "100-continue":
+        return problems.respond_http(
+            request, web.HTTPExpectationFailed(text="Only 'Expect: 100-continue' can be met.")
+        )
+    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    request.writer.output_size = 0  # the answer itself has not begun
+    return None
 
 
 def _options(allowed: list[str]) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:

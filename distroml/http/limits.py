@@ -17,6 +17,7 @@ from aiohttp import web
 from msgspec import Struct
 
 from distroml.errors import (
+    UNDECODABLE,
     BodyTooLarge,
     InvalidRequest,
     InvalidSpec,
@@ -25,8 +26,10 @@ from distroml.errors import (
 )
 
 JSON_TYPE = "application/json"
-MAX_LINE_BYTES = 8190
-"""Request line and each header field; longer ones are refused by the parser."""
+MAX_LINE_BYTES = 32 * 1024
+"""Request line, with room for the cursor of a stream of hundreds of ranks."""
+MAX_HEADER_BYTES = 8190
+"""Each header field; the parser refuses longer ones."""
 MAX_HEADERS = 100
 MAX_QUERY_PAIRS = 64
 KEY_HEADER = "Idempotency-Key"
@@ -204,7 +207,7 @@ async def read_nothing(request: web.Request, settings: HttpSettings) -> None:
         unknown = re.search(r"unknown field `([^`]*)`", str(error))
         field = unknown.group(1) if unknown else None
         raise InvalidSpec(f"This request takes no fields: {error}.", field=field) from None
-    except msgspec.DecodeError as error:
+    except UNDECODABLE as error:
         raise InvalidRequest(f"The body is not JSON: {error}.") from None
 
 

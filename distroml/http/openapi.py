@@ -54,7 +54,7 @@ def document(routes: Iterable[Route], version: str) -> bytes:
     }
     components["MetricMessage"]["additionalProperties"] = {"type": ["number", "null"]}
     components["Problem"]["additionalProperties"] = True
-    return msgspec.json.encode(
+    described = msgspec.json.encode(
         {
             "openapi": "3.1.0",
             "info": {"title": "DistroML", "version": version, "description": _DESCRIPTION},
@@ -62,6 +62,8 @@ def document(routes: Iterable[Route], version: str) -> bytes:
             "components": {"schemas": components},
         }
     )
+    # JSON Schema has the regular expressions of ECMAScript, which know no \\Z.
+    return described.replace(rb'\\Z"', b'$"')
 
 
 def _bodies(routes: Sequence[Route]) -> list[Any]:

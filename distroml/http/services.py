@@ -111,7 +111,7 @@ class History(Protocol):
 
     async def log_lines(self, job_id: str, rank: int | None, tail: int) -> Sequence[LogLine]: ...
     def end_position(self, job_id: str) -> str:
-        """The position after everything known now."""
+        """The position after everything known now: URL-safe text, as all positions are."""
         ...
 
     async def read_after(self, job_id: str, position: str | None, limit: int) -> HistoryBatch:

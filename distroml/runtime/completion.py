@@ -137,5 +137,4 @@ def _diverged(turn: Turn, run: Running, outcomes: dict[int, WorkerOutcome]) -> B
         observed_at=turn.now.wall_s,
         reason=reason,
         echoes_only=False,
-        planned=False,
     )

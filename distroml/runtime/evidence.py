@@ -44,7 +44,6 @@ class Evidence(Struct, frozen=True, kw_only=True):
     echo: bool = False
     of_node: bool = False
     """True where the node is to blame: all its ranks go with it."""
-    planned: bool = False
     fact: WorkerFact | None = None
 
 
@@ -58,8 +57,6 @@ class Blame(Struct, frozen=True, kw_only=True):
     """Without the ``generation 4:`` in front."""
     echoes_only: bool
     """True while no root cause is known."""
-    planned: bool
-    """True where nothing went wrong: a node was asked to leave."""
 
 
 def gather(
@@ -78,7 +75,9 @@ def gather(
             continue  # its work is done and its last shard durable, whatever became of it since
         node_gone = survey.gone(member)
         evidence: Evidence | None = None
-        if fact is not None and has_failed(fact) and not (node_gone and node_gone.planned):
+        # A node that announced its end explains how its workers ended.
+        left = node_gone is not None and node_gone.kind is FailureKind.NODE_LEFT
+        if fact is not None and has_failed(fact) and not left:
             evidence = _of_worker(member, fact)
         elif node_gone is not None:
             evidence = _of_node(member, node_gone, generation, facts)
@@ -105,7 +104,6 @@ def blame(evidence: Sequence[Evidence], generation: Generation, wall_s: float) -
         observed_at=wall_s if root.of_node else min(root.at, wall_s),
         reason=clip(_sentence(root, together), MAX_REASON_BYTES),
         echoes_only=root.echo,
-        planned=root.planned,
     )
 
 
@@ -176,7 +174,6 @@ def _of_node(member: Member, gone: GoneNode, generation: Generation, facts: Fact
         said=gone.said,
         at=spoke_at,
         of_node=True,
-        planned=gone.planned,
     )
 
 

@@ -11,7 +11,15 @@ from collections.abc import Iterable
 from msgspec.structs import replace
 
 from distroml.commands import FailGeneration, MarkCheckpointCorrupt
-from distroml.model import Cause, Checkpoint, CheckpointStatus, FailureKind, JobStatus, Member
+from distroml.model import (
+    BLAMELESS,
+    Cause,
+    Checkpoint,
+    CheckpointStatus,
+    FailureKind,
+    JobStatus,
+    Member,
+)
 from distroml.reports import WorkerFact, WorkerPhase
 from distroml.runtime.completion import finish
 from distroml.runtime.decisions import Decision, Running, Turn
@@ -60,7 +68,7 @@ def fail_generation(
     job, number = run.job, run.generation.number
     marks = _corrupt_marks(run, evidence)
     verdict = _checked(run, verdict)
-    spares = verdict.planned or verdict.cause.kind is FailureKind.CORRUPT_CHECKPOINT
+    spares = verdict.cause.kind in BLAMELESS
     reason = clip(f"generation {number}: {verdict.reason}", MAX_REASON_BYTES)
     if job.restarts >= job.spec.max_restarts and not spares:
         restarts = f"{job.restarts} restart{'s'[: job.restarts != 1]}"
@@ -138,10 +146,9 @@ def _started(run: Running, member: Member) -> bool:
 
 
 def unasked_stop(turn: Turn, run: Running) -> Blame:
-    """The verdict over workers that stopped in good order although nobody asked: nothing failed."""
+    """The verdict over workers that stopped in good order although nobody asked."""
     reason = f"{ranks_text(sorted(run.ranks))} stopped at step {run.highest_step} without a request"
-    verdict = _made_up(turn, run, FailureKind.ERROR, reason, run.generation.members)
-    return replace(verdict, planned=True)
+    return _made_up(turn, run, FailureKind.ERROR, reason, run.generation.members)
 
 
 def _made_up(
@@ -161,7 +168,6 @@ def _made_up(
         observed_at=turn.now.wall_s,
         reason=reason,
         echoes_only=False,
-        planned=False,
     )
 
 

@@ -7,8 +7,7 @@ from collections.abc import AsyncIterator
 from types import UnionType
 from typing import Any
 
-import msgspec
-
+from distroml.errors import UNDECODABLE
 from distroml.runtime.control import FrameReader
 
 READ_BYTES = 64 * 1024
@@ -34,7 +33,7 @@ async def read_messages(reader: asyncio.StreamReader, kind: UnionType) -> AsyncI
             return
         try:
             messages = frames.feed(data)
-        except (ValueError, msgspec.DecodeError) as error:
+        except UNDECODABLE as error:
             raise BadFrame(str(error)) from None
         for message in messages:
             yield message

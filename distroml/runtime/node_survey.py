@@ -23,8 +23,6 @@ class GoneNode(Struct, frozen=True):
     kind: FailureKind
     said: str
     """Such as ``lost (silent for 3.1 s)``."""
-    planned: bool = False
-    """True where it announced its end, which then explains how its workers ended."""
 
 
 class NodeView(Struct, frozen=True, kw_only=True):
@@ -84,9 +82,9 @@ class Survey(Struct, frozen=True, kw_only=True):
         if view.status is NodeStatus.LOST:
             return GoneNode(FailureKind.NODE_LOST, f"lost ({view.reason})")
         if view.status is NodeStatus.LEFT:
-            return GoneNode(FailureKind.NODE_LOST, f"left ({view.reason})", planned=True)
+            return GoneNode(FailureKind.NODE_LEFT, f"left ({view.reason})")
         if view.status is NodeStatus.DRAINING:
-            return GoneNode(FailureKind.NODE_LOST, f"is draining ({view.reason})", planned=True)
+            return GoneNode(FailureKind.NODE_LEFT, f"is draining ({view.reason})")
         return None
 
     def suspects(self, members: tuple[Member, ...]) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import msgspec
 from msgspec import Struct
 
+from distroml.errors import UNDECODABLE
 from distroml.reports import NodeReport
 from distroml.runtime.failure_detector import NodeObservation
 
@@ -44,7 +45,7 @@ class Observations:
         """Take a report that a peer sent; None where it is bad, not its own, or older than one we have."""
         try:
             report = self._decoder.decode(body)
-        except msgspec.DecodeError:
+        except UNDECODABLE:
             self.refused += 1
             return None
         if report.node != peer:

@@ -365,7 +365,10 @@ class Cluster:
         raft, name = node.raft, node.name
         entries = raft.log.entries
         for command, index, term in entries[-64:]:
-            if index > raft.log.anchor_index and self.entries.setdefault((index, term), command) != command:
+            if (
+                index > raft.log.anchor_index
+                and self.entries.setdefault((index, term), command) != command
+            ):
                 self.violations.append(f"log matching: {name} at {index}/{term}")
         if raft.term < node.seen_term or raft.commit_index < node.seen_commit:
             self.violations.append(f"{name}: term or commit index went back")
@@ -434,7 +437,9 @@ class Nemesis:
             return (
                 leader is not None
                 and leader.raft.commit_index == leader.raft.log.last_index
-                and all(n.raft.applied_index == leader.raft.commit_index for n in cluster.nodes.values())
+                and all(
+                    n.raft.applied_index == leader.raft.commit_index for n in cluster.nodes.values()
+                )
             )
 
         assert cluster.run_until(converged, settle_s), f"no convergence within {settle_s} s"
@@ -506,7 +511,9 @@ class Nemesis:
         cluster, rng = self.cluster, self.cluster.rng
         if rng.random() < 0.6:
             side = set(rng.sample(cluster.names, rng.randint(1, len(cluster.names) - 1)))
-            pairs = [(a, b) for a in cluster.names for b in cluster.names if (a in side) != (b in side)]
+            pairs = [
+                (a, b) for a in cluster.names for b in cluster.names if (a in side) != (b in side)
+            ]
         else:
             one, other = rng.sample(cluster.names, 2)
             pairs = [(one, other)] if rng.random() < 0.5 else [(one, other), (other, one)]
@@ -514,7 +521,9 @@ class Nemesis:
         if rng.random() < 0.5:
             for one, other in pairs:
                 cluster.disconnect(one, other)
-        cluster.later(rng.choice([0.2, 0.8, 2.0]) * rng.uniform(0.5, 1.5), lambda: self._mend(pairs))
+        cluster.later(
+            rng.choice([0.2, 0.8, 2.0]) * rng.uniform(0.5, 1.5), lambda: self._mend(pairs)
+        )
 
     def _mend(self, pairs: list[tuple[str, str]]) -> None:
         self.cluster.cut -= set(pairs)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from distroml.consensus.disk import RealDisk
@@ -62,11 +63,9 @@ def test_any_changed_byte_or_cut_is_found(blob: bytes, data: st.DataObject) -> N
 # ---------------------------------------------------------------------- the stream
 
 
-@settings(max_examples=300)
-@given(st.binary(max_size=400), st.data())
-def test_a_transfer_arrives_whole_through_loss_and_disorder(
-    blob: bytes, data: st.DataObject
-) -> None:
+@given(st.binary(max_size=200), st.integers(0, 2**32))
+def test_a_transfer_arrives_whole_through_loss_and_disorder(blob: bytes, seed: int) -> None:
+    rng = random.Random(seed)
     source = snapshot(blob=blob)
     outgoing = OutgoingSnapshot(source, chunk_bytes=16, window_chunks=3)
     incoming, now, delivered = IncomingSnapshot(), 0.0, None
@@ -74,8 +73,8 @@ def test_a_transfer_arrives_whole_through_loss_and_disorder(
         in_flight = [outgoing.keepalive(5)]
         while (chunk := outgoing.next_chunk(5)) is not None:
             in_flight.append(chunk)
-        for chunk in data.draw(st.permutations(in_flight)):
-            if data.draw(st.integers(0, 9)) == 0:
+        for chunk in rng.sample(in_flight, len(in_flight)):
+            if rng.random() < 0.1:
                 continue
             delivered = incoming.receive(chunk, VOTERS) or delivered
             if delivered is not None:
@@ -204,7 +203,7 @@ def test_l6_a_log_without_its_snapshot_refuses_to_start(tmp_path: Path) -> None:
     damaged = bytearray(path.read_bytes())
     damaged[-1] ^= 1
     path.write_bytes(bytes(damaged))
-    with pytest.raises(StorageCorrupt, match="starts behind entry 15.*Move the whole"):
+    with pytest.raises(StorageCorrupt, match=r"starts behind entry 15.*Move the whole"):
         reopen(tmp_path)
 
 

@@ -48,14 +48,14 @@ def histories(draw: st.DrawFn) -> list[list[Record]]:
             record: Record
             if kind == "e":
                 command = b"\x00" + draw(st.binary(max_size=20))
-                record = EntryRecord(command, image.last_index + 1, max(image.term, image.last_term))
+                record = EntryRecord(
+                    command, image.last_index + 1, max(image.term, image.last_term)
+                )
             elif kind == "t":
                 vote = draw(st.none() | st.sampled_from("abc"))
                 record = TermRecord(image.term + draw(st.integers(0, 2)), vote)
             elif kind == "r" and len(image.entries) > 1:
-                record = TruncateRecord(
-                    draw(st.integers(image.anchor_index + 1, image.last_index))
-                )
+                record = TruncateRecord(draw(st.integers(image.anchor_index + 1, image.last_index)))
             elif kind == "a":
                 record = AnchorRecord(image.last_index + draw(st.integers(0, 9)), image.last_term)
             else:
@@ -119,7 +119,7 @@ def test_rubbish_behind_the_last_batch_is_cut(batches: list[list[Record]], tail:
 
 
 def test_batches_of_an_earlier_segment_do_not_count() -> None:
-    content, ends, images = segment([[ProvenRecord()]])
+    content, _, images = segment([[ProvenRecord()]])
     stale = encode_batch(SALT + 1, 2, [TermRecord(9, "x")])
     assert replay(content + stale, "log", IDENTITY).image == images[-1]
 
@@ -207,7 +207,9 @@ def test_damage_in_the_middle_refuses_to_start_and_says_what_to_do(tmp_path: Pat
     wal.close()
     path = tmp_path / segment_name(1)
     path.write_bytes(path.read_bytes().replace(b"needle", b"noodle"))
-    with pytest.raises(StorageCorrupt, match=r"log-.*wal is damaged at byte .*move the node's whole"):
+    with pytest.raises(
+        StorageCorrupt, match=r"log-.*wal is damaged at byte .*move the node's whole"
+    ):
         open_wal(tmp_path)
 
 

@@ -115,11 +115,13 @@ CASES: list[tuple[str, str, bytes | None, dict[str, str], int, str, str | None]]
     ("GET", "/api/jobs/job-1/logs?rank=zero", None, {}, 400, "invalid-request", "rank"),
     ("GET", "/api/jobs/job-1/logs?tail=10001", None, {}, 400, "invalid-request", "tail"),
     ("GET", "/api/jobs/job-1/stream?cursor=abc", None, {}, 400, "invalid-request", "cursor"),
-    ("GET", "/api/jobs/job-1/stream?cursor=" + "A" * 5000, None, {}, 400, "invalid-request", "cursor"),
+    ("GET", "/api/jobs/job-1/stream?cursor=" + "A" * 25_000, None, {}, 400, "invalid-request", "cursor"),
     ("GET", "/api/jobs/job-1/events?types=metrics", None, {}, 400, "invalid-request", "types"),
     ("GET", "/api/jobs/job-1/events?types=metric,,log", None, {}, 400, "invalid-request", "types"),
     ("GET", "/api/cluster/nodes?x=1", None, {}, 400, "invalid-request", "x"),
     ("GET", "/health?x=1", None, {}, 400, "invalid-request", "x"),
+    ("GET", "/api/jobs/job-1/stream?cursor=k6VqLTEAAA.zzz", None, {}, 400, "invalid-request", "cursor"),
+    ("GET", "/api/jobs/job-1/stream?cursor=.", None, {}, 400, "invalid-request", "cursor"),
     # ids and paths
     ("GET", "/api/jobs/job-none", None, {}, 404, "not-found", "job_id"),
     ("GET", "/api/jobs/job-none/metrics", None, {}, 404, "not-found", "job_id"),
@@ -189,10 +191,11 @@ RAW = [
     b"nonsense\r\n\r\n",
     b"GET /\r\n\r\n",
     b"FROB / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"POST /api/jobs HTTP/1.1\r\nHost: localhost\r\nExpect: miracles\r\n\r\n",
     b"GET / HTTP/9.9\r\n\r\n",
     b"GET / HTTP/1.1\r\nHost localhost\r\n\r\n",
     b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 20_000 + b"\r\n\r\n",
-    b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET /" + b"a" * 40_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
     b"POST /api/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: minus\r\n\r\n",
     b"POST /api/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
     b"POST /api/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -276,6 +279,11 @@ async def test_allowed_host_names() -> None:
         other = await api.get("/health", headers={"Host": "node-b.lan"})
         local = await api.get("/health", headers={"Host": "localhost:1"})
     assert (fine.status, other.status, local.status) == (200, 421, 200)
+
+
+async def test_expect_100_continue(api: Api) -> None:
+    reply = await api.call("POST", "/api/jobs", json=SPEC, expect100=True)
+    assert reply.status == 201
 
 
 async def test_head_and_options(api: Api) -> None:

@@ -31,6 +31,14 @@ async def test_health_is_200_also_when_not_ready(api: Api) -> None:
     assert (await api.get("/ready")).status == 200
 
 
+async def test_before_it_has_caught_up_a_node_answers_503_on_the_api_only(api: Api) -> None:
+    api.node.knows_all = False
+    refused = await api.get("/api/jobs")
+    assert (refused.status, refused.json["type"]) == (503, "/problems/unavailable")
+    assert (await api.call("POST", "/api/jobs", json=SPEC)).status == 503
+    assert (await api.get("/health")).status == 200
+
+
 async def test_cluster_views(api: Api) -> None:
     node = api.node
     node.register("b", slots=0)
@@ -204,6 +212,7 @@ async def test_openapi_references_resolve(api: Api) -> None:
         assert name in known
     for name in ("JobSpec", "JobView", "Problem", "StreamMessage", "IncidentView"):
         assert name in known
+    assert "\\\\Z" not in text, "a pattern that only Python understands"
     parameters = msgspec.json.decode(text)["paths"]["/api/jobs"]["get"]["parameters"]
     limit = next(one for one in parameters if one["name"] == "limit")
     assert limit["schema"]["maximum"] == 10_000

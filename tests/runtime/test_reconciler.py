@@ -125,6 +125,18 @@ def test_an_old_worker_still_alive_holds_its_slot() -> None:
     assert why_waiting(scene) == {"job-1": "needs 2 slots, 1 free of 2"}
 
 
+def test_a_slot_is_free_only_once_its_agent_knows_that_it_was_released() -> None:
+    scene = Scene("a").submitted("cancelled", workers=2)
+    scene.step()
+    unaware = scene.log.state.index
+    scene.log.ok(c.CancelJob(job_id="cancelled", reason="cancelled"), at=scene.wall_s)
+    scene.submitted("next", workers=2)
+    scene.hears("a", applied_index=unaware)
+    assert scene.turn() == [], "the agent may be spawning the cancelled job's workers right now"
+    scene.hears("a")
+    assert reasons(scene.turn()) == ["generation 1: 2 workers on a(2)"]
+
+
 # --- starting ---
 
 

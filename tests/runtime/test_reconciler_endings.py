@@ -62,6 +62,17 @@ def test_two_checkpoints_are_committed_in_order() -> None:
     assert only(scene.turn(), WriteManifest).step == 40
 
 
+def test_shards_of_a_checkpoint_that_turned_out_corrupt_are_not_committed_again() -> None:
+    scene = saved(20)
+    commit(scene, only(scene.step(), WriteManifest))
+    scene.log.ok(
+        c.MarkCheckpointCorrupt(
+            job_id="job-1", step=20, manifest_sha256="manifest of 20", reason="the hash differs"
+        )
+    )
+    assert scene.turn() == []
+
+
 def test_a_rank_that_gives_up_ends_the_checkpoint_and_nothing_else() -> None:
     scene = Scene("a", "b").running("a", "b")
     scene.saves(0, 20)
@@ -285,6 +296,6 @@ def test_a_stop_is_bounded() -> None:
 
 
 def test_workers_that_stop_unasked_are_started_again() -> None:
-    scene = finished(Scene("a", "b").running("a", "b", max_restarts=0), stopped=True, step=42)
+    scene = finished(Scene("a", "b").running("a", "b"), stopped=True, step=42)
     failed = failure(scene)
     assert failed.reason == "generation 1: ranks 0, 1 stopped at step 42 without a request"

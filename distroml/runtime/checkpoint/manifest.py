@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from distroml.errors import UNDECODABLE
 from distroml.reports import DataCursor, ShardFact
 from distroml.runtime.checkpoint.shard_file import ShardHeader
 
@@ -183,7 +184,7 @@ def decode_manifest(data: bytes) -> Manifest:
         raise ValueError(f"it has {len(data)} bytes, the limit is {MAX_MANIFEST_BYTES}")
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
-    except msgspec.DecodeError as error:
+    except UNDECODABLE as error:
         raise ValueError(f"it cannot be decoded: {error}") from None
     if manifest.format != FORMAT:
         raise ValueError(f"its format is {manifest.format}, this version reads {FORMAT}")

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from distroml.errors import UNDECODABLE
 from distroml.reports import DataCursor
 
 FORMAT = 1
@@ -125,7 +126,7 @@ def parse_safetensors_header(data: bytes) -> ShardHeader:
         metadata = msgspec.json.decode(raw.pop("__metadata__", b"{}"), type=dict[str, str])
         note = msgspec.json.decode(metadata.get(METADATA_KEY, ""), type=ShardNote)
         entries = {name: msgspec.json.decode(value, type=_Entry) for name, value in raw.items()}
-    except msgspec.DecodeError as error:
+    except UNDECODABLE as error:
         raise ValueError(f"the header is not that of a shard: {error}") from None
     if note.format != FORMAT:
         raise ValueError(f"shard format {note.format} is not known; this version reads {FORMAT}")

@@ -9,7 +9,6 @@ generation, from a node that was away, is not delivered to that reader any more.
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -17,7 +16,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
-from distroml.errors import InvalidRequest
+from distroml.errors import UNDECODABLE, InvalidRequest
 from distroml.runtime.store.records import KINDS, MAX_GENERATION, MAX_RANK, Id, Kind, StreamKey
 
 MAX_TOKEN_CHARACTERS = 32 * 1024
@@ -78,6 +77,11 @@ class Position:
         wanted = self.wanted(key)
         if wanted is not None and next_seq > wanted:
             self.next_seqs[key] = next_seq
+
+    def foldable(self) -> bool:
+        """Whether ``fold`` could make it smaller."""
+        generations = {(key.run_id, key.generation) for key in self.next_seqs}
+        return len(generations) > KEPT_GENERATIONS or len(self.next_seqs) > MAX_POSITIONS
 
     def fold(self, heads: Mapping[StreamKey, int], kinds: Collection[Kind] = KINDS) -> None:
         """Forget old generations that were read up to ``heads``, so that the token stays small."""
@@ -141,7 +145,7 @@ def parse_token(token: str, job_id: str) -> Position:
             raise ValueError("too long")
         raw = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
         decoded = _decoder.decode(raw)
-    except (ValueError, binascii.Error, msgspec.DecodeError):
+    except UNDECODABLE:
         raise InvalidRequest(
             "cursor is not one that this API gave out; leave it out to start from the beginning.",
             field="cursor",

@@ -20,8 +20,10 @@ from distroml.runtime.store.subscriptions import Subscription, Written
 
 REPLAY_BYTES_PER_S = 16 * 1024 * 1024
 """Bound on what one follower reads from disk, so that many cannot starve the node."""
+FIRST_ROUND_BYTES = 16 * 1024
+"""Read from disk in one go, all streams of a generation together: little at first, for those who want a page."""
 ROUND_BYTES = 256 * 1024
-"""Read from disk in one go, all streams of a generation together."""
+"""Bound of later rounds; each is twice the one before."""
 MIN_CHUNK_BYTES = 2 * 1024
 
 
@@ -87,6 +89,7 @@ class Follower:
         """Next sequence number to fetch, where that is beyond the position."""
         self._buffers: dict[StreamKey, deque[_Buffered]] = {}
         self._live: Subscription | None = None
+        self._round_bytes = FIRST_ROUND_BYTES
 
     def caught_up(self) -> bool:
         """Whether all that the store has was taken."""
@@ -94,7 +97,8 @@ class Follower:
 
     def cursor(self) -> str:
         """A token to go on from behind the last entry taken, at any node."""
-        self._position.fold(self._store.heads(self._position.job_id), self._kinds)
+        if self._position.foldable():
+            self._position.fold(self._store.heads(self._position.job_id), self._kinds)
         return self._position.token()
 
     async def batch(self, timeout_s: float | None = None) -> list[Entry]:
@@ -203,7 +207,8 @@ class Follower:
             return
         oldest = min(key.generation for key in unread)
         group = [key for key in unread if key.generation == oldest]
-        chunk = max(MIN_CHUNK_BYTES, ROUND_BYTES // len(group))
+        chunk = max(MIN_CHUNK_BYTES, self._round_bytes // len(group))
+        self._round_bytes = min(2 * self._round_bytes, ROUND_BYTES)
         size = sum(self._read_ahead(key, chunk) for key in group)
         heads = self._store.heads(self._position.job_id)
         more = {key for key in group if (self._reached(key) or 0) < heads.get(key, 0)}

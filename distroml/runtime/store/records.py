@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from distroml.errors import UNDECODABLE
 from distroml.runtime.control import MetricRecord
 
 MAX_RECORD_BYTES = 64 * 1024
@@ -66,7 +67,7 @@ _log_decoder = msgspec.msgpack.Decoder(LogRecord)
 _metric_time = msgspec.msgpack.Decoder(_MetricTime)
 _log_time = msgspec.msgpack.Decoder(_LogTime)
 
-UndecodableRecord = msgspec.DecodeError
+UndecodableRecord = UNDECODABLE
 """Raised by the decoders below; a reader skips such a record."""
 
 

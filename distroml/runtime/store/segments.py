@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from distroml.errors import UNDECODABLE
 from distroml.runtime.store.records import ID_PATTERN, KINDS, Kind, StreamKey
 
 FRAME_BYTES = 64 * 1024
@@ -108,7 +109,7 @@ def records_of(frame: Frame) -> list[bytes]:
     """The records of a frame whose checksum was good; [] if its count does not match (never written so)."""
     try:
         records = _decoder.decode(frame.payload)
-    except msgspec.DecodeError:
+    except UNDECODABLE:
         return []
     return records if len(records) == frame.count else []
 

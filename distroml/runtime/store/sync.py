@@ -12,6 +12,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
+from distroml.errors import UNDECODABLE
 from distroml.runtime.store.records import MAX_RECORD_BYTES, Id, StreamKey
 
 MAX_BODY_BYTES = 256 * 1024
@@ -83,7 +84,7 @@ class Records(Struct, frozen=True, array_like=True, tag=5):
 
 Message = Digests | AskHeads | Heads | Pull | Records
 
-Undecodable = msgspec.DecodeError
+Undecodable = UNDECODABLE
 """Raised by ``decode``."""
 
 _encoder = msgspec.msgpack.Encoder()

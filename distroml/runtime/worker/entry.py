@@ -123,6 +123,7 @@ def _live(worker: Worker) -> WorkerOutcome:
     training = worker.training = _prepare(worker, adapter, dist, source)
     link.phase(WorkerPhase.TRAINING, at, training.state.epoch, training.total_steps)
     stopped = training.run()
+    print("worker was asked to stop" if stopped else "worker trained to its last step", flush=True)
     link.phase(
         WorkerPhase.FINISHING, training.state.step, training.state.epoch, training.total_steps
     )

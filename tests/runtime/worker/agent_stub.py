@@ -5,7 +5,9 @@ One thread, one selector: ``pump`` moves frames until a condition holds, so a te
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import selectors
 import signal
 import socket
@@ -45,6 +47,11 @@ from distroml.runtime.control import (
 from distroml.spec import JobSpec
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "PYTHONPATH": str(Path(__file__).parent),  # where the tests' own adapters are
+}
 START_TIMEOUT_S = 90.0
 WAIT_TIMEOUT_S = 90.0
 
@@ -83,6 +90,8 @@ class AgentStub:
         self.workers: dict[tuple[str, int, int], StubWorker] = {}
         self.spawn_failures: list[SpawnFailed] = []
         self.ready_pid: int | None = None
+        self.env: dict[str, str] = {}
+        """Added to the environment of workers that are spawned from now on."""
         self._runs = 0
         self._selector = selectors.DefaultSelector()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -103,7 +112,7 @@ class AgentStub:
             ],
             pass_fds=[theirs.fileno()],
             cwd=REPOSITORY,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env=os.environ | ENVIRONMENT,
         )
         theirs.close()
         self._selector.register(ours, selectors.EVENT_READ, self._from_forkserver)
@@ -145,10 +154,10 @@ class AgentStub:
             log_path=str(self.directory / f"{run_id}-g{generation}-r{rank}.log"),
         )
 
-    def spawn(self, plan: WorkerPlan, env: dict[str, str] | None = None) -> StubWorker:
+    def spawn(self, plan: WorkerPlan) -> StubWorker:
         worker = StubWorker(plan, time.monotonic())
         self.workers[plan.run_id, plan.generation, plan.rank] = worker
-        self._forkserver.sendall(encode_frame(Spawn(plan=plan, env=env or {})))
+        self._forkserver.sendall(encode_frame(Spawn(plan=plan, env=self.env)))
         return worker
 
     def start(
@@ -191,9 +200,32 @@ class AgentStub:
         assert worker.pid is not None
         os.kill(worker.pid, signal.SIGKILL)
 
+    def kill_if_alive(self, worker: StubWorker) -> None:
+        """End what would go with its generation; it may have ended by itself."""
+        if worker.exit_status is None and worker.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(worker.pid, signal.SIGKILL)
+
     def stop(self, worker: StubWorker) -> None:
         assert worker.link is not None
         worker.link.sendall(encode_frame(Stop()))
+
+    def hang_up(self, worker: StubWorker) -> None:
+        """Close the control socket, as a dying agent would."""
+        assert worker.link is not None
+        self._selector.unregister(worker.link)
+        worker.link.close()
+
+    def pause_reading(self, worker: StubWorker) -> None:
+        assert worker.link is not None
+        self._paused = self._selector.unregister(worker.link).data
+
+    def resume_reading(self, worker: StubWorker) -> None:
+        assert worker.link is not None
+        self._selector.register(worker.link, selectors.EVENT_READ, self._paused)
+
+    def wait_for_log(self, worker: StubWorker, text: str) -> None:
+        self.pump(lambda: text in self.log(worker), f"{text!r} in the log", poll_s=0.02)
 
     def commit(self, workers: list[StubWorker], step: int) -> Checkpoint:
         """Write the manifest of the shards that ``workers`` reported for ``step``."""
@@ -216,16 +248,32 @@ class AgentStub:
     # --- frames ------------------------------------------------------------------------------------------------
 
     def pump(
-        self, until: Callable[[], bool], awaited: str, timeout_s: float = WAIT_TIMEOUT_S
+        self,
+        until: Callable[[], bool],
+        awaited: str,
+        timeout_s: float = WAIT_TIMEOUT_S,
+        poll_s: float = WAIT_TIMEOUT_S,
     ) -> None:
-        """Move frames until ``until`` holds; fails with what was ``awaited`` and all logs."""
+        """Move frames until ``until`` holds; fails with what was ``awaited`` and all logs.
+
+        Args:
+            poll_s: how often to look where no frame tells of a change.
+        """
         deadline = time.monotonic() + timeout_s
         while not until():
             left = deadline - time.monotonic()
             if left <= 0:
                 raise AssertionError(f"waited {timeout_s:g} s for {awaited}\n{self._story()}")
-            for key, _ in self._selector.select(left):
+            for key, _ in self._selector.select(min(left, poll_s)):
                 key.data(key.fileobj)
+
+    @staticmethod
+    def wait_until(until: Callable[[], bool], awaited: str) -> None:
+        """Wait for something that no frame tells of."""
+        deadline = time.monotonic() + WAIT_TIMEOUT_S
+        while not until():
+            assert time.monotonic() < deadline, f"waited {WAIT_TIMEOUT_S:g} s for {awaited}"
+            select.select([], [], [], 0.02)
 
     def _story(self) -> str:
         parts = []

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
+import threading
 
 import numpy as np
 import torch
@@ -124,3 +127,27 @@ class NoModel(distroml.FrameworkAdapter):
 
 class NotAnAdapter:
     pass
+
+
+class Prints(Regression):
+    def build_model(self, spec: distroml.JobSpec) -> nn.Module:
+        print("printed by the user")
+        print("stdin", repr(sys.stdin.read()))
+        return super().build_model(spec)
+
+
+class Slow(Endless):
+    """Waits for the stop before its data exist."""
+
+    def build_dataset(self, spec: distroml.JobSpec) -> Lines:
+        threading.Event().wait(0.5)
+        return super().build_dataset(spec)
+
+
+class Forks(Endless):
+    """Starts a process of its own."""
+
+    def build_model(self, spec: distroml.JobSpec) -> nn.Module:
+        child = subprocess.Popen(["sleep", "600"])
+        print("child", child.pid)
+        return super().build_model(spec)

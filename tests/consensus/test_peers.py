@@ -1,0 +1,410 @@
+"""Links between nodes over real loopback sockets: who gets in, what arrives, what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distroml.consensus.frames import (
+    PROTOCOL_VERSION,
+    BadFrame,
+    Confirm,
+    FrameReader,
+    Hello,
+    Lane,
+    Welcome,
+    decode_link_message,
+    encode_frame,
+    encode_link_message,
+)
+from distroml.consensus.peers import Address, Channel, LinkLimits, PeerLinks
+from tests.consensus.live import free_addresses, until
+
+# ---------------------------------------------------------------------- pure
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port"),
+    [
+        ("127.0.0.1:7101", "127.0.0.1", 7101),
+        ("[::1]:7101", "::1", 7101),
+        ("node-b.example:0", "node-b.example", 0),
+        (" localhost:65535 ", "localhost", 65535),
+    ],
+)
+def test_addresses_are_read_and_written(text: str, host: str, port: int) -> None:
+    address = Address.parse(text)
+    assert (address.host, address.port) == (host, port)
+    assert Address.parse(str(address)) == address
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "host",
+        ":7101",
+        "host:",
+        "host:x",
+        "host:70000",
+        "::1:7101",
+        "[::1:7101",
+        "a b:1",
+        "h:-1",
+    ],
+)
+def test_bad_addresses_are_named(text: str) -> None:
+    with pytest.raises(ValueError, match="is not host:port, such as"):
+        Address.parse(text)
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.binary(max_size=50)), max_size=8), st.data())
+def test_frames_survive_any_cutting_of_the_stream(
+    frames: list[tuple[int, bytes]], data: st.DataObject
+) -> None:
+    stream = b"".join(encode_frame(channel, body) for channel, body in frames)
+    reader, seen = FrameReader(50), []
+    while stream:
+        size = data.draw(st.integers(1, len(stream)))
+        seen += reader.feed(stream[:size])
+        stream = stream[size:]
+    assert seen == frames
+
+
+@given(st.binary(max_size=100))
+def test_rubbish_is_refused_without_any_other_error(body: bytes) -> None:
+    with suppress(BadFrame):
+        FrameReader(20).feed(body)
+    with suppress(BadFrame):
+        decode_link_message(body)
+
+
+def test_an_oversize_frame_is_refused_before_it_is_read() -> None:
+    with pytest.raises(BadFrame, match="announces"):
+        FrameReader(100).feed(struct.pack(">IB", 101, 1))
+
+
+# ---------------------------------------------------------------------- live
+
+Starter = Callable[..., Awaitable[PeerLinks]]
+
+
+class Net:
+    """Links of several nodes, with what each of them received."""
+
+    def __init__(self, *names: str) -> None:
+        self.addresses = free_addresses(*names)
+        self.links: list[PeerLinks] = []
+        self.received: dict[str, list[tuple[str, Channel, bytes]]] = {}
+        self.events: dict[str, list[tuple[str, bool]]] = {}
+
+    async def start(self, name: str, incarnation: int = 1, **options: object) -> PeerLinks:
+        links = PeerLinks(
+            name=name,
+            incarnation=incarnation,
+            cluster_id=str(options.pop("cluster_id", "test")),
+            listen=self.addresses[name],
+            peers=options.pop("peers", self.addresses),  # type: ignore[arg-type]
+            limits=options.pop("limits", LinkLimits()),  # type: ignore[arg-type]
+        )
+        received = self.received[name] = []
+        events = self.events[name] = []
+        for channel in Channel:
+            links.subscribe(channel, lambda peer, body, c=channel: received.append((peer, c, body)))
+        links.on_link(lambda peer, up: events.append((peer, up)))
+        await links.start()
+        self.links.append(links)
+        return links
+
+    async def pair(self, limits: LinkLimits | None = None) -> tuple[PeerLinks, PeerLinks]:
+        a = await self.start("a", limits=limits or LinkLimits())
+        b = await self.start("b", limits=limits or LinkLimits())
+        await until(lambda: a.connected("b") and b.connected("a"), "both nodes are connected")
+        return a, b
+
+
+@pytest.fixture
+async def net() -> AsyncIterator[Net]:
+    net = Net("a", "b")
+    yield net
+    for links in net.links:
+        await links.close()
+
+
+async def test_frames_arrive_in_order_on_their_channels(net: Net) -> None:
+    a, _ = await net.pair()
+    await until(lambda: a.send("b", Channel.REPORT, b"warm"), "the bulk lane is up")
+    for number in range(50):
+        assert a.send("b", Channel.RAFT, b"%d" % number)
+    await until(lambda: len(net.received["b"]) == 51, "all frames arrived")
+    control = [frame for frame in net.received["b"] if frame[1] is Channel.RAFT]
+    assert control == [("a", Channel.RAFT, b"%d" % number) for number in range(50)]
+
+
+async def test_a_frame_of_the_largest_size_arrives_and_a_larger_one_is_a_defect(net: Net) -> None:
+    a, _ = await net.pair()
+    body = bytes(a.limits.frame_bytes)
+    assert a.send("b", Channel.RAFT, body)
+    await until(lambda: bool(net.received["b"]), "the frame arrived")
+    assert net.received["b"][0][2] == body
+    with pytest.raises(ValueError, match="limit"):
+        a.send("b", Channel.RAFT, body + b"x")
+
+
+async def test_sending_to_a_peer_that_is_down_says_no(net: Net) -> None:
+    a = await net.start("a")
+    assert not a.send("b", Channel.RAFT, b"x")
+    assert not a.send("nobody", Channel.REPORT, b"x")
+    assert a.counters["dropped_control"] == 1
+    assert a.counters["dropped_bulk"] == 1
+
+
+async def test_a_dead_peer_is_noticed_and_its_next_life_is_connected_again(net: Net) -> None:
+    a, b = await net.pair()
+    await b.close()
+    await until(lambda: not a.connected("b"), "a noticed that b died")
+    again = await net.start("b", incarnation=2)
+    await until(lambda: a.connected("b") and again.connected("a"), "the new b is connected")
+    assert net.events["a"] == [("b", True), ("b", False), ("b", True)]
+    assert a.send("b", Channel.RAFT, b"hello")
+    await until(lambda: bool(net.received["b"]), "the new b received a frame")
+
+
+async def test_a_newer_connection_replaces_the_older_and_says_so(net: Net) -> None:
+    await net.pair()
+    old = net.received["a"].copy()
+    reader, writer = await speak(net, greeting("b", epoch=10**6))
+    await until(lambda: net.events["a"].count(("b", False)) >= 1, "a said that b's link broke")
+    writer.write(encode_frame(Channel.RAFT, b"from the newer one"))
+    await until(lambda: len(net.received["a"]) > len(old), "the newer connection's frame arrived")
+    assert net.received["a"][-1] == ("b", Channel.RAFT, b"from the newer one")
+    writer.close()
+    del reader
+
+
+def greeting(peer: str, /, **changes: object) -> Hello:
+    hello = Hello(
+        version=PROTOCOL_VERSION,
+        cluster_id="test",
+        name=peer,
+        target="a",
+        incarnation=1,
+        epoch=1,
+        lane=Lane.CONTROL,
+        nonce=bytes(16),
+    )
+    return msgspec.structs.replace(hello, **changes)
+
+
+async def speak(net: Net, hello: Hello) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Dials node a by hand and completes the handshake."""
+    reader, writer = await connect(net)
+    writer.write(encode_link_message(hello))
+    header = await reader.readexactly(5)
+    body = await reader.readexactly(struct.unpack(">IB", header)[0])
+    assert isinstance(decode_link_message(body), Welcome)
+    writer.write(encode_link_message(Confirm(b"")))
+    return reader, writer
+
+
+async def connect(net: Net) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    address = net.addresses["a"]
+    return await asyncio.open_connection(address.host, address.port)
+
+
+@pytest.mark.parametrize(
+    ("changes", "counter"),
+    [
+        ({"cluster_id": "other"}, "refused_cluster"),
+        ({"version": 99}, "refused_version"),
+        ({"name": "mallory"}, "refused_unknown_peer"),
+        ({"name": "a"}, "refused_unknown_peer"),
+        ({"target": "c"}, "refused_wrong_target"),
+    ],
+)
+async def test_strangers_are_refused_and_counted(
+    net: Net, changes: dict[str, object], counter: str
+) -> None:
+    a = await net.start("a")
+    reader, writer = await connect(net)
+    writer.write(encode_link_message(greeting("b", **changes)))
+    async with asyncio.timeout(5):
+        await reader.read()  # until the acceptor closes
+    assert a.counters[counter] == 1
+    assert not a.connected("b")
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("sent", "counter"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "refused_oversize"),
+        (encode_frame(0, b"\xc1rubbish"), "refused_garbage"),
+        (encode_frame(Channel.RAFT, b"too early"), "refused_garbage"),
+        (encode_link_message(Confirm(b"")), "refused_garbage"),
+    ],
+)
+async def test_garbage_closes_the_connection_and_is_counted(
+    net: Net, sent: bytes, counter: str
+) -> None:
+    a = await net.start("a")
+    reader, writer = await connect(net)
+    writer.write(sent)
+    async with asyncio.timeout(5):
+        await reader.read()
+    assert a.counters[counter] == 1
+    writer.close()
+
+
+async def test_garbage_after_the_handshake_closes_the_connection(net: Net) -> None:
+    a = await net.start("a")
+    reader, writer = await speak(net, greeting("b"))
+    writer.write(struct.pack(">IB", a.limits.frame_bytes + 1, 1))
+    async with asyncio.timeout(5):
+        await reader.read()
+    assert a.counters["refused_oversize"] == 1
+    writer.close()
+
+
+async def test_a_frame_on_the_wrong_lane_closes_the_connection(net: Net) -> None:
+    a = await net.start("a")
+    reader, writer = await speak(net, greeting("b"))
+    writer.write(encode_frame(Channel.STORE, b"bulk on the control lane"))
+    async with asyncio.timeout(5):
+        await reader.read()
+    assert a.counters["refused_garbage"] == 1
+    assert net.received["a"] == []
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "counter"),
+    [
+        ({"epoch": 4}, "refused_stale_epoch"),
+        ({"epoch": 9, "incarnation": 1}, "refused_stale_incarnation"),
+    ],
+)
+async def test_an_older_connection_cannot_replace_a_newer_one(
+    net: Net, changes: dict[str, object], counter: str
+) -> None:
+    a = await net.start("a")
+    _, newer = await speak(net, greeting("b", epoch=5, incarnation=2))
+    reader, writer = await connect(net)
+    writer.write(encode_link_message(greeting("b", **({"incarnation": 2} | changes))))
+    async with asyncio.timeout(5):
+        await reader.read()
+    assert a.counters[counter] == 1
+    newer.write(encode_frame(Channel.RAFT, b"still here"))
+    await until(lambda: bool(net.received["a"]), "the newer connection still counts")
+    writer.close()
+    newer.close()
+
+
+async def test_a_silent_stranger_is_cut_off(net: Net) -> None:
+    a = await net.start("a", limits=LinkLimits(handshake_timeout_s=0.1))
+    reader, writer = await connect(net)
+    async with asyncio.timeout(5):
+        await reader.read()
+    assert a.counters["refused_handshake_timeout"] == 1
+    writer.close()
+
+
+async def test_unproven_connections_are_bounded(net: Net) -> None:
+    a = await net.start("a", limits=LinkLimits(pending_handshakes=3))
+    open_connections = [await connect(net) for _ in range(6)]
+    await until(lambda: a.counters.get("refused_too_many", 0) == 3, "the oldest were dropped")
+    for _, writer in open_connections:
+        writer.close()
+
+
+async def test_a_silent_established_peer_counts_as_dead(net: Net) -> None:
+    a = await net.start("a", limits=LinkLimits(ping_s=0.05, idle_timeout_s=0.2))
+    reader, writer = await speak(net, greeting("b"))
+    async with asyncio.timeout(5):
+        with suppress(ConnectionError):
+            await reader.read()
+    assert a.counters["idle_closed"] == 1
+    writer.close()
+
+
+async def test_pings_keep_an_idle_link_alive(net: Net) -> None:
+    a, b = await net.pair(LinkLimits(ping_s=0.05, idle_timeout_s=0.4))
+    await asyncio.sleep(1.0)  # several idle timeouts of real silence are the very input here
+    assert a.connected("b")
+    assert b.connected("a")
+    assert a.counters.get("idle_closed", 0) == b.counters.get("idle_closed", 0) == 0
+
+
+async def test_a_full_lane_refuses_and_does_not_hold_up_the_other(net: Net) -> None:
+    """Node b is a peer that reads its control lane but never its bulk lane."""
+    received = asyncio.Event()
+
+    async def behave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        header = await reader.readexactly(5)
+        hello = decode_link_message(await reader.readexactly(struct.unpack(">IB", header)[0]))
+        assert isinstance(hello, Hello)
+        writer.write(encode_link_message(Welcome(PROTOCOL_VERSION, "b", 1, bytes(16), b"")))
+        if hello.lane is Lane.CONTROL:
+            await reader.readuntil(b"urgent")
+            received.set()
+        await asyncio.Event().wait()
+
+    server = await asyncio.start_server(
+        behave, "127.0.0.1", net.addresses["b"].port, family=socket.AF_INET
+    )
+    a = await net.start("a", limits=LinkLimits(bulk_queue_bytes=2_000_000, idle_timeout_s=60))
+    await until(lambda: a.send("b", Channel.STORE, b"x"), "the bulk lane is up")
+    await until(lambda: a.send("b", Channel.RAFT, b"x"), "the control lane is up")
+    sent = 0
+    while a.send("b", Channel.STORE, bytes(500_000)):
+        sent += 1
+        assert sent < 100, "the bulk queue is bounded"
+    assert a.counters["dropped_bulk"] >= 1
+    assert a.send("b", Channel.RAFT, b"urgent")
+    async with asyncio.timeout(5):
+        await received.wait()
+    server.close()
+
+
+async def test_a_handler_that_raises_does_not_break_the_link(net: Net) -> None:
+    a, b = await net.pair()
+
+    def fail(_peer: str, _body: bytes) -> None:
+        raise RuntimeError("a defect of a subscriber")
+
+    b.subscribe(Channel.RAFT, fail)
+    a.send("b", Channel.RAFT, b"1")
+    a.send("b", Channel.PROPOSE, b"2")
+    await until(lambda: len(net.received["b"]) == 1, "the next frame arrived all the same")
+    assert b.counters["handler_errors"] == 1
+    assert b.connected("a")
+
+
+async def test_a_secret_is_asked_for_where_one_is_configured(net: Net) -> None:
+    class Secret:
+        def __init__(self, secret: bytes) -> None:
+            self.secret = secret
+
+        def prove(self, role: str, transcript: bytes) -> bytes:
+            return self.secret
+
+        def verify(self, role: str, transcript: bytes, proof: bytes) -> bool:
+            return proof == self.secret
+
+    a, b = await net.pair()
+    await b.close()
+    await until(lambda: not a.connected("b"), "b is gone")
+    a.authenticator = Secret(b"right")
+    wrong = await net.start("b", incarnation=2)
+    await until(lambda: wrong.counters.get("refused_authentication", 0) > 0, "a was not believed")
+    assert not a.connected("b")
+    wrong.authenticator = Secret(b"right")
+    await until(lambda: a.connected("b"), "with the secret b is let in")

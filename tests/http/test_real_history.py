@@ -1,0 +1,94 @@
+"""Streams, metrics and logs over the history that a node really keeps."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from distroml.http import messages
+from distroml.runtime.control import MetricRecord
+from distroml.runtime.store.history import HistoryStore
+from distroml.runtime.store.records import StreamKey, encode_log, encode_metric
+from distroml.services import HistoryView
+from tests.http.node import Api, MemoryNode, served
+from tests.http.test_jobs import finish
+from tests.http.test_streams import read, read_all, running
+
+
+class Recorded:
+    """A served node with a store on disk, and a pen for rank 0's metrics and two ranks' logs."""
+
+    def __init__(self, store: HistoryStore, api: Api, job_id: str) -> None:
+        self.store = store
+        self.api = api
+        self.job_id = job_id
+
+    async def steps(self, *steps: int) -> None:
+        records = [encode_metric(MetricRecord(s, 0, float(s), {"loss": 1 / s})) for s in steps]
+        await self._append(0, "metrics", records)
+
+    async def line(self, rank: int, text: str) -> None:
+        await self._append(rank, "logs", [encode_log(1.0, text)])
+
+    async def _append(self, rank: int, kind: str, records: list[bytes]) -> None:
+        key = StreamKey(self.job_id, f"run-{self.job_id}", 1, rank, kind)  # type: ignore[arg-type]
+        self.store.append(key, self.store.next_seq(key), records)
+        await self.store.settled()
+
+
+@pytest.fixture
+async def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Recorded]:
+    monkeypatch.setattr(messages, "END_SETTLE_S", 0.05)
+    async with HistoryStore(tmp_path / "history") as store:
+        node = MemoryNode()
+        node.register("a")
+        node.history = HistoryView(store)  # type: ignore[assignment]
+        async with served(node) as api:
+            yield Recorded(store, api, running(node))
+
+
+async def test_cut_and_resumed_stream_is_whole(recorded: Recorded) -> None:
+    url = f"{recorded.api.base}/api/jobs/{recorded.job_id}/stream"
+    await recorded.steps(*range(1, 21))
+    await recorded.line(1, "hello")
+    seen = []
+    async with recorded.api.http.ws_connect(url) as socket:
+        seen += await read(socket, 9)
+    cursor = seen[-1]["cursor"]
+    async with recorded.api.http.ws_connect(url, params={"cursor": cursor}) as socket:
+        await recorded.steps(*range(21, 31))
+        finishing = asyncio.create_task(read_all(socket))
+        await recorded.line(0, "bye")
+        finish(recorded.api.node, recorded.job_id)
+        seen += await finishing
+    assert [m["step"] for m in seen if m["type"] == "metric"] == list(range(1, 31))
+    assert sorted(m["line"] for m in seen if m["type"] == "log") == ["bye", "hello"]
+    assert seen[-1]["type"] == "end"
+
+
+async def test_cursor_that_the_history_does_not_know_is_400(recorded: Recorded) -> None:
+    url = f"{recorded.api.base}/api/jobs/{recorded.job_id}/stream"
+    async with recorded.api.http.ws_connect(url) as socket:
+        (first,) = await read(socket, 1)
+    ours = first["cursor"].partition(".")[0]
+    reply = await recorded.api.get(
+        f"/api/jobs/{recorded.job_id}/stream", params={"cursor": f"{ours}.bm9uc2Vuc2U"}
+    )
+    assert (reply.status, reply.json["field"]) == (400, "cursor")
+
+
+async def test_metrics_logs_and_newest_values(recorded: Recorded) -> None:
+    await recorded.steps(*range(1, 101))
+    await recorded.line(0, "one")
+    await recorded.line(1, "two")
+    path = f"/api/jobs/{recorded.job_id}"
+    page = (await recorded.api.get(f"{path}/metrics?name=loss&from_step=11&max_points=10")).json
+    (series,) = page["series"]
+    assert (series["steps"][0], series["steps"][-1]) == (11, 100)
+    assert len(series["steps"]) <= 10
+    assert page["latest"] == {"loss": 0.01}
+    logs = (await recorded.api.get(f"{path}/logs?rank=1")).json["lines"]
+    assert [line["line"] for line in logs] == ["two"]

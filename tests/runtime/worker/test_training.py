@@ -1,0 +1,246 @@
+"""Real forked workers over loopback: the same bits whatever happens in between."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from agent_stub import AgentStub, StubWorker
+
+from distroml.model import Checkpoint
+from distroml.reports import WorkerPhase
+from distroml.runtime.worker.snapshot import read_checkpoint
+from distroml.spec import JobSpec, convert_spec
+
+
+def spec_of(workers: int = 1, **changes: Any) -> JobSpec:
+    document: dict[str, Any] = {
+        "resources": {"workers": workers},
+        "hyperparameters": {"batch_size": 16, "epochs": 2, "lr": 0.01},
+        "checkpointing": {"every_n_steps": 7},
+        "dataset_options": {"samples": 170, "features": 9, "classes": 3},
+        "model_options": {"hidden": 16},
+    }
+    return convert_spec(document | changes)
+
+
+ENTRYPOINT: dict[str, Any] = {"dataset_options": {}, "model_options": {}}
+
+
+def user_spec(name: str, workers: int = 1, **changes: Any) -> JobSpec:
+    return spec_of(workers, entrypoint=f"stub_adapters:{name}", **ENTRYPOINT, **changes)
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(agent: AgentStub) -> None:
+    agent.env = {}
+
+
+def finished(workers: list[StubWorker]) -> list[StubWorker]:
+    for worker in workers:
+        assert worker.failure is None, worker.failure
+        assert worker.exit_status == 0
+        assert worker.outcome is not None
+    assert len({w.outcome.state_digest for w in workers if w.outcome}) == 1
+    return workers
+
+
+def test_phases_metrics_and_outcome(agent: AgentStub) -> None:
+    workers = finished(agent.run(spec_of(2)))
+    for worker in workers:
+        assert [phase for phase, _ in worker.phases] == [
+            WorkerPhase.CONNECTING,
+            WorkerPhase.RESTORING,
+            WorkerPhase.TRAINING,
+            WorkerPhase.FINISHING,
+        ]
+        assert worker.step == worker.total_steps == 22
+    first, second = workers
+    assert second.metrics == []
+    assert sorted(first.series("loss")) == list(range(1, 23))
+    assert sorted(first.series("accuracy")) == [11, 22]
+    assert set(first.metrics[0].values) == {"loss", "lr", "step_time", "throughput"}
+    assert [m.epoch for m in first.metrics if "loss" in m.values] == [0] * 11 + [1] * 11
+    outcome = first.outcome
+    assert outcome is not None
+    assert (outcome.step, outcome.epoch, outcome.stopped) == (22, 1, False)
+    assert outcome.checkpoint_step == 22
+    assert set(outcome.metrics) == {"loss", "accuracy", "eval_loss"}
+    assert [s.step for s in first.shards] == [7, 14, 21, 22]
+
+
+def test_training_learns(agent: AgentStub) -> None:
+    spec = spec_of(
+        2,
+        hyperparameters={"batch_size": 64, "epochs": 2, "lr": 0.003},
+        dataset_options={"samples": 4000},
+        model_options={},
+        checkpointing={"enabled": False},
+    )
+    (first, _) = finished(agent.run(spec))
+    loss = first.series("loss")
+    assert loss[len(loss)] < 0.6 * loss[1]
+    assert first.series("accuracy")[len(loss)] > 0.6
+    assert first.outcome is not None
+    assert first.outcome.checkpoint_step is None
+    assert first.shards == []
+
+
+RESUMED = {
+    "mlp": spec_of,
+    "cnn, uneven": lambda w: spec_of(
+        w,
+        model="cnn",
+        model_options={"channels": 4, "dropout": 0.3},
+        hyperparameters={"batch_size": 21, "epochs": 2, "optimizer": "adamw", "weight_decay": 0.1},
+        dataset_options={"samples": 107, "features": 16, "classes": 3},
+        checkpointing={"every_n_steps": 3},
+    ),
+    "sgd": lambda w: spec_of(
+        w, hyperparameters={"batch_size": 16, "epochs": 2, "optimizer": "sgd", "momentum": 0.9}
+    ),
+    "transformer": lambda w: spec_of(
+        w,
+        model="transformer",
+        dataset="text",
+        model_options={"layers": 1, "heads": 2, "width": 16, "context": 16, "dropout": 0.1},
+        dataset_options={"max_bytes": 4096},
+        steps=12,
+    ),
+    "user's, every generator": lambda w: user_spec(
+        "Normalised", w, checkpointing={"every_n_steps": 4}
+    ),
+    "user's data loader": lambda w: user_spec("Loaded", w, checkpointing={"every_n_steps": 5}),
+}
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("make", RESUMED.values(), ids=list(RESUMED))
+def test_a_resumed_run_ends_in_the_same_bits(agent: AgentStub, make: Any, world_size: int) -> None:
+    spec = make(world_size)
+    whole = finished(agent.run(spec))
+    every = spec.checkpointing.every_n_steps
+    resume_from(agent, spec, whole, agent.commit(whole, every))
+
+
+def resume_from(
+    agent: AgentStub, spec: JobSpec, whole: list[StubWorker], checkpoint: Checkpoint
+) -> None:
+    resumed = finished(
+        agent.run(spec, run_id=whole[0].plan.run_id, generation=2, checkpoint=checkpoint)
+    )
+    expected, got = whole[0].outcome, resumed[0].outcome
+    assert expected is not None
+    assert got is not None
+    assert got.state_digest == expected.state_digest
+    assert got.metrics == expected.metrics
+    for name in ("loss", "accuracy", "eval_loss", "perplexity", "noise"):
+        before, after = whole[0].series(name), resumed[0].series(name)
+        assert after == {s: v for s, v in before.items() if s > checkpoint.step}, name
+    # the same bytes were there already: nothing was written twice
+    files = [
+        f.rpartition("/")[2] for f in agent.store.list(checkpoint.directory.rpartition("/")[0])
+    ]
+    assert not [f for f in files if ".g2." in f]
+
+
+def test_a_killed_run_resumes_from_its_last_commit(agent: AgentStub) -> None:
+    spec = spec_of(3, hyperparameters={"batch_size": 16, "epochs": 8, "lr": 0.01})
+    whole = finished(agent.run(spec))
+    broken = agent.start(spec, agent.new_run())
+    agent.wait_step(broken[0], 30)
+    agent.kill(broken[1])
+    agent.wait_exit([broken[1]])
+    assert broken[1].exit_status == -9
+    for survivor in (broken[0], broken[2]):
+        agent.kill_if_alive(survivor)
+    agent.wait_exit(broken)
+    for survivor in (broken[0], broken[2]):
+        assert survivor.failure is None or survivor.failure.collateral
+    checkpoint = agent.commit(broken, 28)
+    resume_from(agent, spec, whole, checkpoint)
+
+
+def test_fast_reduction_trains_too(agent: AgentStub) -> None:
+    workers = finished(agent.run(spec_of(3, distributed={"reduction": "fast"})))
+    loss = workers[0].series("loss")
+    assert loss[22] < loss[1]
+
+
+def test_world_sizes_agree_up_to_rounding(agent: AgentStub) -> None:
+    """170 samples in batches of 16 leave a last batch of 10; 4 ranks hold 3, 3, 2, 2 of it."""
+    losses = [finished(agent.run(spec_of(w)))[0].series("loss") for w in (1, 2, 4)]
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_ranks_without_samples_change_nothing(agent: AgentStub) -> None:
+    """33 samples in batches of 16: the last batch has one sample for four ranks."""
+    agent.env["SAMPLES"] = "33"
+    alone, four = (finished(agent.run(user_spec("Regression", w)))[0] for w in (1, 4))
+    assert four.series("loss") == pytest.approx(alone.series("loss"), rel=1e-4)
+    assert sorted(four.series("loss")) == list(range(1, 7))
+
+
+def test_empty_ranks_keep_statistics_equal(agent: AgentStub) -> None:
+    """BatchNorm where the last batch has a sample for one rank only: all end in the same state."""
+    spec = spec_of(
+        4,
+        model="cnn",
+        model_options={"channels": 2},
+        dataset_options={"samples": 33, "features": 16, "classes": 3},
+    )
+    finished(agent.run(spec))
+
+
+def test_a_plain_sequence_is_a_dataset(agent: AgentStub) -> None:
+    finished(agent.run(user_spec("Single", 2)))
+
+
+@pytest.mark.parametrize("who", [0, 2])
+def test_stop_ends_all_ranks_at_one_boundary_with_a_checkpoint(agent: AgentStub, who: int) -> None:
+    spec = user_spec("Endless", 3, steps=1_000_000_000)
+    workers = agent.start(spec, agent.new_run())
+    agent.wait_step(workers[0], 3)
+    agent.stop(workers[who])
+    agent.wait_exit(workers)
+    finished(workers)
+    outcomes = [w.outcome for w in workers if w.outcome]
+    assert len({o.step for o in outcomes}) == 1
+    assert all(o.stopped for o in outcomes)
+    step = outcomes[0].step
+    assert {o.checkpoint_step for o in outcomes} == {step}
+    checkpoint = agent.commit(workers, step)
+    manifest, blob = read_checkpoint(agent.store, checkpoint)
+    assert manifest.step == step
+    assert set(blob.tensors) == {
+        "model.weight",
+        "model.bias",
+        *(
+            f"optimizer.{p}.{s}"
+            for p in ("weight", "bias")
+            for s in ("step", "exp_avg", "exp_avg_sq")
+        ),
+    }
+
+
+def test_a_run_that_was_already_done_ends_at_once(agent: AgentStub) -> None:
+    spec = spec_of(2)
+    whole = finished(agent.run(spec))
+    checkpoint = agent.commit(whole, 22)
+    again = finished(
+        agent.run(spec, run_id=whole[0].plan.run_id, generation=2, checkpoint=checkpoint)
+    )
+    assert again[0].outcome == whole[0].outcome
+    assert again[0].shards == []
+
+
+def test_a_resume_can_change_the_number_of_ranks(agent: AgentStub) -> None:
+    whole = finished(agent.run(spec_of(3)))
+    checkpoint = agent.commit(whole, 7)
+    run_id = whole[0].plan.run_id
+    resumed = finished(
+        agent.run(spec_of(3), run_id=run_id, generation=2, checkpoint=checkpoint, world_size=2)
+    )
+    expected = {s: v for s, v in whole[0].series("loss").items() if s > 7}
+    assert resumed[0].series("loss") == pytest.approx(expected, rel=1e-3)
