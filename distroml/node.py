@@ -169,6 +169,7 @@ class Node:
                 links=self.links,
                 observations=self.observations,
                 history=self.history,
+                writer=self.writer,
                 replicator=self.replicator,
                 stopping=lambda: self.stopping,
                 warm=self._warm,
@@ -305,6 +306,7 @@ class Node:
         for event in events:
             if event.type == "removed" and event.job_id is not None:
                 self.replicator.forget(event.job_id)
+                self.services.history.forget(event.job_id)
         self._converge_due.set()
         self.coordinator.kick()
 

@@ -27,6 +27,7 @@ from distroml.http.limits import HttpSettings
 from distroml.http.services import Counter, HistoryBatch, LogLine, MetricPoint, Series
 from distroml.runtime.control import MetricRecord
 from distroml.runtime.coordinator import Coordinator
+from distroml.runtime.history_sink import HistoryWriter
 from distroml.runtime.observations import Observations, ObservedNode
 from distroml.runtime.store.following import Entry, follow
 from distroml.runtime.store.history import HistoryStore
@@ -54,11 +55,11 @@ class HistoryView:
     async def metric_series(
         self, job_id: str, name: str, from_step: int, to_step: int | None, max_points: int
     ) -> Series:
-        points = await self._queries.metric_series(job_id, name, from_step, to_step, max_points)
+        found = await self._queries.metric_series(job_id, name, from_step, to_step, max_points)
         return Series(
-            steps=tuple(point.step for point in points),
-            values=tuple(point.value for point in points),
-            total=len(points),
+            steps=tuple(point.step for point in found.points),
+            values=tuple(point.value for point in found.points),
+            total=found.total,
         )
 
     def latest_metrics(self, job_id: str) -> Mapping[str, float]:
@@ -102,6 +103,11 @@ class HistoryView:
             watchers.discard(wake)
             if not watchers:
                 del self._wakes[job_id]
+
+    def forget(self, job_id: str) -> None:
+        """The job was removed."""
+        self._queries.forget(job_id)
+        self._latest.pop(job_id, None)
 
     def _on_written(self, written: Written, local: bool) -> None:
         key = written.key
@@ -150,6 +156,7 @@ class Parts(Struct, frozen=True, kw_only=True):
     links: PeerLinks
     observations: Observations
     history: HistoryStore
+    writer: HistoryWriter
     replicator: HistoryReplicator
     stopping: Callable[[], bool]
     warm: Callable[[], bool]
@@ -233,5 +240,6 @@ class NodeServices:
             yield Counter(name="distroml_decisions_total", value=count, labels=labels)
         for key, value in dataclasses.asdict(parts.replicator.counts).items():
             yield Counter(name=f"distroml_history_{key}_total", value=float(value))
+        yield Counter(name="distroml_history_dropped_total", value=parts.writer.dropped)
         yield Counter(name="distroml_history_bytes", value=parts.history.size_bytes)
         yield Counter(name="distroml_reports_refused_total", value=parts.observations.refused)

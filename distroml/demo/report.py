@@ -69,7 +69,7 @@ def show(facts: Facts, verdicts: list[Verdict]) -> None:
             (
                 *(one[name] for name in ("step", "epoch", "generation", "shards")),
                 size(one["size_bytes"]),
-                f"{one['directory']}/{one['manifest']}",
+                f"{one['directory'].rpartition('/')[2]}/{one['manifest']}",
             )
             for one in facts.checkpoints
         ),

@@ -20,7 +20,7 @@ from distroml.errors import InvalidRequest, Unavailable
 from distroml.http import limits, openapi, problems
 from distroml.http.guards import Authenticate, check_origin
 from distroml.http.limits import Gate
-from distroml.http.routes import cluster, jobs, ops
+from distroml.http.routes import cluster, job_records, jobs, ops
 from distroml.http.services import Services
 from distroml.http.table import Call, Route
 from distroml.http.telemetry import Telemetry
@@ -32,7 +32,7 @@ BACKLOG = 1024
 UNKNOWN_ROUTE = "none"
 """Label of requests that match no route; their paths are not bounded."""
 
-ROUTES: tuple[Route, ...] = (*jobs.ROUTES, *cluster.ROUTES, *ops.ROUTES)
+ROUTES: tuple[Route, ...] = (*jobs.ROUTES, *job_records.ROUTES, *cluster.ROUTES, *ops.ROUTES)
 
 _ROUTE = web.RequestKey("route", Route)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import msgspec
 from aiohttp import web
 from msgspec import Struct
 
-from distroml.errors import DistroMLError
+from distroml.errors import DistroMLError, NotFound
 from distroml.http import limits
 from distroml.http.limits import Gate, HttpSettings, Query
 from distroml.http.services import Services
 from distroml.http.telemetry import Telemetry
+from distroml.model import Job
 
 
 class Call(Struct, frozen=True):
@@ -91,3 +92,20 @@ def json_response(body: Any, *, status: int = 200, **headers: str) -> web.Respon
         content_type=limits.JSON_TYPE,
         headers={name.replace("_", "-"): value for name, value in headers.items()},
     )
+
+
+def job_of(call: Call) -> Job:
+    """The job that the path names.
+
+    Raises:
+        NotFound: there is none of that id.
+    """
+    job = call.services.state().jobs.get(call.job_id)
+    if job is None:
+        raise NotFound(f"There is no job '{call.job_id}'.", field="job_id")
+    return job
+
+
+def latest_metrics(call: Call, job: Job) -> Mapping[str, float]:
+    """Newest values of a job's metrics; empty before it started."""
+    return call.services.history.latest_metrics(job.job_id) if job.started_at else {}

@@ -11,12 +11,15 @@ from distroml.runtime.store.records import Kind, StreamKey, encode_log, encode_m
 
 
 class HistoryWriter:
-    """Appends what the supervisor hands it; counts what the store could not take."""
+    """Appends what the supervisor hands it; counts what the store could not take.
+
+    The store refuses only while more than its ``pending_bytes`` wait for a disk that does not keep up. Then new
+    records are dropped rather than kept in memory: training does not wait for its own telemetry.
+    """
 
     def __init__(self, store: HistoryStore) -> None:
         self._store = store
         self.dropped = 0
-        """Records that were refused because too much waited for the disk."""
 
     def take_metrics(self, worker: WorkerFact, records: tuple[MetricRecord, ...]) -> None:
         """Append metrics of one rank."""

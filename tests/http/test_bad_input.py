@@ -30,7 +30,7 @@ CASES: list[tuple[str, str, bytes | None, dict[str, str], int, str, str | None]]
     ("POST", "/api/jobs", b"{", JSON, 422, "invalid-spec", None),
     ("POST", "/api/jobs", b"nonsense", JSON, 422, "invalid-spec", None),
     ("POST", "/api/jobs", b"\xff\xfe", JSON, 422, "invalid-spec", None),
-    ("POST", "/api/jobs", b'{"name":"\xff"}', JSON, 400, "invalid-request", None),
+    ("POST", "/api/jobs", b'{"name":"\xff"}', JSON, 422, "invalid-spec", None),
     ("POST", "/api/jobs", b"[]", JSON, 422, "invalid-spec", None),
     ("POST", "/api/jobs", b"null", JSON, 422, "invalid-spec", None),
     ("POST", "/api/jobs", b'"x"', JSON, 422, "invalid-spec", None),

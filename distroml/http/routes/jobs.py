@@ -1,4 +1,4 @@
-"""Jobs: submit, list, look at, cancel, stop, remove, and their metrics, logs, checkpoints and incidents.
+"""Jobs: submit, list, look at, cancel, stop, remove.
 
 Writes are judged by the state machine, not by this node's possibly older view: the route only chooses which
 command to propose. A retry under the same ``Idempotency-Key`` gets the first outcome, whatever happened since.
@@ -11,12 +11,11 @@ import base64
 import binascii
 import hashlib
 import secrets
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 import msgspec
 from aiohttp import web
-from msgspec import Meta, Struct
+from msgspec import Meta
 
 from distroml.commands import CancelJob, Outcome, RemoveJob, StopJob, SubmitJob
 from distroml.errors import (
@@ -34,15 +33,13 @@ from distroml.errors import (
 from distroml.http import limits, views
 from distroml.http.limits import Query
 from distroml.http.problems import from_outcome
-from distroml.http.streams import StreamQuery, events, stream
-from distroml.http.table import Answer, Call, Route, json_response
+from distroml.http.table import Answer, Call, Route, job_of, json_response, latest_metrics
 from distroml.model import Job, JobStatus
 from distroml.spec import JobSpec, parse_spec
 
 JOBS_PER_TURN = 100
 """Job bodies made before the event loop gets its turn again."""
 REPLAYED_HEADER = "Idempotent-Replayed"
-MAX_METRIC_NAMES = 64
 _WRITE_ERRORS = (Unavailable, OutcomeUnknown, KeyReused)
 
 
@@ -57,57 +54,6 @@ class ListQuery(Query, frozen=True, kw_only=True):
     ) = None
 
 
-class MetricsQuery(Query, frozen=True, kw_only=True):
-    """Parameters of a job's metrics."""
-
-    name: Annotated[
-        tuple[Annotated[str, Meta(min_length=1, max_length=128)], ...],
-        Meta(max_length=MAX_METRIC_NAMES, description="may be repeated; all metrics by default"),
-    ] = ()
-    from_step: Annotated[int, Meta(ge=0, le=2**53)] = 0
-    to_step: Annotated[int, Meta(ge=0, le=2**53, description="inclusive")] | None = None
-    max_points: Annotated[int, Meta(ge=1, le=10_000, description="per metric; thinned above")] = (
-        1000
-    )
-
-
-class LogsQuery(Query, frozen=True, kw_only=True):
-    """Parameters of a job's logs."""
-
-    rank: Annotated[int, Meta(ge=0, le=65_535)] | None = None
-    tail: Annotated[int, Meta(ge=0, le=10_000, description="newest lines")] = 100
-
-
-class SeriesView(Struct, frozen=True, kw_only=True):
-    """One metric over steps; ``steps`` and ``values`` have the same length."""
-
-    name: str
-    steps: list[int]
-    values: list[float | None]
-    total: Annotated[int, Meta(description="points in the range before thinning")]
-
-
-class MetricsView(Struct, frozen=True, kw_only=True):
-    job_id: str
-    names: Annotated[list[str], Meta(description="all metrics this job has")]
-    latest: dict[str, float]
-    series: list[SeriesView]
-
-
-class LogLineView(Struct, frozen=True, kw_only=True):
-    generation: int
-    rank: int
-    at: views.Timestamp
-    line: str
-
-
-class LogsView(Struct, frozen=True, kw_only=True):
-    """The newest lines in the order of their times."""
-
-    job_id: str
-    lines: list[LogLineView]
-
-
 # --- writes ------------------------------------------------------------------------------------------------------
 
 
@@ -117,10 +63,7 @@ async def submit(call: Call, query: Query) -> web.StreamResponse:
     body = await limits.read_body(call.request, call.settings)
     if not body.strip():
         raise InvalidRequest("The body is empty; send a job specification as a JSON object.")
-    try:
-        spec = parse_spec(body)
-    except UnicodeDecodeError:
-        raise InvalidRequest("The body is not UTF-8.") from None
+    spec = parse_spec(body)
     command = SubmitJob(
         key=key,
         request_sha256=_digest("POST /api/jobs", msgspec.json.encode(spec, order="deterministic")),
@@ -172,7 +115,7 @@ async def stop(call: Call, query: Query) -> web.StreamResponse:
         reason="stopped by the user, after a final checkpoint",
     )
     outcome = _accepted(await call.services.propose(command, call.settings.write_timeout_s))
-    return _job_response(call, _job(call), status=202, outcome=outcome)
+    return _job_response(call, job_of(call), status=202, outcome=outcome)
 
 
 # --- reads -------------------------------------------------------------------------------------------------------
@@ -196,7 +139,7 @@ async def list_jobs(call: Call, query: ListQuery) -> web.StreamResponse:
     parts: list[bytes] = []
     for start in range(0, len(page), JOBS_PER_TURN):
         some = page[start : start + JOBS_PER_TURN]
-        bodies = [views.job_view(job, facts, _latest(call, job), now) for job in some]
+        bodies = [views.job_view(job, facts, latest_metrics(call, job), now) for job in some]
         parts.append(msgspec.json.encode(bodies)[1:-1])
         await asyncio.sleep(0)
     end = b'],"next_cursor":' + msgspec.json.encode(cursor) + b"}"
@@ -206,79 +149,20 @@ async def list_jobs(call: Call, query: ListQuery) -> web.StreamResponse:
 
 async def get_job(call: Call, query: Query) -> web.StreamResponse:
     """One job."""
-    return _job_response(call, _job(call))
-
-
-async def get_metrics(call: Call, query: MetricsQuery) -> web.StreamResponse:
-    """Metrics over steps."""
-    job = _job(call)
-    if query.to_step is not None and query.to_step < query.from_step:
-        raise InvalidRequest(
-            f"to_step ({query.to_step}) is before from_step ({query.from_step}).", field="to_step"
-        )
-    history = call.services.history
-    names = sorted(await history.metric_names(job.job_id))
-    series = []
-    for name in dict.fromkeys(query.name or names[:MAX_METRIC_NAMES]):
-        one = await history.metric_series(
-            job.job_id, name, query.from_step, query.to_step, query.max_points
-        )
-        series.append(
-            SeriesView(name=name, steps=list(one.steps), values=list(one.values), total=one.total)
-        )
-    latest = dict(_latest(call, job))
-    return json_response(MetricsView(job_id=job.job_id, names=names, latest=latest, series=series))
-
-
-async def get_logs(call: Call, query: LogsQuery) -> web.StreamResponse:
-    """The newest lines of all ranks or one."""
-    job = _job(call)
-    lines = await call.services.history.log_lines(job.job_id, query.rank, query.tail)
-    shown = [
-        LogLineView(
-            generation=one.generation, rank=one.rank, at=views.timestamp(one.at), line=one.line
-        )
-        for one in lines
-    ]
-    return json_response(LogsView(job_id=job.job_id, lines=shown))
-
-
-async def get_checkpoints(call: Call, query: Query) -> web.StreamResponse:
-    """Checkpoints whose commit is in the log, oldest first."""
-    job = _job(call)
-    shown = [views.checkpoint_view(one) for one in job.checkpoints]
-    return json_response(views.CheckpointList(job.job_id, shown))
-
-
-async def get_incidents(call: Call, query: Query) -> web.StreamResponse:
-    """Failures and recoveries, oldest first."""
-    job = _job(call)
-    shown = [views.incident_view(one) for one in job.incidents]
-    return json_response(views.IncidentList(job.job_id, shown))
+    return _job_response(call, job_of(call))
 
 
 # --- shared ------------------------------------------------------------------------------------------------------
-
-
-def _job(call: Call) -> Job:
-    job = call.services.state().jobs.get(call.job_id)
-    if job is None:
-        raise NotFound(f"There is no job '{call.job_id}'.", field="job_id")
-    return job
 
 
 def _job_response(
     call: Call, job: Job, *, status: int = 200, outcome: Outcome | None = None
 ) -> web.Response:
     facts = views.facts_of(call.services.observed())
-    view = views.job_view(job, facts, _latest(call, job), call.now)
+    view = views.job_view(job, facts, latest_metrics(call, job), call.now)
     response = json_response(view, status=status)
     response.headers.update(_replayed(outcome))
     return response
-
-
-def _latest(call: Call, job: Job) -> Mapping[str, float]:
-    return call.services.history.latest_metrics(job.job_id) if job.started_at else {}
 
 
 def _accepted(outcome: Outcome) -> Outcome:
@@ -326,8 +210,6 @@ def _decode_cursor(text: str | None) -> int | None:
 
 
 _JOB = Answer(200, "The job", views.JobView)
-_SWITCH = Answer(101, "WebSocket: one JSON message per text frame")
-_SSE = Answer(200, "Server-Sent Events", content_type="text/event-stream")
 
 ROUTES = (
     Route(
@@ -386,73 +268,5 @@ ROUTES = (
         write=True,
         answers=(Answer(202, "The job, stopping", views.JobView),),
         errors=(*_WRITE_ERRORS, NotFound, Conflict),
-    ),
-    Route(
-        method="GET",
-        path="/api/jobs/{job_id}/metrics",
-        name="getMetrics",
-        summary="Metrics over steps",
-        tag="jobs",
-        handler=get_metrics,
-        query=MetricsQuery,
-        answers=(Answer(200, "Series by metric", MetricsView),),
-        errors=(NotFound,),
-    ),
-    Route(
-        method="GET",
-        path="/api/jobs/{job_id}/logs",
-        name="getLogs",
-        summary="The newest lines that the workers wrote",
-        tag="jobs",
-        handler=get_logs,
-        query=LogsQuery,
-        answers=(Answer(200, "Lines", LogsView),),
-        errors=(NotFound,),
-    ),
-    Route(
-        method="GET",
-        path="/api/jobs/{job_id}/checkpoints",
-        name="getCheckpoints",
-        summary="Committed checkpoints, oldest first",
-        tag="jobs",
-        handler=get_checkpoints,
-        answers=(Answer(200, "Checkpoints", views.CheckpointList),),
-        errors=(NotFound,),
-    ),
-    Route(
-        method="GET",
-        path="/api/jobs/{job_id}/incidents",
-        name="getIncidents",
-        summary="Failures and the recoveries from them, oldest first",
-        tag="jobs",
-        handler=get_incidents,
-        answers=(Answer(200, "Incidents", views.IncidentList),),
-        errors=(NotFound,),
-    ),
-    Route(
-        method="GET",
-        path="/api/jobs/{job_id}/stream",
-        name="streamJob",
-        summary="Follow a job: WebSocket on upgrade, Server-Sent Events otherwise",
-        tag="jobs",
-        handler=stream,
-        query=StreamQuery,
-        answers=(_SWITCH, _SSE),
-        errors=(NotFound, Unavailable),
-        gated=False,
-        head=False,
-    ),
-    Route(
-        method="GET",
-        path="/api/jobs/{job_id}/events",
-        name="streamJobEvents",
-        summary="Follow a job by Server-Sent Events",
-        tag="jobs",
-        handler=events,
-        query=StreamQuery,
-        answers=(_SSE,),
-        errors=(NotFound, Unavailable),
-        gated=False,
-        head=False,
     ),
 )

@@ -37,6 +37,14 @@ INDEX_POINTS = 4_000_000
 LAST_STEP = 2**62
 
 
+class MetricSeries(Struct, frozen=True, kw_only=True):
+    """One metric over steps."""
+
+    points: list[MetricPoint]
+    total: int
+    """Points in the range before thinning."""
+
+
 class LogLine(Struct, frozen=True):
     """One line of output with where it came from."""
 
@@ -88,7 +96,7 @@ class HistoryQueries:
         to_step: int | None = None,
         max_points: int = 1000,
         rank: int | None = None,
-    ) -> list[MetricPoint]:
+    ) -> MetricSeries:
         """One metric over the steps of a job, merged over generations (``series.merge``) and thinned (``series.thin``).
 
         Args:
@@ -106,8 +114,10 @@ class HistoryQueries:
             index = await self._indexed(job_id, candidate)
             if columns := index.columns.get(name):
                 last = LAST_STEP if to_step is None else to_step
-                return thinned(merge(columns.values(), from_step, last), max_points)
-        return []
+                pieces = merge(columns.values(), from_step, last)
+                total = sum(piece.end - piece.start for piece in pieces)
+                return MetricSeries(points=thinned(pieces, max_points), total=total)
+        return MetricSeries(points=[], total=0)
 
     async def latest_metrics(self, job_id: str) -> dict[str, MetricPoint]:
         """The newest value of each metric, of the lowest rank that has it, by name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,11 +15,15 @@ from distroml.runtime.store.history import HistoryStore
 from distroml.runtime.store.queries import HistoryQueries
 from distroml.runtime.store.records import MAX_LINE_CHARACTERS, decode_log, encode_log
 from distroml.runtime.store.retention import HistoryLimits
-from distroml.runtime.store.series import Column, merge, thin
+from distroml.runtime.store.series import Column, MetricPoint, merge, thin
 from tests.runtime.store.histories import JOB, key, lines, metric
 
 
 @pytest.fixture
+async def points_of(queries: HistoryQueries, *args: Any, **options: Any) -> list[MetricPoint]:
+    return (await queries.metric_series(*args, **options)).points
+
+
 def store(tmp_path: Path) -> HistoryStore:
     return HistoryStore(tmp_path, HistoryLimits(segment_bytes=2000))
 
@@ -37,12 +42,12 @@ async def test_each_step_has_the_value_of_the_highest_generation(store: HistoryS
     queries = HistoryQueries(store)
     train(store, 1, range(1, 151))
     train(store, 2, range(101, 131))
-    points = await queries.metric_series(JOB, "loss")
+    points = await points_of(queries, JOB, "loss")
     assert [point.step for point in points] == list(range(1, 151))
     assert {point.generation for point in points if 101 <= point.step <= 130} == {2}
     assert {point.generation for point in points if not 101 <= point.step <= 130} == {1}
     train(store, 2, range(131, 201))
-    points = await queries.metric_series(JOB, "loss", from_step=120, to_step=180)
+    points = await points_of(queries, JOB, "loss", from_step=120, to_step=180)
     assert [(point.step, point.value) for point in points] == [
         (step, 2000.0 + step) for step in range(120, 181)
     ]
@@ -52,10 +57,10 @@ async def test_series_of_ranks_and_unknown_names(store: HistoryStore) -> None:
     queries = HistoryQueries(store)
     train(store, 1, range(1, 5), rank=0)
     train(store, 1, range(1, 5), rank=1, throughput=7.0)
-    assert [p.value for p in await queries.metric_series(JOB, "throughput")] == [7.0] * 4
-    assert await queries.metric_series(JOB, "throughput", rank=0) == []
-    assert await queries.metric_series(JOB, "nothing") == []
-    assert await queries.metric_series("unknown", "loss") == []
+    assert [p.value for p in await points_of(queries, JOB, "throughput")] == [7.0] * 4
+    assert await points_of(queries, JOB, "throughput", rank=0) == []
+    assert await points_of(queries, JOB, "nothing") == []
+    assert await points_of(queries, "unknown", "loss") == []
     assert await queries.metric_names(JOB) == ["loss", "throughput"]
     with pytest.raises(InvalidRequest, match="max_points"):
         await queries.metric_series(JOB, "loss", max_points=0)
@@ -76,7 +81,7 @@ async def test_a_small_index_gives_the_same_answers(store: HistoryStore) -> None
     for rank in range(3):
         train(store, 1, range(1, 50), rank=rank)
     for rank in (0, 1, 2, 0):
-        assert len(await queries.metric_series(JOB, "loss", rank=rank)) == 49
+        assert len(await points_of(queries, JOB, "loss", rank=rank)) == 49
 
 
 async def test_trimmed_and_unreadable_records_are_passed_over(tmp_path: Path) -> None:
@@ -84,7 +89,7 @@ async def test_trimmed_and_unreadable_records_are_passed_over(tmp_path: Path) ->
     store.append(key(kind="metrics"), 0, [b"\xc1 no record"])
     for step in range(1, 300):
         train(store, 1, range(step, step + 1))
-    points = await HistoryQueries(store).metric_series(JOB, "loss")
+    points = await points_of(HistoryQueries(store), JOB, "loss")
     assert points[-1].step == 299
     assert len(points) == 300 - store.first_seq(key(kind="metrics"))
 
