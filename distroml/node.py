@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 
 from distroml.commands import Outcome, RegisterNode, SetNodeStatus
@@ -104,9 +105,7 @@ class Node:
             links=self.links,
             refusal=(NotLeader, Overloaded, EntryTooLarge),
         )
-        self.observations = Observations(
-            name=config.name, monotonic=asyncio.get_running_loop().time
-        )
+        self.observations = Observations(name=config.name, monotonic=time.monotonic)
         self.history = HistoryStore(
             config.data_dir / "history",
             active=lambda: {job.job_id for job in self.replica.state.active_jobs()},

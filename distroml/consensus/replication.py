@@ -47,9 +47,14 @@ class Replication(LibraryFields):
         self.progress = {node: Progress() for node in self.peers}
 
     def lost_contact(self, node: Any) -> None:
-        """Whatever was in flight to `node` may be gone; find out anew where its log ends."""
+        """Whatever was in flight to `node` may be gone; find out anew where its log ends.
+
+        What it had acknowledged is forgotten too: it may come back with an emptied directory, and
+        `next_index` never falls below what is known to match. Knowing less is always safe.
+        """
         if node in self.progress:
             self.progress[node].lose_contact()
+            self.match_index[node] = 0
 
     # Hazards P1, P5, L3, S9. The library loops over a clock here, spins while a dump is being
     # written (P1), compares pickled with unpickled lengths (P5), sends snapshots without any name or

@@ -7,7 +7,7 @@ import base64
 import msgspec
 from msgspec import Struct
 
-from distroml.errors import InvalidRequest
+from distroml.errors import UNDECODABLE, InvalidRequest
 from distroml.http.job_events import Position
 
 MAX_CURSOR_CHARACTERS = 24 * 1024

@@ -172,6 +172,7 @@ class Coordinator:
                 reason=verdict.reason,
                 incarnation=verdict.incarnation,
                 report=self._observations.report(name),
+                heard_at=now.wall_s - self._observations.age_s(name, now.monotonic_s),
             )
             for name, verdict in verdicts.items()
         }

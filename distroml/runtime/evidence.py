@@ -100,8 +100,7 @@ def blame(evidence: Sequence[Evidence], generation: Generation, wall_s: float) -
     return Blame(
         cause=_cause(root, alone=len(together) <= 1),
         collateral=tuple(rank for rank in ranks if rank not in own_fault and rank != root.rank),
-        # A node is seen to be gone when it is decided; a worker's end carries its own time.
-        observed_at=wall_s if root.of_node else min(root.at, wall_s),
+        observed_at=min(root.at, wall_s),
         reason=clip(_sentence(root, together), MAX_REASON_BYTES),
         echoes_only=root.echo,
     )
@@ -166,13 +165,13 @@ def _is_echo(fact: WorkerFact) -> bool:
 def _of_node(member: Member, gone: GoneNode, generation: Generation, facts: Facts) -> Evidence:
     # It was alive when it last spoke, and what its end did to others came later: this puts it first.
     node = facts.nodes.get(member.node)
-    spoke_at = node.report.at if node and node.report else generation.formed_at
+    heard_at = node.heard_at if node else None
     return Evidence(
         rank=member.rank,
         node=member.node,
         kind=gone.kind,
         said=gone.said,
-        at=spoke_at,
+        at=generation.formed_at if heard_at is None else heard_at,
         of_node=True,
     )
 

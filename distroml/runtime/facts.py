@@ -70,6 +70,8 @@ class NodeFacts(Struct, frozen=True, kw_only=True):
     """The one last heard; the registered one if nothing was heard."""
     report: NodeReport | None = None
     """The newest one, kept after the node was lost."""
+    heard_at: float | None = None
+    """When its last report came, in Unix seconds of this leader's clock."""
 
 
 class Sighting(Struct, frozen=True, kw_only=True):

@@ -77,6 +77,11 @@ class Observations:
         heard = self._heard.get(node)
         return heard.report if heard else None
 
+    def age_s(self, node: str, now_s: float) -> float:
+        """Seconds since the newest report of a node came; 0 for one never heard of."""
+        heard = self._heard.get(node)
+        return now_s - heard.at_s if heard else 0.0
+
     def view(self) -> dict[str, ObservedNode]:
         """All nodes heard of, for the API."""
         now_s = self._monotonic()

@@ -188,7 +188,7 @@ class Cluster:
         self.wake(node)
         return node
 
-    def kill(self, name: str, *, lost_ops: int | None = None) -> None:
+    def kill(self, name: str) -> None:
         """The node dies now; its peers see the connection break."""
         node = self.nodes.pop(name)
         node.alive = False
@@ -415,8 +415,8 @@ class Cluster:
 class Nemesis:
     """Random faults and clients on a `Cluster`, all drawn from the cluster's own seed."""
 
-    def __init__(self, cluster: Cluster, *, rate: float = 30.0, crashes: bool = True) -> None:
-        self.cluster, self.rate, self.crashes = cluster, rate, crashes
+    def __init__(self, cluster: Cluster, *, rate: float = 30.0) -> None:
+        self.cluster, self.rate = cluster, rate
         self.counts = {"kill": 0, "cut": 0, "reset": 0, "compact": 0, "transfer": 0}
         self._operations = itertools.count(1)
         self._active = True
@@ -463,11 +463,12 @@ class Nemesis:
             return
         cluster, rng = self.cluster, self.cluster.rng
         kind = rng.random()
-        if kind < 0.4 and self.crashes:
+        alone = len(cluster.names) == 1
+        if kind < 0.4:
             self._kill_some()
-        elif kind < 0.7:
+        elif kind < 0.7 and not alone:
             self._cut_some()
-        elif kind < 0.85:
+        elif kind < 0.85 and not alone:
             self.counts["reset"] += 1
             one, other = rng.sample(cluster.names, 2)
             cluster.disconnect(one, other)
@@ -482,11 +483,12 @@ class Nemesis:
             self.counts["compact"] += 1
             node = cluster.nodes[rng.choice(sorted(cluster.nodes))]
             cluster.give(node, lambda: _compact(node))
-        cluster.later(rng.expovariate(1.0), self._strike)
+        cluster.later(rng.expovariate(1.5), self._strike)
 
     def _kill_some(self) -> None:
         cluster, rng = self.cluster, self.cluster.rng
-        for name in rng.sample(cluster.names, rng.choice([1, 1, 1, 2, len(cluster.names)])):
+        size = len(cluster.names)
+        for name in rng.sample(cluster.names, min(size, rng.choice([1, 1, 1, 2, size]))):
             if name in cluster.nodes:
                 self.counts["kill"] += 1
                 # Anywhere between two events: mid-sync as well as mid-flight.

@@ -800,12 +800,11 @@ SMALL = RaftSettings(
 )
 def test_random_faults_break_no_invariant(seed: int, size: int, lossy: bool) -> None:
     cluster = Cluster(1000 + seed, size, settings=SMALL, lossy=lossy)
-    nemesis = Nemesis(cluster) if size > 1 else Nemesis(cluster, crashes=False)
-    if size == 1:
-        nemesis._cut_some = lambda: None  # type: ignore[method-assign]
-        nemesis._strike = lambda: None  # type: ignore[method-assign]
+    nemesis = Nemesis(cluster)
     nemesis.run(12.0, settle_s=20.0)
-    assert len(cluster.acked) > 100, "a run without work proves nothing"
+    assert len(cluster.acked) > 50, "a run without work proves nothing"
+    assert nemesis.counts["kill"] > 0
+    assert sum(nemesis.counts.values()) > 5
 
 
 def test_the_same_seed_gives_the_same_run() -> None:

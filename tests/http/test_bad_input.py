@@ -138,6 +138,8 @@ CASES: list[tuple[str, str, bytes | None, dict[str, str], int, str, str | None]]
     ("DELETE", "/api/jobs/%00", None, {}, 400, "invalid-request", "job_id"),
     ("POST", "/api/jobs/job-1/stop", b'{"now":true}', JSON, 422, "invalid-spec", "now"),
     ("POST", "/api/jobs/job-1/stop", b"{", JSON, 400, "invalid-request", None),
+    ("POST", "/api/jobs/job-1/stop", b'{"\xff":1}', JSON, 400, "invalid-request", None),
+    ("POST", "/api/jobs/job-1/stop", DEEP, JSON, 422, "invalid-spec", None),
     ("POST", "/api/jobs/job-1/stop", b"[]", JSON, 422, "invalid-spec", None),
     ("GET", "/api", None, {}, 404, "not-found", None),
     ("GET", "/api/jobs/", None, {}, 404, "not-found", None),

@@ -47,6 +47,7 @@ class ControlLink:
         path: the agent's Unix socket.
         on_keys: called in the reading thread with rendezvous keys of other ranks.
         on_stop: called in the reading thread when the agent asks for a stop.
+        on_agent_gone: called with the reason in whichever thread sees it; never returns.
 
     Raises:
         OSError: the agent cannot be reached within ``CONNECT_TIMEOUT_S``.
@@ -57,8 +58,10 @@ class ControlLink:
         path: str,
         on_keys: Callable[[dict[str, bytes]], None],
         on_stop: Callable[[], None],
+        on_agent_gone: Callable[[str], NoReturn] | None = None,
     ) -> None:
         self._on_keys, self._on_stop = on_keys, on_stop
+        self._on_agent_gone = on_agent_gone or end_process
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(CONNECT_TIMEOUT_S)
         self._socket.connect(path)
@@ -78,7 +81,7 @@ class ControlLink:
         """Queue a lifecycle frame behind everything told so far."""
         with self._wake:
             if len(self._lifecycle) >= MAX_LIFECYCLE_FRAMES:
-                _die(f"the agent left {MAX_LIFECYCLE_FRAMES} frames unread")
+                self._on_agent_gone(f"the agent left {MAX_LIFECYCLE_FRAMES} frames unread")
             self._gather_progress()
             self._lifecycle.append(message)
             self._wake.notify()
@@ -149,7 +152,7 @@ class ControlLink:
             try:
                 self._socket.sendall(b"".join(encode_frame(message) for message in messages))
             except OSError as error:
-                _die(f"the agent cannot be written to ({error})")
+                self._on_agent_gone(f"the agent cannot be written to ({error})")
             with self._wake:
                 self._writing = False
                 self._wake.notify_all()
@@ -160,9 +163,9 @@ class ControlLink:
             try:
                 data = self._socket.recv(READ_BYTES)
             except OSError as error:
-                _die(f"the agent cannot be read from ({error})")
+                self._on_agent_gone(f"the agent cannot be read from ({error})")
             if not data:
-                _die("the agent closed the control socket")
+                self._on_agent_gone("the agent closed the control socket")
             for message in frames.feed(data):
                 if isinstance(message, RendezvousKeys):
                     self._on_keys(message.keys)
@@ -170,7 +173,7 @@ class ControlLink:
                     self._on_stop()
 
 
-def _die(reason: str) -> NoReturn:
+def end_process(reason: str) -> NoReturn:
     """A worker does not outlive its agent: no clean-up may delay that."""
     with contextlib.suppress(Exception):
         print(f"worker ends: {reason}", file=sys.stderr, flush=True)

@@ -19,11 +19,11 @@ from distroml.runtime.store.series import Column, MetricPoint, merge, thin
 from tests.runtime.store.histories import JOB, key, lines, metric
 
 
-@pytest.fixture
 async def points_of(queries: HistoryQueries, *args: Any, **options: Any) -> list[MetricPoint]:
     return (await queries.metric_series(*args, **options)).points
 
 
+@pytest.fixture
 def store(tmp_path: Path) -> HistoryStore:
     return HistoryStore(tmp_path, HistoryLimits(segment_bytes=2000))
 

@@ -14,7 +14,6 @@ from test_training import finished, spec_of, user_spec
 
 from distroml.model import FailureKind
 from distroml.reports import WorkerFailure
-from distroml.runtime.control import Stop, encode_frame
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +117,7 @@ def test_an_agent_that_goes_away_takes_its_worker_along(agent: AgentStub) -> Non
 
 def test_an_agent_that_does_not_read_does_not_slow_training(agent: AgentStub) -> None:
     """Far more metrics than socket and queue hold; the oldest are dropped, the outcome is not."""
-    spec = user_spec("Regression", 1, steps=12_000, checkpointing={"enabled": False})
+    spec = user_spec("Regression", 1, steps=8_000, checkpointing={"enabled": False})
     (worker,) = agent.start(spec, agent.new_run())
     agent.wait_step(worker, 1)
     assert worker.link is not None
@@ -129,7 +128,7 @@ def test_an_agent_that_does_not_read_does_not_slow_training(agent: AgentStub) ->
     finished([worker])
     steps = [m.step for m in worker.metrics]
     assert steps == sorted(steps)
-    assert steps[-1] == 12_000
+    assert steps[-1] == 8_000
 
 
 def test_output_of_the_users_code_is_in_the_workers_log(agent: AgentStub) -> None:
@@ -151,10 +150,12 @@ def test_a_log_that_cannot_be_opened_is_a_failed_spawn(agent: AgentStub) -> None
 
 
 def test_a_stop_before_the_first_step_trains_none(agent: AgentStub) -> None:
-    workers = agent.start(user_spec("Slow", 2, steps=10**9), agent.new_run())
-    agent.pump(lambda: workers[0].link is not None, "rank 0 to say hello")
-    assert workers[0].link is not None
-    workers[0].link.sendall(encode_frame(Stop()))
+    go = agent.directory / "go"
+    agent.env["GO"] = str(go)
+    workers = agent.start(user_spec("Held", 2, steps=10**9), agent.new_run())
+    agent.pump(lambda: all(w.link is not None for w in workers), "both ranks to say hello")
+    agent.stop(workers[1])
+    go.touch()
     agent.wait_exit(workers)
     finished(workers)
     assert workers[0].outcome is not None
