@@ -170,8 +170,8 @@ def write_json(report: Report, path: Path) -> None:
 def show(report: Report, console: Console) -> None:
     """Print the rows, then notes and failures."""
     table = Table(title=f"bench {report.bench}{' (quick)' if report.quick else ''}")
-    for heading in ("quantity", "unit"):
-        table.add_column(heading)
+    table.add_column("quantity", no_wrap=True)
+    table.add_column("unit")
     for heading in ("ours", "peer", "ratio"):
         table.add_column(heading, justify="right")
     for heading in ("peer is", "aim", "met", "runs"):

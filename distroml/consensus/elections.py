@@ -44,7 +44,10 @@ class Elections(LibraryFields):
         if not self.peers:
             self.campaign(transfer=False)
             return
-        self.leader_node = None
+        if self.now - self.heard_leader_at > self.settings.election_max_s:
+            self.leader_node = (
+                None  # earlier it may only be late, and nobody has asked for votes yet
+            )
         self.pre_vote_term = self.term + 1
         self.supporters = {self.name}
         question = PreVote(self.pre_vote_term, self.log.last_index, self.log.last_term)

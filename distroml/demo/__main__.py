@@ -21,7 +21,7 @@ from distroml.cli.watch import PlainLines
 from distroml.client import Json
 from distroml.demo import report
 from distroml.demo.leftovers import Mark
-from distroml.demo.story import DemoFailed, Facts, Story
+from distroml.demo.story import EVERY_N_STEPS, DemoFailed, Facts, Story
 from distroml.errors import DistroMLError
 from distroml.local_cluster import LocalCluster
 
@@ -33,6 +33,7 @@ SLOTS = 2
 TIMEOUT_S = 210.0
 """For the story; stopping the nodes takes at most half a minute more."""
 DEFAULT_STEPS = 1200
+LEAST_STEPS = 8 * EVERY_N_STEPS
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 PICTURES_PER_S = 8
@@ -162,7 +163,10 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the training (default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.steps < LEAST_STEPS:
+        parser.error(f"--steps must be at least {LEAST_STEPS}: both faults must fall into training")
+    return options
 
 
 if __name__ == "__main__":

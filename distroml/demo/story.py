@@ -95,6 +95,8 @@ class Story:
                 await self._hurt_leader(progress)
                 await self._until("the job's end", lambda: self._ended(progress))
             finally:
+                if self._facts.job["status"] not in TERMINAL:
+                    self._facts.job = {**progress.job, "status": progress.status}
                 following.cancel()
                 with suppress(asyncio.CancelledError, DistroMLError):
                     await following

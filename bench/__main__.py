@@ -1,0 +1,106 @@
+"""``python -m bench NAME [--quick] [--json FILE]``: run one benchmark; without a name, list them.
+
+Exit codes: 0 everything was measured (whether or not the aims were met), 1 some part failed, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import importlib
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from bench.table import Report, Row, environment, show, write_json
+
+BENCHMARKS = {
+    "spine": "start, submit, steps per second, acknowledged writes and recovery, beside plain torchrun",
+}
+"""Name of the module -> one line on what it measures."""
+
+
+PIPE_WIDTH = 140
+"""Characters of a line where the output is no terminal."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    if arguments.name is None:
+        print(listing())
+        return 0
+    if arguments.name not in BENCHMARKS:
+        print(f"There is no benchmark '{arguments.name}'.\n{listing()}", file=sys.stderr)
+        return 2
+    parts = importlib.import_module(f"bench.{arguments.name}").PARTS
+    only = tuple(filter(None, arguments.only.split(",")))
+    if unknown := [name for name in only if name not in parts]:
+        print(f"{arguments.name} has the parts {', '.join(parts)}; not {', '.join(unknown)}.", file=sys.stderr)  # fmt: skip
+        return 2
+    try:
+        report = asyncio.run(_measure(arguments.name, arguments.quick, only))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        print("interrupted; everything that was started has been ended", file=sys.stderr)
+        return 130
+    if arguments.json is not None:
+        write_json(report, arguments.json)
+    show(report, Console(width=None if sys.stdout.isatty() else PIPE_WIDTH))
+    return 1 if report.failures else 0
+
+
+def listing() -> str:
+    """The benchmarks, one per line."""
+    lines = [f"  {name:8} {line}" for name, line in BENCHMARKS.items()]
+    return "\n".join(["python -m bench NAME [--quick] [--only PART,...] [--json FILE]", *lines])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure beside a peer.")
+    parser.add_argument("name", nargs="?", help="which benchmark; without it, they are listed")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter runs")
+    parser.add_argument("--only", default="", metavar="PART,...", help="some parts of it")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
+    return parser
+
+
+async def _measure(name: str, quick: bool, only: tuple[str, ...]) -> Report:
+    """Run in a temporary directory; SIGTERM ends it as SIGINT does, with everything cleaned up."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    console = Console(stderr=True)
+    began, started_at = time.monotonic(), datetime.now(UTC)
+    rows: list[Row]
+    failures: list[str]
+    with tempfile.TemporaryDirectory(prefix="distroml-bench-") as place:
+        facts = environment(Path(place))
+        rows, failures = await importlib.import_module(f"bench.{name}").run(
+            quick,
+            Path(place),
+            lambda text: console.print(f"{time.monotonic() - began:6.0f} s  {text}", style="dim"),
+            only,
+        )
+    with contextlib.suppress(OSError):
+        facts["load_1min_after"] = round(os.getloadavg()[0], 2)
+    return Report(
+        bench=name,
+        quick=quick,
+        started_at=started_at.isoformat(timespec="seconds"),
+        wall_s=round(time.monotonic() - began, 1),
+        environment=facts,
+        rows=rows,
+        failures=failures,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

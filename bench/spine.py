@@ -1,0 +1,224 @@
+"""The spine: what starting, submitting, stepping, writing and recovering cost, each beside its peer.
+
+Parts are independent of each other; each has its own cluster, interleaves our runs with the peer's, and cleans up.
+Which model and how often is in ``Scale``, so ``--quick`` differs from the full run in numbers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from msgspec import Struct
+
+from bench import ours, starts, torchrun, writes
+from bench.processes import Broken
+from bench.table import Aim, Row, compare
+from bench.workloads import MILLION, SMALL, TrainedRun, Workload, steps_per_s
+from distroml.client import AsyncClient
+from distroml.local_cluster import LocalCluster
+
+SLOTS = 4
+CHECKPOINT_EVERY = 10
+ENDLESS_EPOCHS = 1_000_000
+LOSS_TOLERANCE = 0.01
+"""Relative; sides that train the same thing end with the same loss but for rounding."""
+
+Say = Callable[[str], None]
+
+
+class Scale(Struct, frozen=True, kw_only=True):
+    """How much is measured."""
+
+    start_runs: int
+    worker_counts: tuple[int, ...]
+    first_step_runs: int
+    throughput_runs: int
+    epochs: dict[str, int]
+    """By workload; the first epoch is not counted."""
+    write_rounds: int
+    writes: int
+    recovery_runs: int
+
+
+FULL = Scale(
+    start_runs=10,
+    worker_counts=(2, 4),
+    first_step_runs=5,
+    throughput_runs=5,
+    epochs={SMALL.name: 9, MILLION.name: 7},
+    write_rounds=5,
+    writes=200,
+    recovery_runs=5,
+)
+QUICK = Scale(
+    start_runs=3,
+    worker_counts=(2,),
+    first_step_runs=3,
+    throughput_runs=3,
+    epochs={SMALL.name: 4, MILLION.name: 4},
+    write_rounds=3,
+    writes=64,
+    recovery_runs=3,
+)
+
+
+class Bench(Struct, frozen=True, kw_only=True):
+    """What a part works with."""
+
+    scale: Scale
+    directory: Path
+    """Empty at first, removed afterwards."""
+    say: Say
+    """Tells what is being measured."""
+
+
+async def start(bench: Bench) -> list[Row]:
+    """Import, version and node start."""
+    runs = bench.scale.start_runs
+    bench.say(f"start: {runs} runs of import, --version and node start")
+    return [*starts.commands(runs), *starts.node(runs, bench.directory)]
+
+
+async def submit(bench: Bench) -> list[Row]:
+    """Submit to first completed step, beside launching torchrun."""
+    rows = []
+    async with _one_node(bench) as cluster, cluster.client() as client:
+        for workers in bench.scale.worker_counts:
+            spec = MILLION.spec(workers, epochs=ENDLESS_EPOCHS)
+            own: list[float] = []
+            peer: list[float] = []
+            for number in range(bench.scale.first_step_runs):
+                bench.say(f"submit: {workers} workers, round {number + 1}")
+                own.append(await ours.time_to_first_step(cluster, client, spec))
+                peer.append(await torchrun.time_to_first_step(spec, bench.directory))
+            rows.append(
+                compare(
+                    f"submit to first step, {workers} workers",
+                    "s",
+                    "lower",
+                    ours=own,
+                    peer_name="torchrun --standalone",
+                    peer=peer,
+                    aim=Aim("ratio", ">=", 3),
+                )
+            )
+    return rows
+
+
+async def steps(bench: Bench) -> list[Row]:
+    """Steady steps per second, beside plain DDP under torchrun."""
+    rows = []
+    async with _one_node(bench) as cluster, cluster.client() as client:
+        for workload in (SMALL, MILLION):
+            for workers in bench.scale.worker_counts:
+                rows += await _throughput(bench, client, workload, workers)
+    return rows
+
+
+async def _throughput(
+    bench: Bench, client: AsyncClient, workload: Workload, workers: int
+) -> list[Row]:
+    """Rows of both reductions; the peer runs once per round, between them."""
+    epochs = bench.scale.epochs[workload.name]
+    rates: dict[str, list[float]] = {"deterministic": [], "peer": [], "fast": []}
+    for number in range(bench.scale.throughput_runs):
+        bench.say(f"steps: {workload.name}, {workers} workers, round {number + 1}")
+        losses: dict[str, float] = {}
+        for side in rates:
+            run = await _run(side, bench, client, workload, workers, epochs)
+            rates[side].append(steps_per_s(run.stamps, workload.epoch_steps))
+            losses[side] = run.loss
+        _check_same_work(losses)
+    return [
+        compare(
+            f"steps, {workload.name} parameters, {workers} workers, {reduction}",
+            "1/s",
+            "higher",
+            ours=rates[reduction],
+            peer_name="torchrun DDP, all-reduce",
+            peer=rates["peer"],
+            aim=Aim("ratio", ">=", 0.95),
+        )
+        for reduction in ("deterministic", "fast")
+    ]
+
+
+async def _run(
+    side: str, bench: Bench, client: AsyncClient, workload: Workload, workers: int, epochs: int
+) -> TrainedRun:
+    if side == "peer":
+        return await torchrun.train(workload.spec(workers, epochs=epochs), bench.directory)
+    return await ours.train(client, workload.spec(workers, epochs=epochs, reduction=side))
+
+
+def _check_same_work(losses: dict[str, float]) -> None:
+    low, high = min(losses.values()), max(losses.values())
+    if high - low > LOSS_TOLERANCE * high:
+        raise Broken(f"the sides did not train the same: last losses {losses}")
+
+
+async def write(bench: Bench) -> list[Row]:
+    """Latency and rate of acknowledged submits on three nodes, beside fdatasync."""
+    bench.say(f"write: {bench.scale.write_rounds} rounds of {bench.scale.writes} submits")
+    return await writes.measure(bench.scale.write_rounds, bench.scale.writes, bench.directory)
+
+
+async def recover(bench: Bench) -> list[Row]:
+    """SIGKILL of one of four workers to the next completed step, beside torchrun's restart."""
+    spec = MILLION.spec(SLOTS, epochs=ENDLESS_EPOCHS, checkpoint_every=CHECKPOINT_EVERY)
+    own: list[float] = []
+    peer: list[float] = []
+    async with _one_node(bench) as cluster, cluster.client() as client:
+        for number in range(bench.scale.recovery_runs):
+            bench.say(f"recover: round {number + 1}")
+            own.append(await ours.time_to_recover(cluster, client, spec))
+            peer.append(await torchrun.time_to_recover(spec, bench.directory))
+    late = sum(seconds >= torchrun.RECOVERY_TIMEOUT_S for seconds in peer)
+    note = (
+        f"the peer was not back within {torchrun.RECOVERY_TIMEOUT_S:g} s in {late} of {len(peer)} runs, "
+        "which count as that long"
+    )
+    return [
+        compare(
+            f"kill -9 of 1 of {SLOTS} workers to the next step",
+            "s",
+            "lower",
+            ours=own,
+            peer_name="torchrun, own store per attempt",
+            peer=peer,
+            aim=Aim("ratio", ">=", 3),
+            note=note if late else "",
+        )
+    ]
+
+
+def _one_node(bench: Bench) -> LocalCluster:
+    return LocalCluster(bench.directory / "one-node", nodes=1, slots=SLOTS)
+
+
+PARTS: dict[str, Callable[[Bench], Awaitable[list[Row]]]] = {
+    "start": start,
+    "submit": submit,
+    "steps": steps,
+    "write": write,
+    "recover": recover,
+}
+
+
+async def run(
+    quick: bool, directory: Path, say: Say, only: tuple[str, ...] = ()
+) -> tuple[list[Row], list[str]]:
+    """All parts, or those named: rows, and one line for each part that failed."""
+    rows: list[Row] = []
+    failures: list[str] = []
+    for name in only or tuple(PARTS):
+        place = directory / name
+        place.mkdir()
+        try:
+            rows += await PARTS[name](
+                Bench(scale=QUICK if quick else FULL, directory=place, say=say)
+            )
+        except Exception as error:  # the other parts are still worth their time
+            failures.append(f"{name}: {type(error).__name__}: {error}")
+    return rows, failures

@@ -1,0 +1,167 @@
+"""The peer's side of a training run: ``torchrun --standalone`` around ``bench.torchrun_ddp``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+
+from bench.processes import Broken, die_with_parent, tail
+from bench.workloads import STEPS_BEFORE_KILL, VICTIM_RANK, TrainedRun
+from distroml.spec import JobSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+FIRST_STEP_TIMEOUT_S = 60.0
+RUN_TIMEOUT_S = 300.0
+RECOVERY_TIMEOUT_S = 60.0
+"""A peer that is not back by then counts as this long."""
+MAX_RESTARTS = 10
+KILL_TIMEOUT_S = 10.0
+MAX_LINE_BYTES = 64 * 1024
+
+Event = dict[str, Any]
+
+
+class Torchrun:
+    """A running torchrun and the events that its ranks print."""
+
+    def __init__(self, process: asyncio.subprocess.Process, errors: IO[bytes]) -> None:
+        self._process, self._errors = process, errors
+
+    async def event(self) -> Event:
+        """The next event of any rank.
+
+        Raises:
+            Broken: torchrun ended.
+        """
+        assert self._process.stdout is not None
+        while line := await self._process.stdout.readline():
+            with contextlib.suppress(json.JSONDecodeError):
+                event: Event = json.loads(line)
+                return event
+        raise Broken(f"torchrun ended: {self._tail()}")
+
+    async def finish(self) -> None:
+        """Wait for the end.
+
+        Raises:
+            Broken: it did not end well.
+        """
+        with contextlib.suppress(Broken):
+            while True:
+                await self.event()
+        if await self._process.wait() != 0:
+            raise Broken(f"torchrun ended with {self._process.returncode}: {self._tail()}")
+
+    def _tail(self) -> str:
+        self._errors.seek(0)
+        return tail(self._errors.read().decode(errors="replace"))
+
+
+async def time_to_first_step(spec: JobSpec, directory: Path) -> float:
+    """Seconds from the launch of torchrun until its first completed step was read."""
+    began = time.monotonic()
+    async with _launched(spec, directory, "--announce") as peer:
+        async with asyncio.timeout(FIRST_STEP_TIMEOUT_S):
+            while "step" not in await peer.event():
+                pass
+        return time.monotonic() - began
+
+
+async def train(spec: JobSpec, directory: Path) -> TrainedRun:
+    """Train to the end, then read the times that rank 0 noted."""
+    with tempfile.TemporaryDirectory(dir=directory) as place:
+        stamps = Path(place, "stamps.json")
+        async with _launched(spec, directory, "--stamps", str(stamps)) as peer:
+            async with asyncio.timeout(RUN_TIMEOUT_S):
+                await peer.finish()
+        return _read_run(stamps)
+
+
+def _read_run(stamps: Path) -> TrainedRun:
+    return msgspec.json.decode(stamps.read_bytes(), type=TrainedRun)
+
+
+async def time_to_recover(spec: JobSpec, directory: Path) -> float:
+    """Seconds from SIGKILL of one rank until a completed step of a later attempt was read.
+
+    ``RECOVERY_TIMEOUT_S`` where there was none by then, which is a lower bound.
+    """
+    with tempfile.TemporaryDirectory(dir=directory) as place:
+        async with _launched(spec, directory, "--announce", "--checkpoints", place) as peer:
+            async with asyncio.timeout(FIRST_STEP_TIMEOUT_S):
+                pid = await _steady(peer)
+            killed_at = time.monotonic()
+            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(TimeoutError, Broken):
+                async with asyncio.timeout(RECOVERY_TIMEOUT_S):
+                    while True:
+                        event = await peer.event()
+                        if "step" in event and event["attempt"] > 0:
+                            return time.monotonic() - killed_at
+            return RECOVERY_TIMEOUT_S
+
+
+async def _steady(peer: Torchrun) -> int:
+    """Wait until the peer trains steadily; the pid of the rank to kill."""
+    pids: dict[int, int] = {}
+    while True:
+        event = await peer.event()
+        if "pid" in event:
+            pids[event["rank"]] = event["pid"]
+        elif event["step"] >= STEPS_BEFORE_KILL:
+            return pids[VICTIM_RANK]
+
+
+@asynccontextmanager
+async def _launched(spec: JobSpec, directory: Path, *arguments: str) -> AsyncIterator[Torchrun]:
+    """torchrun with ``spec.resources.workers`` ranks while the context lasts; its ranks die with it."""
+    with (
+        tempfile.TemporaryDirectory(dir=directory) as place,
+        tempfile.TemporaryFile(dir=place) as errors,
+    ):
+        spec_file = _write_spec(spec, place)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(spec.resources.workers)),
+            *("--max-restarts", str(MAX_RESTARTS), "-m", "bench.torchrun_ddp"),
+            *("--spec", spec_file, *arguments),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+            cwd=ROOT,
+            limit=MAX_LINE_BYTES,
+            env={**os.environ, **_ENVIRON, "TMPDIR": place},
+        )
+        try:
+            yield Torchrun(process, errors)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            async with asyncio.timeout(KILL_TIMEOUT_S):
+                await process.wait()
+
+
+def _write_spec(spec: JobSpec, place: str) -> str:
+    path = Path(place, "spec.json")
+    path.write_bytes(msgspec.json.encode(spec))
+    return str(path)
+
+
+# With a store of its own each attempt finds fresh addresses. By default attempts share the agent's store, find the
+# dead attempt's addresses there and fail again and again.
+_ENVIRON = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}

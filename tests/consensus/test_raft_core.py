@@ -1,0 +1,108 @@
+"""What `raft_core` adds to the library: linearizable reads (S15) and leadership transfer."""
+
+from __future__ import annotations
+
+import pytest
+
+from distroml.consensus.messages import (
+    Append,
+    AppendReply,
+    ReadEcho,
+    ReadProbe,
+    ReadReply,
+    ReadRequest,
+    RequestVote,
+    TimeoutNow,
+    VoteGranted,
+    VoteReply,
+)
+from distroml.consensus.raft_core import Turn
+from distroml.consensus.raft_types import (
+    NotLeader,
+    Role,
+)
+from tests.consensus.lone import FIVE, Lone, image
+
+
+def read(node: Lone, token: int = 1) -> Turn:
+    return node.turn(lambda: node.core.request_read(token))
+
+
+def test_s15_a_read_waits_for_echoes_of_a_majority() -> None:
+    node = Lone(FIVE)
+    term = node.lead()
+    probes = [m for _, m in read(node).messages if isinstance(m, ReadProbe)]
+    assert len(probes) == 4
+    assert node.last.reads == []
+    nonce = probes[0].nonce
+    node.feed("b", ReadEcho(term, nonce), ReadEcho(term, nonce))
+    node.feed("mallory", ReadEcho(term, nonce))
+    node.feed("c", ReadEcho(term - 1, nonce), ReadEcho(term, nonce - 1))
+    assert node.last.reads == []
+    node.feed("c", ReadEcho(term, nonce))
+    assert node.last.reads == [(1, node.raft.commit_index)]
+
+
+def test_s15_a_new_leader_answers_no_read_before_its_own_entry_is_committed() -> None:
+    node = Lone(image=image(9, term=1))
+    node.wait(1.0)
+    node.feed("b", VoteReply(2, True, 1))
+    node.feed("b", VoteGranted(2))
+    assert node.core.role is Role.LEADER
+    assert not any(isinstance(m, ReadProbe) for _, m in read(node).messages)
+    node.ack("b")
+    probes = [m for _, m in node.turn().messages if isinstance(m, ReadProbe)]
+    probes += [m for m in node.wait(0.1) if isinstance(m, ReadProbe)]
+    assert probes
+
+
+def test_a_deposed_leader_refuses_its_reads() -> None:
+    node = Lone()
+    term = node.lead()
+    read(node, token=5)
+    node.feed("b", AppendReply(term + 1, False, 1))
+    assert node.last.reads == [(5, 0)]
+
+
+def test_a_follower_asks_the_leader() -> None:
+    node = Lone()
+    assert read(node, token=1).reads == [(1, 0)]
+    node.feed("b", Append(1, 1, 0, 1, []))
+    assert ("b", ReadRequest(2)) in read(node, token=2).messages
+    node.feed("c", ReadReply(2, 77))
+    assert node.last.reads == [], "only the asked node may answer"
+    node.feed("b", ReadReply(2, 77))
+    assert node.last.reads == [(2, 77)]
+    read(node, token=3)
+    node.turn(lambda: node.core.set_link("b", False))
+    assert node.last.reads == [(3, 0)]
+
+
+def test_a_probe_is_echoed_only_in_its_own_term() -> None:
+    node = Lone(image=image(3, term=4))
+    assert node.feed("b", ReadProbe(4, 9)) == [ReadEcho(4, 9)]
+    assert node.feed("b", ReadProbe(3, 9)) == []
+    assert node.feed("b", ReadProbe(5, 9)) == []
+
+
+def test_transfer_waits_until_the_successor_has_everything() -> None:
+    node = Lone()
+    term = node.lead()
+    node.ack("c")
+    node.submit(b"x")
+    turn = node.turn(lambda: node.core.transfer("c"))
+    assert not any(isinstance(m, TimeoutNow) for _, m in turn.messages)
+    with pytest.raises(NotLeader, match="'c'"):
+        node.core.check_append(b"y")
+    node.ack("c")
+    assert ("c", TimeoutNow(term)) in node.last.messages
+
+
+def test_only_the_current_leader_can_make_a_node_campaign() -> None:
+    node = Lone(image=image(3, term=1))
+    node.feed("b", Append(1, 3, 1, 3, []))
+    node.feed("c", TimeoutNow(1))
+    assert node.raft.term == 1
+    sent = node.feed("b", TimeoutNow(1))
+    assert node.raft.term == 2
+    assert sent == [RequestVote(2, 3, 1, True)]
