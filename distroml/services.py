@@ -18,10 +18,10 @@ from distroml.config import NodeConfig
 from distroml.consensus.peers import PeerLinks
 from distroml.consensus.proposer import Proposer
 from distroml.consensus.raft import RaftNode
-from distroml.consensus.raft_types import RaftStatus
+from distroml.consensus.raft_types import NotLeader, RaftStatus
 from distroml.consensus.replica import Replica
 from distroml.consensus.state import ClusterState
-from distroml.errors import InvalidRequest
+from distroml.errors import InvalidRequest, Unavailable
 from distroml.http.job_events import JobEvents
 from distroml.http.limits import HttpSettings
 from distroml.http.services import Counter, HistoryBatch, LogLine, MetricPoint, Series
@@ -194,6 +194,15 @@ class NodeServices:
 
     async def propose(self, command: AnyCommand, timeout_s: float) -> Outcome:
         return await self._parts.proposer.propose(command, timeout_s)
+
+    async def read_barrier(self, timeout_s: float) -> None:
+        try:
+            await self._parts.raft.read_index(timeout_s)
+        except (NotLeader, TimeoutError):
+            raise Unavailable(
+                "No leader with a majority could confirm that this read is up to date; try again, "
+                "or read with consistency=local."
+            ) from None
 
     def caught_up(self) -> bool:
         """True from the moment on that this node applied its own registration: all that was acknowledged

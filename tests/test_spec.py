@@ -79,7 +79,10 @@ def test_every_field_has_a_default() -> None:
     ],
 )
 def test_bad_specs_name_the_field(document: dict[str, Any], field: str, kind: type) -> None:
-    for parse in (lambda: parse_spec(json.dumps(document).encode()), lambda: convert_spec(document)):
+    for parse in (
+        lambda: parse_spec(json.dumps(document).encode()),
+        lambda: convert_spec(document),
+    ):
         with pytest.raises(InvalidSpec) as caught:
             parse()
         assert type(caught.value) is kind
@@ -87,7 +90,10 @@ def test_bad_specs_name_the_field(document: dict[str, Any], field: str, kind: ty
         assert caught.value.detail
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"x"', b"\xff", b"1e999", b'{"name":"\xff"}', b'{"\xff":1}'])
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b"null", b'"x"', b"\xff", b"1e999", b'{"name":"\xff"}', b'{"\xff":1}'],
+)
 def test_what_is_not_an_object_is_refused(body: bytes) -> None:
     with pytest.raises(InvalidSpec):
         parse_spec(body)

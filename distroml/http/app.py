@@ -19,7 +19,7 @@ from aiohttp.web_protocol import RequestHandler
 from distroml.errors import InvalidRequest, Unavailable
 from distroml.http import limits, openapi, problems
 from distroml.http.guards import Authenticate, check_origin
-from distroml.http.limits import Gate
+from distroml.http.limits import Gate, Read
 from distroml.http.routes import cluster, job_records, jobs, ops
 from distroml.http.services import Services
 from distroml.http.table import Call, Route
@@ -113,6 +113,8 @@ class HttpServer:
         async def handle(request: web.Request) -> web.StreamResponse:
             request[_ROUTE] = route
             query = limits.parse_query(request, route.query)
+            if isinstance(query, Read) and query.consistency == "linearizable":
+                await self._services.read_barrier(self._services.settings.write_timeout_s)
             call = Call(
                 request=request,
                 services=self._services,

@@ -10,11 +10,11 @@ import asyncio
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 from aiohttp import web
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from distroml.errors import (
     UNDECODABLE,
@@ -68,6 +68,18 @@ class HttpSettings(Struct, frozen=True, kw_only=True):
 
 class Query(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The query parameters of a route, one field each; base of those and itself: none allowed."""
+
+
+class Read(Query, frozen=True, kw_only=True):
+    """Query of every GET under ``/api``."""
+
+    consistency: Annotated[
+        Literal["local", "linearizable"],
+        Meta(
+            description="local: what the answering node has applied (X-DistroML-Index tells how far); "
+            "linearizable: at least everything that any node had acknowledged before this request"
+        ),
+    ] = "local"
 
 
 class Gate:

@@ -160,6 +160,14 @@ class Services(Protocol):
         """
         ...
 
+    async def read_barrier(self, timeout_s: float) -> None:
+        """Return once this node has applied all that was acknowledged anywhere before the call.
+
+        Raises:
+            Unavailable: no leader with a majority confirmed it in time.
+        """
+        ...
+
     def caught_up(self) -> bool:
         """False after a start, until all that was acknowledged before is part of ``state``; then always true."""
         ...

@@ -14,7 +14,7 @@ from contextlib import aclosing, suppress
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from distroml.errors import InvalidRequest, NotFound
-from distroml.http.limits import Query
+from distroml.http.limits import Read
 from distroml.http.messages import HEARTBEAT, Message, MessageType, Reader
 from distroml.http.table import Call
 
@@ -30,7 +30,7 @@ SSE_RETRY_MS = 1000
 _log = logging.getLogger(__name__)
 
 
-class StreamQuery(Query, frozen=True, kw_only=True):
+class StreamQuery(Read, frozen=True, kw_only=True):
     """Parameters of a stream."""
 
     cursor: str | None = None

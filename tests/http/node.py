@@ -25,7 +25,7 @@ from distroml.commands import (
 )
 from distroml.consensus.replica import Replica
 from distroml.consensus.state import ClusterState
-from distroml.errors import InvalidSpec
+from distroml.errors import InvalidSpec, Unavailable
 from distroml.http.app import HttpServer
 from distroml.http.job_events import JobEvents
 from distroml.http.limits import HttpSettings
@@ -140,6 +140,7 @@ class MemoryNode:
         self.raft_view = Raft(leader=name)
         self.reports: dict[str, Observed] = {}
         self.knows_all = True
+        self.barriers = 0
         self.readiness = (True, "")
         self.fault: BaseException | None = None
         self.hold: asyncio.Event | None = None
@@ -155,6 +156,11 @@ class MemoryNode:
 
     def observed(self) -> Mapping[str, Observed]:
         return self.reports
+
+    async def read_barrier(self, timeout_s: float) -> None:
+        self.barriers += 1
+        if self.raft_view.leader is None:
+            raise Unavailable("no leader confirmed the read")
 
     def caught_up(self) -> bool:
         return self.knows_all

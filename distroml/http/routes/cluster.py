@@ -5,21 +5,21 @@ from __future__ import annotations
 from aiohttp import web
 
 from distroml.http import cluster_views as views
-from distroml.http.limits import Query
+from distroml.http.limits import Read
 from distroml.http.table import Answer, Call, Route, json_response
 
 
-async def get_workers(call: Call, query: Query) -> web.StreamResponse:
+async def get_workers(call: Call, query: Read) -> web.StreamResponse:
     """All worker processes."""
     return json_response(views.worker_list(call.services.state(), call.services.observed()))
 
 
-async def get_resources(call: Call, query: Query) -> web.StreamResponse:
+async def get_resources(call: Call, query: Read) -> web.StreamResponse:
     """Slots in total and by node."""
     return json_response(views.resources_view(call.services.state(), call.services.observed()))
 
 
-async def get_nodes(call: Call, query: Query) -> web.StreamResponse:
+async def get_nodes(call: Call, query: Read) -> web.StreamResponse:
     """All nodes."""
     services = call.services
     leader = services.raft().leader
@@ -27,7 +27,7 @@ async def get_nodes(call: Call, query: Query) -> web.StreamResponse:
     return json_response(shown)
 
 
-async def get_leader(call: Call, query: Query) -> web.StreamResponse:
+async def get_leader(call: Call, query: Read) -> web.StreamResponse:
     """Who leads."""
     services = call.services
     return json_response(views.leader_view(services.state(), services.raft(), services.name))
@@ -41,6 +41,7 @@ ROUTES = tuple(
         summary=summary,
         tag="cluster",
         handler=handler,
+        query=Read,
         answers=(Answer(200, summary, body),),
     )
     for noun, summary, handler, body in (

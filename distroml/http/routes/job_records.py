@@ -9,14 +9,14 @@ from msgspec import Meta, Struct
 
 from distroml.errors import InvalidRequest, NotFound, Unavailable
 from distroml.http import views
-from distroml.http.limits import Query
+from distroml.http.limits import Read
 from distroml.http.streams import StreamQuery, events, stream
 from distroml.http.table import Answer, Call, Route, job_of, json_response, latest_metrics
 
 MAX_METRIC_NAMES = 64
 
 
-class MetricsQuery(Query, frozen=True, kw_only=True):
+class MetricsQuery(Read, frozen=True, kw_only=True):
     """Parameters of a job's metrics."""
 
     name: Annotated[
@@ -30,7 +30,7 @@ class MetricsQuery(Query, frozen=True, kw_only=True):
     )
 
 
-class LogsQuery(Query, frozen=True, kw_only=True):
+class LogsQuery(Read, frozen=True, kw_only=True):
     """Parameters of a job's logs."""
 
     rank: Annotated[int, Meta(ge=0, le=65_535)] | None = None
@@ -101,14 +101,14 @@ async def get_logs(call: Call, query: LogsQuery) -> web.StreamResponse:
     return json_response(LogsView(job_id=job.job_id, lines=shown))
 
 
-async def get_checkpoints(call: Call, query: Query) -> web.StreamResponse:
+async def get_checkpoints(call: Call, query: Read) -> web.StreamResponse:
     """Checkpoints whose commit is in the log, oldest first."""
     job = job_of(call)
     shown = [views.checkpoint_view(one) for one in job.checkpoints]
     return json_response(views.CheckpointList(job.job_id, shown))
 
 
-async def get_incidents(call: Call, query: Query) -> web.StreamResponse:
+async def get_incidents(call: Call, query: Read) -> web.StreamResponse:
     """Failures and recoveries, oldest first."""
     job = job_of(call)
     shown = [views.incident_view(one) for one in job.incidents]
@@ -148,6 +148,7 @@ ROUTES = (
         summary="Committed checkpoints, oldest first",
         tag="jobs",
         handler=get_checkpoints,
+        query=Read,
         answers=(Answer(200, "Checkpoints", views.CheckpointList),),
         errors=(NotFound,),
     ),
@@ -158,6 +159,7 @@ ROUTES = (
         summary="Failures and the recoveries from them, oldest first",
         tag="jobs",
         handler=get_incidents,
+        query=Read,
         answers=(Answer(200, "Incidents", views.IncidentList),),
         errors=(NotFound,),
     ),

@@ -31,7 +31,7 @@ from distroml.errors import (
     UnsupportedMedia,
 )
 from distroml.http import limits, views
-from distroml.http.limits import Query
+from distroml.http.limits import Query, Read
 from distroml.http.problems import from_outcome
 from distroml.http.table import Answer, Call, Route, job_of, json_response, latest_metrics
 from distroml.model import Job, JobStatus
@@ -43,7 +43,7 @@ REPLAYED_HEADER = "Idempotent-Replayed"
 _WRITE_ERRORS = (Unavailable, OutcomeUnknown, KeyReused)
 
 
-class ListQuery(Query, frozen=True, kw_only=True):
+class ListQuery(Read, frozen=True, kw_only=True):
     """Parameters of the job list."""
 
     limit: Annotated[int, Meta(ge=1, le=10_000, description="jobs per page")] = 100
@@ -147,7 +147,7 @@ async def list_jobs(call: Call, query: ListQuery) -> web.StreamResponse:
     return web.Response(body=body, content_type=limits.JSON_TYPE)
 
 
-async def get_job(call: Call, query: Query) -> web.StreamResponse:
+async def get_job(call: Call, query: Read) -> web.StreamResponse:
     """One job."""
     return _job_response(call, job_of(call))
 
@@ -241,6 +241,7 @@ ROUTES = (
         summary="Look at a job",
         tag="jobs",
         handler=get_job,
+        query=Read,
         answers=(_JOB,),
         errors=(NotFound,),
     ),
