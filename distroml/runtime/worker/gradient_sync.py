@@ -8,6 +8,7 @@ Gloo's all-reduce. Both *sum*: the loss was already divided by the number of sam
 
 import queue
 import threading
+from typing import NamedTuple
 
 import torch
 import torch.distributed as c10d
@@ -25,35 +26,61 @@ SMALL_BUCKET_BYTES = 256 * 1024
 ALIGNMENT = 8
 
 
-def ordered_sum(group: RankGroup, values: Tensor, received: Tensor) -> None:
-    """Sum the 1-d ``values`` of all ranks in place, adding from rank 0 upwards.
+class Scratch(NamedTuple):
+    """Memory that the exchange of one bucket needs, each ``padded_size`` elements; touched once, then reused."""
 
-    Args:
-        received: scratch of ``padded_size(values)`` elements, reused between calls.
-    """
-    world, count = group.world_size, values.numel()
-    padded = padded_size(values, world)
-    source = values if padded == count else nn.functional.pad(values, (0, padded - count))
-    group.all_to_all(received, source)
-    total = _add_rows(received.view(world, padded // world))
-    values.copy_(group.all_gather(total).view(-1)[:count])
+    sent: Tensor
+    received: Tensor
+
+    @classmethod
+    def for_values(cls, values: Tensor, world_size: int) -> "Scratch":
+        size = padded_size(values, world_size)
+        return cls(values.new_zeros(size), values.new_zeros(size))
 
 
-def ordered_sum_small(group: RankGroup, values: Tensor, note: Tensor) -> Tensor:
+def ordered_sum(group: RankGroup, values: Tensor, scratch: Scratch) -> None:
+    """Sum the 1-d ``values`` of all ranks in place, adding from rank 0 upwards."""
+    count, padded = values.numel(), scratch.sent.numel()
+    whole = values
+    if padded != count:
+        whole = scratch.sent
+        whole[:count].copy_(values)
+    group.all_to_all(scratch.received, whole)
+    total = _add_rows(scratch.received.view(group.world_size, -1))
+    group.all_gather_into(whole, total)
+    if padded != count:
+        values.copy_(whole[:count])
+
+
+class SmallScratch(NamedTuple):
+    """Memory of one small bucket's exchange, in bytes: what this rank sends and what all ranks sent."""
+
+    packed: Tensor
+    rows: Tensor
+
+    @classmethod
+    def for_values(cls, values: Tensor, note: Tensor, world_size: int) -> "SmallScratch":
+        size = note.nbytes + -(-values.nbytes // ALIGNMENT) * ALIGNMENT
+        packed = torch.zeros(size, dtype=torch.uint8)
+        return cls(packed, packed.new_zeros((world_size, size)))
+
+
+def ordered_sum_small(
+    group: RankGroup, values: Tensor, note: Tensor, scratch: SmallScratch
+) -> Tensor:
     """``ordered_sum`` in one exchange instead of two, for few values; carries a float64 ``note`` along.
 
     Each rank gets everything and adds it itself, in the same order: the bits are those of ``ordered_sum``.
 
     Returns:
-        The notes of all ranks, of shape [world_size, len(note)].
+        The notes of all ranks, of shape [world_size, len(note)]; valid until the scratch is used again.
     """
-    data = values.view(torch.uint8)
-    note_bytes = note.numel() * note.element_size()
-    packed = torch.cat([note.view(torch.uint8), data])
-    packed = nn.functional.pad(packed, (0, -packed.numel() % ALIGNMENT))
-    rows = group.all_gather(packed)
-    values.copy_(_add_rows(rows[:, note_bytes : note_bytes + data.numel()].view(values.dtype)))
-    return rows[:, :note_bytes].view(torch.float64)
+    begin, end = note.nbytes, note.nbytes + values.nbytes
+    scratch.packed[:begin].copy_(note.view(torch.uint8))
+    scratch.packed[begin:end].copy_(values.view(torch.uint8))
+    group.all_gather_into(scratch.rows.view(-1), scratch.packed)
+    values.copy_(_add_rows(scratch.rows[:, begin:end].view(values.dtype)))
+    return scratch.rows[:, :begin].view(torch.float64)
 
 
 def _add_rows(rows: Tensor) -> Tensor:
@@ -94,7 +121,8 @@ class GradientSync:
         self._note = torch.empty(0, dtype=torch.float64)
         self._notes: Tensor | None = None
         self._failure: BaseException | None = None
-        self._scratch: dict[tuple[torch.dtype, int], Tensor] = {}
+        self._scratch: dict[tuple[torch.dtype, int], Scratch] = {}
+        self._small_scratch: dict[tuple[torch.dtype, int, int], SmallScratch] = {}
         self._jobs: queue.SimpleQueue[tuple[Tensor, Future[Tensor]]] = queue.SimpleQueue()
         self._open_jobs = 0
         self._done = threading.Condition()
@@ -165,17 +193,20 @@ class GradientSync:
         try:
             if self._failure is None:
                 with torch.no_grad():
-                    if values.nbytes <= SMALL_BUCKET_BYTES:
-                        empty = self._note[:0]
-                        notes = ordered_sum_small(
-                            self.group, values, empty if note is None else note
-                        )
-                        self._notes = self._notes if note is None else notes
-                    else:
-                        ordered_sum(self.group, values, self._scratch_for(values))
+                    self._sum(values, note)
         except BaseException as error:
             self._failure = error
         future.set_result(values)
+
+    def _sum(self, values: Tensor, note: Tensor | None) -> None:
+        if values.nbytes > SMALL_BUCKET_BYTES:
+            ordered_sum(self.group, values, self._scratch_for(values))
+            return
+        carried = self._note[:0] if note is None else note
+        scratch = self._small_scratch_for(values, carried)
+        notes = ordered_sum_small(self.group, values, carried, scratch)
+        if note is not None:
+            self._notes = notes
 
     def _reduce_fast(self, values: Tensor) -> Future[Tensor]:
         def unpack(done: Future[list[Tensor]]) -> Tensor:
@@ -193,11 +224,17 @@ class GradientSync:
             self._failure = error
             return _finished(values)
 
-    def _scratch_for(self, values: Tensor) -> Tensor:
-        key = (values.dtype, padded_size(values, self.group.world_size))
+    def _scratch_for(self, values: Tensor) -> Scratch:
+        key = (values.dtype, values.numel())
         if key not in self._scratch:
-            self._scratch[key] = torch.empty(key[1], dtype=key[0])
+            self._scratch[key] = Scratch.for_values(values, self.group.world_size)
         return self._scratch[key]
+
+    def _small_scratch_for(self, values: Tensor, note: Tensor) -> SmallScratch:
+        key = (values.dtype, values.numel(), note.numel())
+        if key not in self._small_scratch:
+            self._small_scratch[key] = SmallScratch.for_values(values, note, self.group.world_size)
+        return self._small_scratch[key]
 
     # --- the lane of buckets that overlap with backward --------------------------------------------------------
 

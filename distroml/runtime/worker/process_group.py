@@ -195,6 +195,11 @@ class RankGroup:
         """Tensor of shape [world_size, *values.shape], in rank order."""
         return self.all_gather_async(values).wait()
 
+    def all_gather_into(self, output: Tensor, values: Tensor) -> None:
+        """Fill the 1-d ``output`` with the ``values`` of all ranks, one after the other in rank order."""
+        with self.guarded("all_gather"):
+            self.handle.all_gather_single(output, values).wait()
+
     def broadcast(self, values: Tensor, source: int) -> None:
         """Overwrite ``values`` (contiguous) on each rank with those of rank ``source``."""
         if self.world_size == 1:

@@ -12,9 +12,10 @@ from distroml.runtime.worker import gradient_sync
 from distroml.runtime.worker.dist import Dist, StatisticsSync
 from distroml.runtime.worker.gradient_sync import (
     GradientSync,
+    Scratch,
+    SmallScratch,
     ordered_sum,
     ordered_sum_small,
-    padded_size,
 )
 from distroml.runtime.worker.process_group import RankGroup
 
@@ -38,9 +39,10 @@ def in_rank_order(world_size: int, count: int) -> torch.Tensor:
 def test_both_ways_of_adding_give_the_bits_of_rank_order(world_size: int, count: int) -> None:
     def work(group: RankGroup) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         large, small = values_of(group.rank, count), values_of(group.rank, count)
-        ordered_sum(group, large, torch.empty(padded_size(large, group.world_size)))
+        ordered_sum(group, large, Scratch.for_values(large, group.world_size))
         note = torch.tensor([group.rank, 0.5], dtype=torch.float64)
-        return large, small, ordered_sum_small(group, small, note)
+        scratch = SmallScratch.for_values(small, note, group.world_size)
+        return large, small, ordered_sum_small(group, small, note, scratch)
 
     expected = in_rank_order(world_size, count)
     for large, small, notes in run_ranks(world_size, work):
