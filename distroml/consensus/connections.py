@@ -48,7 +48,7 @@ class Owner(Protocol):
     limits: LinkLimits
     authenticator: Authenticator
 
-    def count(self, counter: str, by: int = 1) -> None: ...
+    def count(self, counter: str, by: int = 1) -> int: ...
     def admit(self, connection: Inbound, hello: Hello) -> str | None:
         """Why this hello is refused, as a counter's name, or None."""
 
@@ -111,8 +111,7 @@ class _Connection(asyncio.Protocol):
         """Counts, says why, and closes."""
         if self.closing:
             return
-        self.owner.count(f"refused_{reason}")
-        logger.warning("%s closes a connection: %s (%s)", self.owner.name, detail, reason)
+        self._log(f"refused_{reason}", f"closes a connection: {detail}")
         self.write(encode_link_message(Refused(reason)))
         assert self.transport is not None
         self.transport.close()
@@ -120,6 +119,12 @@ class _Connection(asyncio.Protocol):
     def abort(self) -> None:
         if self.transport is not None:
             self.transport.abort()
+
+    def _log(self, counter: str, what: str) -> None:
+        """Counts; warns at the 1st, 2nd, 4th, 8th … time: a stranger must not fill the log."""
+        total = self.owner.count(counter)
+        level = logging.WARNING if total & (total - 1) == 0 else logging.DEBUG
+        logger.log(level, "%s %s (%s, %d so far)", self.owner.name, what, counter, total)
 
     def _establish(self, limit_bytes: int) -> None:
         self.established = True
@@ -148,10 +153,7 @@ class Outbound(_Connection):
             case Welcome() as welcome if not self.established:
                 self._on_welcome(welcome)
             case Refused(reason=reason):
-                self.owner.count(f"refused_by_peer_{reason}"[:64])
-                logger.warning(
-                    "%s was refused by %s: %s", self.hello.name, self.hello.target, reason
-                )
+                self._log(f"refused_by_{self.hello.target}", f"was refused: {reason[:64]}")
                 self.abort()
             case _:
                 raise BadFrame("garbage", "an acceptor sent an unexpected message")
@@ -223,7 +225,7 @@ class Inbound(_Connection):
             case Ping() if self.established:
                 pass
             case Refused(reason=reason):
-                self.owner.count(f"refused_by_peer_{reason}"[:64])
+                self._log("refused_by_dialer", f"was refused: {reason[:64]}")
                 self.abort()
             case _:
                 raise BadFrame("garbage", "a dialer sent an unexpected message")

@@ -23,6 +23,7 @@ class Elections(LibraryFields):
     heard_leader_at: float
     pre_vote_term: int | None
     """The term for which a round of pre-votes is under way."""
+    pre_vote_at: float
     supporters: set[str]
     """Who has granted the current pre-vote or vote, this node included."""
 
@@ -48,7 +49,7 @@ class Elections(LibraryFields):
             self.leader_node = (
                 None  # earlier it may only be late, and nobody has asked for votes yet
             )
-        self.pre_vote_term = self.term + 1
+        self.pre_vote_term, self.pre_vote_at = self.term + 1, self.now
         self.supporters = {self.name}
         question = PreVote(self.pre_vote_term, self.log.last_index, self.log.last_term)
         for node in self.peers_in_order():
@@ -82,6 +83,17 @@ class Elections(LibraryFields):
         blank_candidate = question.last_index == FIRST_INDEX and question.last_term == 0
         return not self.log.proven and not (self.log.blank and blank_candidate)
 
+    def _yields_to_me(self, node: Any, question: PreVote) -> bool:
+        """Of two voters with equal logs that ask each other in the same moment, the first by name
+        goes on; if both did, they would split the votes and wait for a whole election timeout."""
+        return (
+            self.pre_vote_term == question.term
+            and self.now - self.pre_vote_at < self.settings.pre_vote_retry_s / 2
+            and (question.last_term, question.last_index)
+            == (self.log.last_term, self.log.last_index)
+            and self.name < node.id
+        )
+
     def on_pre_vote(self, node: Any, question: PreVote) -> None:
         behind = (question.last_term, question.last_index) < (
             self.log.last_term,
@@ -93,7 +105,12 @@ class Elections(LibraryFields):
             and not self._loyal()
             and self.role != LEADER
             and not self._refuses_as_forgetful(question)
+            and not self._yields_to_me(node, question)
         )
+        if granted:
+            # Let this one have its election before we seek our own: two at once split the votes.
+            soonest = self.now + self.retry_s()
+            self.election_deadline = max(self.election_deadline, soonest)
         # Hazard L4: a refusal carries our term, else a candidate behind in terms never catches up.
         self.emit(node, VoteReply(question.term, granted, self.term))
 

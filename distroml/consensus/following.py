@@ -23,6 +23,8 @@ class Following(LibraryFields):
     heard_leader_at: float
     pre_vote_term: int | None
     incoming: IncomingSnapshot
+    compact_from: int
+    """Applied index at the last snapshot, taken or received or tried."""
 
     def _follow(self, node: Any, term: int) -> None:
         """A legitimate leader spoke."""
@@ -111,5 +113,5 @@ class Following(LibraryFields):
             self.log.compact(snapshot, snapshot.index)
         else:
             self.log.reset_to(snapshot)
-        self.applied_index = self.commit_index = snapshot.index
+        self.applied_index = self.commit_index = self.compact_from = snapshot.index
         return True

@@ -1,36 +1,43 @@
 """PySyncObj 0.3.17 made safe: one override per known hazard, and nothing else.
 
-The library stays the Raft core: roles, terms, commit rule, check-quorum, votes. What it gets wrong
-is replaced through its private names, so the exact source is pinned by hash and checked before use.
-Each override names the hazard it closes (S = safety, L = liveness, P = performance, X = security)
-and the rule of Raft it restores:
+The library stays the Raft core: roles, terms, votes, commit rule, check-quorum. What it gets wrong is
+replaced through its private names, so the exact source is pinned by hash and checked before use.
+The overrides live here and in the parts this class is made of (`elections`, `following`,
+`replication`). Each names the hazard it closes (S = safety, L = liveness, P = performance,
+X = security):
 
 ====  ===========================================================================================
-S1    a snapshot chunk moved the commit index over an unverified suffix → `on_snapshot_chunk`
-S2    restart between snapshot and trim dropped acknowledged entries → `storage.join`
-S3-5  journal and term/vote file were neither atomic, checksummed nor synced → `wal.py`
+S1    a snapshot chunk moved the commit index over unverified entries → `on_snapshot_chunk`
+S2    a restart between snapshot and trim dropped acknowledged entries → `storage.join`
+S3-5  journal and term/vote file were neither atomic, checksummed nor synced → `wal`
 S6    a delayed append truncated entries that match → `on_append`
 S7    acknowledgements carried no term → `on_append_reply`
-S8    votes were counted, not identified; strangers were heard → `receive`, `on_vote_granted`
-S9    snapshot streams had no identity, offset or hash → `snapshot.py`, `on_snapshot_chunk`
-S10   an exception after apply applied the entry twice → `_SyncObj__applyLogEntries`
-S11   forwarded commands could acknowledge the wrong one → never forwarded: leader-only `submit`
-S13   membership changes could overlap → voters are static, other command types are refused
-S14   a code version switch could replay entries → one entry kind of our own bytes
+S8    votes were counted, not identified; strangers were heard → `on_vote_granted`, `receive`
+S9    snapshot streams had no identity, offset or hash → `snapshot`, `on_snapshot_chunk`
+S10   an exception after apply applied the entry again → `_SyncObj__applyLogEntries`
+S11   forwarded commands could acknowledge the wrong one → nothing is forwarded: leader-only `submit`
+S12   "failed" commands may have happened → the state machine remembers results; proposers retry
+S13   membership changes could overlap → voters are static, such commands are refused
+S14   a code version switch could replay entries → one kind of entry, our own bytes
+S15   no linearizable read → `raft_core`
 L1    two rejections in flight overwrote each other for ever → `on_append_reply`, probe mode
 L2    a raising command blocked every node → `_SyncObj__applyLogEntries`
-L3    back-off by one entry per heartbeat → conflict hint by term in `_conflict_hint`
-L4    no pre-vote, no stickiness, silent rejections → `_onTick`, `on_pre_vote`, `on_request_vote`
-L5    lost forwards → see S11; the proposer retries with the same identity
-L6    an unreadable dump left the log starting nowhere → `storage.join` refuses to start
+L3    back-off by one entry per heartbeat → `_conflict_hint`, and a probe at once
+L4    no pre-vote, no loyalty, silent rejections → `_onTick`, `on_pre_vote`, `on_request_vote`
+L5    lost forwards → see S11
+L6    an unreadable dump left a log that starts nowhere → `storage.join` refuses to start
 L7    compaction kept no trailing entries → `_SyncObj__tryLogCompaction`
-P1    the send loop spun while a dump ran → `_SyncObj__sendAppendEntries`
+P1    the send loop spun while a dump was written → `_SyncObj__sendAppendEntries`
 P2    commands waited for a heartbeat → `_checkCommandsToApply` sends once per turn
-P3    mmap journal: 32-bit offsets, SIGBUS on a full disk → `wal.py`
+P3    mmap journal: 32-bit offsets, SIGBUS on a full disk → `wal`
 P4    fork for dumps → `_SyncObj__tryLogCompaction` takes plain bytes
 P5    huge entries were cut wrongly → entries are capped, batches are whole entries
-X1    pickle on wire, in log and in dumps → `messages.py`, `_SyncObj__doApplyCommand`
+X1    pickle on wire, in log and in dumps → `messages`, `_SyncObj__doApplyCommand`
+X2    anyone could change membership or pose as a node → `peers`, `receive`
 ====  ===========================================================================================
+
+Also: a voter whose directory was emptied has forgotten its votes. It helps to elect nobody until it
+holds all that a leader has committed (`RaftLog.proven`), except to found a cluster where all is new.
 """
 
 from __future__ import annotations
@@ -214,10 +221,12 @@ class HardenedRaft(Elections, Following, Replication, library.SyncObj):  # type:
         self.nodes = {voter: _Peer(voter, place) for place, voter in enumerate(sorted(voters))}
         self.progress: dict[Any, Progress] = {}
         self.send_needed = False
+        self.appends: dict[tuple[int, int], Append] = {}
         self.apply_failures = 0
         self.refused = 0
         self.supporters: set[str] = set()
         self.pre_vote_term: int | None = None
+        self.pre_vote_at = float("-inf")
         self.heard_leader_at = float("-inf")
         self.incoming = IncomingSnapshot()
         self.begin(now)
@@ -240,8 +249,9 @@ class HardenedRaft(Elections, Following, Replication, library.SyncObj):  # type:
         if snapshot is not None:
             machine.restore(snapshot.index, snapshot.blob)
             self.applied_index = self.commit_index = snapshot.index
-        if not others:
-            self.election_deadline = now
+        # Asking for pre-votes soon disturbs nobody, and a cluster that starts has nothing to wait for.
+        self.election_deadline = now + (self.retry_s() if others else 0.0)
+        self.compact_from = self.applied_index
 
     # ------------------------------------------------------------------ inputs
 
@@ -344,17 +354,25 @@ class HardenedRaft(Elections, Following, Replication, library.SyncObj):  # type:
 
     def _SyncObj__tryLogCompaction(self) -> None:  # noqa: N802
         # Hazards L7, P4: plain bytes in process, and a window of entries stays for slow followers.
-        since = self.applied_index - (self.snapshot.index if self.snapshot else FIRST_INDEX)
+        since = self.applied_index - self.compact_from
         full = self.log.payload_bytes >= self.settings.compaction_bytes
         if since >= self.settings.compaction_entries or (full and since >= _COMPACT_AT_LEAST):
             self.compact()
 
     def compact(self) -> None:
-        """Takes a snapshot of the applied state now and trims the log behind it."""
+        """Takes a snapshot of the applied state now and trims the log behind it.
+
+        Where the machine cannot give one, the log goes on growing and the next try comes as many
+        entries later as compactions are apart."""
+        self.compact_from = self.applied_index
         term = self.log.term_at(self.applied_index)
         assert term is not None, "the last applied entry is in the log or is its anchor"
-        blob = self.machine.snapshot()
-        self.snapshot = Snapshot.take(self.applied_index, term, list(self.voters), blob)
+        try:
+            blob = self.machine.snapshot()
+            self.snapshot = Snapshot.take(self.applied_index, term, list(self.voters), blob)
+        except Exception:
+            logger.exception("no snapshot could be taken at entry %d", self.applied_index)
+            return
         kept = 0
         if self.log.payload_bytes < self.settings.compaction_bytes:
             kept = self.settings.trailing_entries

@@ -259,6 +259,9 @@ def _set_node_status(state: ClusterState, context: _Context, command: c.SetNodeS
         raise _Refused("stale-proposer", f"{command.name} is at incarnation {node.incarnation}")
     if node.status is command.status:
         return _Change(state)
+    if node.status is NodeStatus.LEFT:
+        # It said goodbye; what others thought of it before does not bring it back, only its next life does.
+        raise _Refused("wrong-status", f"node '{command.name}' has left")
     changed = replace(node, status=command.status, reason=command.reason, changed_at=context.at)
     event = _event(
         context, "node", node=node.name, status=command.status.value, reason=command.reason
@@ -273,7 +276,9 @@ def _submit_job(state: ClusterState, context: _Context, command: c.SubmitJob) ->
     if command.job_id in state.jobs:
         raise _Refused("conflict", f"job '{command.job_id}' exists already")
     removed = _oldest_finished_if_full(state.jobs)
-    jobs = {job_id: kept for job_id, kept in state.jobs.items() if job_id != removed}
+    jobs = dict(state.jobs)  # with thousands of jobs much faster than a comprehension
+    if removed is not None:
+        del jobs[removed]
     job = Job(
         job_id=command.job_id,
         run_id=command.run_id,

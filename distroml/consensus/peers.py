@@ -140,8 +140,9 @@ class PeerLinks:
             connection.abort()
         await asyncio.gather(*(connection.closed for connection in connections))
 
-    def count(self, counter: str, by: int = 1) -> None:
-        self.counters[counter] = self.counters.get(counter, 0) + by
+    def count(self, counter: str, by: int = 1) -> int:
+        self.counters[counter] = total = self.counters.get(counter, 0) + by
+        return total
 
     # ------------------------------------------------------------------ dialing
 
@@ -189,7 +190,7 @@ class PeerLinks:
                 )
             if await connection.ready:
                 return connection
-        except (OSError, TimeoutError) as error:
+        except (OSError, TimeoutError, UnicodeError) as error:
             logger.debug("%s cannot reach %s at %s: %s", self.name, peer, address, error)
         except asyncio.CancelledError:
             if connection is not None:

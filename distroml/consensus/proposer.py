@@ -4,6 +4,8 @@
 again after a while or when the leader changes, until this node's own replica applies it. Repeats do no harm: the
 state machine applies a name once. So the answer is known as soon as the entry is applied here, which also gives
 the caller read-your-writes on this node.
+
+Names are only unique once the cluster knows this incarnation, so nothing else is proposed before ``RegisterNode``.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from distroml.commands import (
     AnyCommand,
     Entry,
     Outcome,
+    RegisterNode,
+    Write,
     encode_entry,
 )
 from distroml.consensus.peers import Channel
@@ -25,7 +29,11 @@ from distroml.errors import InvalidSpec, OutcomeUnknown, TooManyRequests, Unavai
 from distroml.model import Event
 
 MAX_IN_FLIGHT = 1024
-"""Proposals of this node that wait for their outcome; far under ``state.MAX_OUTSTANDING``."""
+"""Clients' writes of this node that wait for their outcome; far under ``state.MAX_OUTSTANDING``."""
+MAX_OWN_IN_FLIGHT = 512
+"""The same for what the node itself proposes: a flood of clients must not keep it from forming generations."""
+MAX_DECISION_BYTES = 128 * 1024
+"""Limit of an encoded entry that no client wrote: a generation of ``spec.MAX_WORKERS`` ranks takes up to 85 KiB."""
 RETRY_FIRST_S = 0.3
 RETRY_MOST_S = 2.0
 
@@ -35,6 +43,8 @@ class _Raft(Protocol):
     def leader(self) -> str | None: ...
     @property
     def is_leader(self) -> bool: ...
+    @property
+    def term(self) -> int: ...
     def append(self, entry: bytes) -> None: ...
 
 
@@ -67,31 +77,46 @@ class Proposer:
         self._clock = clock
         self._sequence = 0
         self._waiting: dict[int, asyncio.Future[Outcome]] = {}
+        self._writes_waiting = 0
         self._leader_changed = asyncio.Event()
+        self.registered = False
+        """Set by the node once the cluster knows its incarnation."""
         self.forwarded_dropped = 0
 
-    async def propose(self, command: AnyCommand, timeout_s: float = 10.0) -> Outcome:
+    async def propose(
+        self, command: AnyCommand, timeout_s: float = 10.0, *, term: int | None = None
+    ) -> Outcome:
         """Get ``command`` applied and return what the state machine answered.
+
+        Args:
+            term: offer it only while this node leads in this term. For decisions of a leader: what one saw
+                that was then cut off must not be handed to its successor.
 
         Raises:
             Unavailable: no leader took it in time; nothing was done.
             OutcomeUnknown: a leader was offered it, but its outcome did not come in time.
-            TooManyRequests: ``MAX_IN_FLIGHT`` proposals of this node are waiting already.
-            InvalidSpec: the encoded command is over ``MAX_ENTRY_BYTES``.
+            TooManyRequests: as many proposals of this node are waiting as may.
+            InvalidSpec: the encoded command is over ``MAX_ENTRY_BYTES`` (``MAX_DECISION_BYTES`` if no client
+                wrote it).
         """
-        if len(self._waiting) >= MAX_IN_FLIGHT:
-            raise TooManyRequests(
-                f"{MAX_IN_FLIGHT} writes of this node wait for the log; try again."
-            )
+        if not self.registered and not isinstance(command, RegisterNode):
+            raise Unavailable(f"Node '{self._name}' is not registered yet; nothing was changed.")
+        is_write = isinstance(command, Write)
+        waiting = self._writes_waiting if is_write else len(self._waiting) - self._writes_waiting
+        limit = MAX_IN_FLIGHT if is_write else MAX_OWN_IN_FLIGHT
+        if waiting >= limit:
+            raise TooManyRequests(f"{limit} writes of this node wait for the log; try again.")
         self._sequence += 1
         sequence = self._sequence
         data = self._encode(sequence, command)
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._waiting[sequence] = future
+        self._writes_waiting += is_write
         try:
-            return await self._offer_until_applied(data, future, timeout_s)
+            return await self._offer_until_applied(data, future, timeout_s, term)
         finally:
             del self._waiting[sequence]
+            self._writes_waiting -= is_write
 
     def on_applied(self, entry: Entry | None, outcome: Outcome, events: tuple[Event, ...]) -> None:
         """Replica listener: resolves the proposal that this entry was."""
@@ -115,21 +140,22 @@ class Proposer:
         settled = min(self._waiting, default=sequence)
         entry = Entry(self._name, self._incarnation, sequence, settled, self._clock(), command)
         data = encode_entry(entry)
-        if len(data) > MAX_ENTRY_BYTES:
+        limit = MAX_ENTRY_BYTES if isinstance(command, Write) else MAX_DECISION_BYTES
+        if len(data) > limit:
             raise InvalidSpec(
-                f"the request takes {len(data)} bytes in the log; the limit is {MAX_ENTRY_BYTES}: "
+                f"the request takes {len(data)} bytes in the log; the limit is {limit}: "
                 "shorten its names and options."
             )
         return data
 
     async def _offer_until_applied(
-        self, data: bytes, future: asyncio.Future[Outcome], timeout_s: float
+        self, data: bytes, future: asyncio.Future[Outcome], timeout_s: float, term: int | None
     ) -> Outcome:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         offered = False
         pause_s = RETRY_FIRST_S
-        while (left_s := deadline - loop.time()) > 0:
+        while (left_s := deadline - loop.time()) > 0 and self._may_offer(term):
             changed = self._leader_changed
             offered = self._offer(data) or offered
             turn = asyncio.ensure_future(changed.wait())
@@ -149,7 +175,12 @@ class Proposer:
                 f"The write was handed to the leader but not confirmed within {timeout_s:g} s; "
                 "repeat it with the same Idempotency-Key."
             )
+        if not self._may_offer(term):
+            raise Unavailable(f"Node '{self._name}' does not lead any more; nothing was changed.")
         raise Unavailable(f"No leader was reachable within {timeout_s:g} s; nothing was changed.")
+
+    def _may_offer(self, term: int | None) -> bool:
+        return term is None or (self._raft.is_leader and self._raft.term == term)
 
     def _offer(self, data: bytes) -> bool:
         if self._raft.is_leader:

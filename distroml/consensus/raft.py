@@ -15,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Final
 
@@ -32,6 +31,7 @@ from distroml.consensus.raft_types import (
     StateMachine,
     check_voters,
 )
+from distroml.consensus.read_barriers import ReadBarriers
 from distroml.consensus.sync_thread import SyncThread
 from distroml.consensus.wal import Identity
 
@@ -44,6 +44,8 @@ MAX_SUBMISSIONS: Final = 16_384
 MAX_SUBMISSION_BYTES: Final = 32 * 1024 * 1024
 INPUTS_PER_TURN: Final = 1_024
 SUBMISSION_BYTES_PER_TURN: Final = 4 * 1024 * 1024
+ENTRY_OVERHEAD_BYTES: Final = 128
+"""Index, term and lengths around one entry in a message, generously."""
 STOP_LIMIT_S: Final = 5.0
 """A disk that hangs does not keep the process from leaving: nothing unsynced was promised."""
 
@@ -69,6 +71,7 @@ class RaftNode:
         disk: Disk | None = None,
     ) -> None:
         check_voters(name, tuple(voters))
+        _check_frames(settings or RaftSettings(), links.limits.frame_bytes)
         self.name = name
         self._voters = tuple(voters)
         self._directory = data_dir / "raft"
@@ -93,9 +96,7 @@ class RaftNode:
         self._wake = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._stopping = asyncio.Event()
-        self._tokens = count(1)
-        self._asked: dict[int, asyncio.Future[int]] = {}
-        self._barriers: list[tuple[int, asyncio.Future[int]]] = []
+        self._reads = ReadBarriers()
         self._role_handlers: list[Callable[[RaftStatus], None]] = []
         self._role_waiters: list[asyncio.Future[None]] = []
         self._published: tuple[object, ...] = ()
@@ -109,7 +110,8 @@ class RaftNode:
     async def start(self) -> None:
         """Recovers the node's state from disk and joins the cluster.
 
-        Raises UnsafeLibrary, StorageCorrupt or OSError; the node then has not voted or sent anything.
+        Raises UnsafeLibrary, StorageCorrupt, StorageInUse or OSError; the node then has neither
+        voted nor sent anything.
         """
         identity = Identity(self._links.cluster_id, self.name)
         try:
@@ -149,7 +151,7 @@ class RaftNode:
                 await asyncio.wait({task}, timeout=STOP_LIMIT_S)
         if self._timer is not None:
             self._timer.cancel()
-        self._refuse_all_reads()
+        self._reads.refuse_all()
         await self._sync.close()
 
     # ------------------------------------------------------------------ facts
@@ -167,7 +169,7 @@ class RaftNode:
 
     @property
     def term(self) -> int:
-        return self.core.raft.term
+        return 0 if self._core is None else self._core.raft.term
 
     @property
     def is_leader(self) -> bool:
@@ -176,11 +178,11 @@ class RaftNode:
 
     @property
     def commit_index(self) -> int:
-        return self.core.raft.commit_index
+        return 0 if self._core is None else self._core.raft.commit_index
 
     @property
     def applied_index(self) -> int:
-        return self.core.raft.applied_index
+        return 0 if self._core is None else self._core.raft.applied_index
 
     @property
     def failure(self) -> str:
@@ -191,11 +193,16 @@ class RaftNode:
     def _trouble(self) -> str:
         if self._failure or self._sync.trouble:
             return self._failure or self._sync.trouble
+        if self._core is None:
+            return "not started"
         return "stopped" if self._stopping.is_set() else ""
 
     def status(self) -> RaftStatus:
-        core, raft = self.core, self.core.raft
+        """Never raises; before `start` it says so as the reason for being unhealthy."""
         trouble = self._trouble
+        if self._core is None:
+            return RaftStatus(name=self.name, healthy=False, reason=trouble)
+        core, raft = self._core, self._core.raft
         return RaftStatus(
             name=self.name,
             role=Role.FOLLOWER if trouble else core.role,
@@ -244,15 +251,13 @@ class RaftNode:
         """
         if self._core is None or self._trouble:
             raise NotLeader(None)
-        token = next(self._tokens)
-        answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._asked[token] = answer
+        token, answer = self._reads.ask()
         self._post(partial(self._core.request_read, token))
         try:
             async with asyncio.timeout(timeout_s):
                 return await answer
         finally:
-            if self._asked.pop(token, None) is not None:
+            if self._reads.forget(token):
                 self._post(partial(self._core.cancel_read, token))
 
     async def transfer_leadership(
@@ -304,8 +309,9 @@ class RaftNode:
         try:
             message = decode(body)
         except BadMessage as error:
-            self.counters["frames_malformed"] += 1
-            logger.warning("dropped a frame of %s: %s", peer, error)
+            self.counters["frames_malformed"] = total = self.counters["frames_malformed"] + 1
+            level = logging.WARNING if total & (total - 1) == 0 else logging.DEBUG
+            logger.log(level, "dropped frame %d of %s: %s", total, peer, error)
             return
         self._post(partial(self.core.receive, peer, message), len(body))
 
@@ -329,7 +335,7 @@ class RaftNode:
             # Crash-only: what is on disk is consistent, what is in memory no longer is.
             logger.exception("raft node %s stops", self.name)
             self._failure = f"{type(error).__name__}: {error}"
-            self._refuse_all_reads()
+            self._reads.refuse_all()
         finally:
             self._publish()
 
@@ -343,18 +349,19 @@ class RaftNode:
     async def _turn(self) -> None:
         core = self.core
         core.begin()
+        self._submit_batch(core)  # before a hand-over that may be in the inbox
         for _ in range(min(len(self._inbox), INPUTS_PER_TURN)):
             action, size_bytes = self._inbox.popleft()
             self._inbox_bytes -= size_bytes
             action()
-        self._submit_batch(core)
         turn = core.finish_turn()
         self.counters["turns"] += 1
         if turn.disk and not await self._sync.persist(turn.disk):
             return  # stopped with the turn not on disk: nothing of it may leave
         self._release(turn)
         self._schedule(turn)
-        self._answer_reads(turn)
+        self._reads.confirm(turn.reads, self.leader)
+        self._reads.release(self.applied_index)
         self._publish()
 
     def _submit_batch(self, core: RaftCore) -> None:
@@ -386,34 +393,6 @@ class RaftNode:
             self._timer.cancel()
         self._timer = loop.call_at(at, self._wake.set)
 
-    def _answer_reads(self, turn: Turn) -> None:
-        for token, index in turn.reads:
-            answer = self._asked.pop(token, None)
-            if answer is None or answer.done():
-                continue
-            if index:
-                self._barriers.append((index, answer))
-            else:
-                answer.set_exception(NotLeader(self.leader))
-        if not self._barriers:
-            return
-        applied = self.applied_index
-        waiting = []
-        for index, answer in self._barriers:
-            if index > applied:
-                waiting.append((index, answer))
-            elif not answer.done():
-                answer.set_result(index)
-        self._barriers = waiting
-
-    def _refuse_all_reads(self) -> None:
-        asked = [*self._asked.values(), *(answer for _, answer in self._barriers)]
-        self._asked.clear()
-        self._barriers.clear()
-        for answer in asked:
-            if not answer.done():
-                answer.set_exception(NotLeader(None))
-
     def _publish(self) -> None:
         status = self.status()
         facts = (status.role, status.term, status.leader, status.healthy)
@@ -429,3 +408,15 @@ class RaftNode:
                 handler(status)
             except Exception:
                 logger.exception("a role handler of raft node %s failed", self.name)
+
+
+def _check_frames(settings: RaftSettings, frame_bytes: int) -> None:
+    """Raises ValueError where a message of these settings could exceed what links carry."""
+    append = settings.append_batch_bytes + settings.entry_max_bytes
+    append += settings.inflight_entries * ENTRY_OVERHEAD_BYTES
+    largest = max(append, settings.snapshot_chunk_bytes) + ENTRY_OVERHEAD_BYTES
+    if largest > frame_bytes:
+        raise ValueError(
+            f"append_batch_bytes, inflight_entries or snapshot_chunk_bytes allow messages of "
+            f"{largest} bytes, but links carry frames of {frame_bytes} bytes"
+        )

@@ -47,6 +47,10 @@ class StorageCorrupt(ConsensusError):
     """What is on disk cannot be trusted; the message says where and what to do."""
 
 
+class StorageInUse(ConsensusError):
+    """Another process holds the data directory."""
+
+
 class UnsafeLibrary(ConsensusError):
     """The installed Raft library is not the exact source that the overrides were made for."""
 
@@ -125,18 +129,18 @@ class RaftStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What one node knows of itself at one instant."""
 
     name: str
-    role: Role
-    term: int
-    leader: str | None
-    commit_index: int
-    applied_index: int
-    last_index: int
-    log_entries: int
-    log_bytes: int
-    snapshot_index: int
-    last_sync_ms: float
+    role: Role = Role.FOLLOWER
+    term: int = 0
+    leader: str | None = None
+    commit_index: int = 0
+    applied_index: int = 0
+    last_index: int = 0
+    log_entries: int = 0
+    log_bytes: int = 0
+    snapshot_index: int = 0
+    last_sync_ms: float = 0.0
     """Duration of the last group write + fdatasync."""
-    proven: bool
+    proven: bool = False
     """False while this voter's empty data directory has not yet caught up with a leader."""
     healthy: bool
     reason: str

@@ -18,6 +18,8 @@ from distroml.model import Event
 
 MAX_EVENTS_PER_JOB = 256
 """Recent events kept per job so that a stream that reconnects misses none."""
+MAX_EVENTS = 100_000
+"""Recent events kept in all; the jobs that changed longest ago lose theirs first."""
 
 _log = logging.getLogger(__name__)
 
@@ -31,9 +33,14 @@ class Replica:
         self.state = ClusterState()
         self._listeners: list[Listener] = []
         self._events: dict[str, deque[Event]] = {}
+        """By job, the one that changed last at the end."""
+        self._events_kept = 0
 
     def listen(self, listener: Listener) -> None:
-        """Call ``listener(entry, outcome, events)`` after each applied entry."""
+        """Call ``listener(entry, outcome, events)`` after each applied entry.
+
+        Without an entry and an error a snapshot replaced the state: anything may have changed.
+        """
         self._listeners.append(listener)
 
     def apply(self, index: int, data: bytes) -> None:
@@ -65,6 +72,8 @@ class Replica:
         state = decode_state(blob)
         if state.index > self.state.index or index > self.state.index:
             self.state = state
+            for job_id in self._events.keys() - state.jobs.keys():
+                self._drop_events(job_id)  # removed by an entry that this node never saw
             self._tell(None, Outcome(index), ())
 
     def recent_events(self, job_id: str) -> Iterable[Event]:
@@ -76,10 +85,17 @@ class Replica:
             if event.job_id is None:
                 continue
             if event.type == "removed":
-                self._events.pop(event.job_id, None)
+                self._drop_events(event.job_id)
                 continue
-            kept = self._events.setdefault(event.job_id, deque(maxlen=MAX_EVENTS_PER_JOB))
+            kept = self._events.pop(event.job_id, None) or deque(maxlen=MAX_EVENTS_PER_JOB)
+            self._events_kept += len(kept) < MAX_EVENTS_PER_JOB
             kept.append(event)
+            self._events[event.job_id] = kept
+        while self._events_kept > MAX_EVENTS:
+            self._drop_events(next(iter(self._events)))
+
+    def _drop_events(self, job_id: str) -> None:
+        self._events_kept -= len(self._events.pop(job_id, ()))
 
     def _tell(self, entry: Entry | None, outcome: Outcome, events: tuple[Event, ...]) -> None:
         for listener in self._listeners:

@@ -42,6 +42,8 @@ class Replication(LibraryFields):
 
     progress: dict[Any, Progress]
     send_needed: bool
+    appends: dict[tuple[int, int], Append]
+    """Messages of this round by (first index, limit): followers in step share them, encoded once."""
 
     def reset_progress(self) -> None:
         self.progress = {node: Progress() for node in self.peers}
@@ -64,6 +66,7 @@ class Replication(LibraryFields):
         if due:
             self.heartbeat_at = self.now + self.settings.heartbeat_s
         self.send_needed = False
+        self.appends.clear()
         for node in self.peers_in_order():
             if node in self.connected:
                 self._send_to(node, due)
@@ -96,12 +99,16 @@ class Replication(LibraryFields):
         """Sends entries from `next_index` on; returns the index behind the last one sent."""
         settings, first = self.settings, self.next_index[node]
         limit = settings.inflight_entries if limit_entries is None else limit_entries
-        entries = self.log.slice(first, settings.append_batch_bytes, limit) if limit else []
-        previous_term = self.log.term_at(first - 1)
-        assert previous_term is not None, "next_index is above the anchor"
+        append = self.appends.get((first, limit))
+        if append is None:
+            entries = self.log.slice(first, settings.append_batch_bytes, limit) if limit else []
+            previous_term = self.log.term_at(first - 1)
+            assert previous_term is not None, "next_index is above the anchor"
+            append = Append(self.term, first - 1, previous_term, self.commit_index, entries)
+            self.appends[first, limit] = append
         progress.sent_commit = self.commit_index
-        self.emit(node, Append(self.term, first - 1, previous_term, self.commit_index, entries))
-        return first + len(entries)
+        self.emit(node, append)
+        return first + len(append.entries)
 
     def _send_snapshot(self, node: Any, progress: Progress, due: bool) -> None:
         assert self.snapshot is not None, "a log that starts late has a snapshot"

@@ -6,7 +6,9 @@ the operations of one turn in order. Everything here blocks and runs in the node
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -21,9 +23,11 @@ from distroml.consensus.raft_log import (
     StoreSnapshot,
     blank_image,
 )
-from distroml.consensus.raft_types import StorageCorrupt
+from distroml.consensus.raft_types import StorageCorrupt, StorageInUse
 from distroml.consensus.snapshot import Snapshot, decode_file, encode_file
 from distroml.consensus.wal import Identity, Wal
+
+LOCK_WAIT_S: Final = 2.0
 
 
 class Recovered(msgspec.Struct):
@@ -83,23 +87,20 @@ def _snapshot_files(disk: Disk, directory: Path) -> list[tuple[int, int, Path]]:
     for name in disk.names(directory):
         parts = name.removesuffix(".snap").split("-")
         if name.endswith(".snap") and len(parts) == 3 and parts[0] == "snapshot":
-            found.append((int(parts[1]), int(parts[2]), directory / name))
+            index, term = parts[1], parts[2]
+            if index.isdecimal() and term.isdecimal():
+                found.append((int(index), int(term), directory / name))
     return sorted(found)
 
 
 def open_storage(directory: Path, identity: Identity, disk: Disk) -> tuple[Storage, Recovered]:
     """Opens or creates the raft directory.
 
-    Raises StorageCorrupt where the content cannot be trusted or is in use, OSError as it comes.
+    Raises StorageCorrupt where the content cannot be trusted, StorageInUse, OSError as it comes.
     """
     disk.make_directory(directory)
     disk.sync_directory(directory.parent)
-    try:
-        lock = disk.lock(directory / "lock")
-    except BlockingIOError as error:
-        raise StorageCorrupt(
-            f"{directory} is in use by another process; two nodes must not share a data directory"
-        ) from error
+    lock = _lock(directory, disk)
     try:
         wal = Wal(directory, identity, disk)
         recovered = _recover(directory, wal, disk)
@@ -107,6 +108,21 @@ def open_storage(directory: Path, identity: Identity, disk: Disk) -> tuple[Stora
         disk.close(lock)
         raise
     return Storage(directory, wal, disk, lock), recovered
+
+
+def _lock(directory: Path, disk: Disk) -> int:
+    """A killed process that is still in a disk call keeps its lock a moment longer: wait for it."""
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            return disk.lock(directory / "lock")
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise StorageInUse(
+                    f"{directory} is in use by another process; "
+                    "two nodes must not share a data directory"
+                ) from error
+            time.sleep(0.05)
 
 
 def _recover(directory: Path, wal: Wal, disk: Disk) -> Recovered:

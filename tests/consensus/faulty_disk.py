@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from pathlib import Path
 
 from distroml.consensus.disk import RealDisk
@@ -18,6 +19,9 @@ class FaultyDisk(RealDisk):
     def __init__(self) -> None:
         self.fail: dict[str, int] = {}
         self.calls: list[str] = []
+        self.flowing = threading.Event()
+        """While cleared, a sync does not return (for a minute at most)."""
+        self.flowing.set()
 
     def _check(self, call: str) -> None:
         self.calls.append(call)
@@ -33,6 +37,7 @@ class FaultyDisk(RealDisk):
 
     def sync(self, descriptor: int) -> None:
         self._check("sync")
+        self.flowing.wait(60)
         super().sync(descriptor)
 
     def truncate(self, descriptor: int, size_bytes: int) -> None:

@@ -15,6 +15,9 @@ from distroml.consensus.peers import Address, PeerLinks
 from distroml.consensus.raft import RaftNode
 from distroml.consensus.raft_types import RaftSettings
 
+PATIENT = RaftSettings(election_min_s=1.0, election_max_s=2.0, heartbeat_s=0.1, check_quorum_s=2.0)
+"""For machines that are busy with other tests: no leader changes but those that a test causes."""
+
 
 async def until(condition: Callable[[], bool], awaited: str, limit_s: float = 10.0) -> None:
     """Waits for a condition; fails with what was awaited."""
@@ -69,11 +72,11 @@ class LiveCluster:
     def __init__(self, directory: Path, *names: str, settings: RaftSettings | None = None) -> None:
         self.directory = directory
         self.addresses = free_addresses(*names)
-        self.settings = settings or RaftSettings()
+        self.settings = settings or PATIENT
         self.nodes: dict[str, LiveNode] = {}
         self.lives = 0
 
-    async def start(self, name: str, disk: Disk | None = None) -> LiveNode:
+    def make(self, name: str, disk: Disk | None = None) -> LiveNode:
         self.lives += 1
         links = PeerLinks(
             name=name,
@@ -93,9 +96,13 @@ class LiveCluster:
             disk=disk,
         )
         (self.directory / name).mkdir(exist_ok=True)
-        await links.start()
-        await node.start()
-        live = self.nodes[name] = LiveNode(node, links, journal)
+        return LiveNode(node, links, journal)
+
+    async def start(self, name: str, disk: Disk | None = None) -> LiveNode:
+        live = self.make(name, disk)
+        await live.links.start()
+        await live.node.start()
+        self.nodes[name] = live
         return live
 
     async def start_all(self) -> None:

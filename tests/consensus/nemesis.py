@@ -11,9 +11,9 @@ from tests.consensus.simulator import Cluster, SimNode
 class Nemesis:
     """Random faults and clients on a `Cluster`, all drawn from the cluster's own seed."""
 
-    def __init__(self, cluster: Cluster, *, rate: float = 30.0) -> None:
-        self.cluster, self.rate = cluster, rate
-        self.counts = {"kill": 0, "cut": 0, "reset": 0, "compact": 0, "transfer": 0}
+    def __init__(self, cluster: Cluster, *, rate: float = 30.0, wipes: float = 0.0) -> None:
+        self.cluster, self.rate, self.wipes = cluster, rate, wipes
+        self.counts = {"kill": 0, "cut": 0, "reset": 0, "compact": 0, "transfer": 0, "wipe": 0}
         self._operations = itertools.count(1)
         self._active = True
 
@@ -94,7 +94,15 @@ class Nemesis:
         cluster = self.cluster
         if name in cluster.nodes and self._active:
             cluster.kill(name)
+            if cluster.rng.random() < self.wipes and self._all_proven():
+                self.counts["wipe"] += 1
+                cluster.wipe(name)
             cluster.later(cluster.rng.uniform(0.05, 2.0), lambda: self._revive(name))
+
+    def _all_proven(self) -> bool:
+        """At most one directory is lost at a time: the next only when the last has caught up."""
+        images = [disk.image for disk in self.cluster.disks.values()]
+        return all(image is not None and image.proven for image in images)
 
     def _revive(self, name: str) -> None:
         if name not in self.cluster.nodes:

@@ -26,6 +26,7 @@ def test_s8_a_voter_counts_once_and_strangers_never() -> None:
     assert node.core.role is Role.CANDIDATE
     node.feed("b", VoteGranted(1), VoteGranted(1))
     node.feed("mallory", VoteGranted(1))
+    node.feed("a", VoteGranted(1))
     assert node.core.role is Role.CANDIDATE
     node.feed("d", VoteGranted(1))
     assert node.core.role is Role.LEADER
@@ -53,8 +54,25 @@ def test_l4_a_broken_connection_ends_loyalty() -> None:
     node = Lone(image=image(3, term=1))
     node.feed("b", Append(1, 3, 1, 3, []))
     node.turn(lambda: node.core.set_link("b", False))
-    assert node.feed("c", PreVote(2, 9, 1)) == [VoteReply(2, True, 1)]
     assert node.last.wake_at <= node.now + node.settings.link_loss_election_s
+    assert node.feed("c", PreVote(2, 9, 1)) == [VoteReply(2, True, 1)]
+
+
+def test_of_two_equal_candidates_at_once_only_the_first_by_name_goes_on() -> None:
+    first = Lone(image=image(3, term=1))
+    while first.raft.pre_vote_term is None:
+        first.now = first.last.wake_at + 1e-4
+        first.turn()
+    assert first.feed("b", PreVote(2, 3, 1)) == [VoteReply(2, False, 1)]
+    assert first.feed("b", PreVote(2, 4, 1)) == [VoteReply(2, True, 1)], "a longer log is no rival"
+    first.now += 0.1
+    assert VoteReply(2, True, 1) in first.feed("b", PreVote(2, 3, 1)), "only in the same moment"
+
+
+def test_who_has_just_supported_another_lets_it_have_its_election() -> None:
+    node = Lone(image=image(3, term=1))
+    node.feed("b", PreVote(2, 3, 1))
+    assert node.last.wake_at >= node.now + node.settings.pre_vote_retry_s / 2
 
 
 def test_l4_refusals_carry_the_term_so_that_the_slow_catch_up() -> None:

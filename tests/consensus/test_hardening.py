@@ -313,6 +313,19 @@ def test_p1_a_follower_that_needs_a_snapshot_costs_a_bounded_number_of_messages(
     assert len(sent) <= 4
 
 
+def test_p1_a_follower_that_does_not_answer_gets_one_probe_per_heartbeat() -> None:
+    node = Lone()
+    node.lead()
+    node.turn(lambda: node.core.set_link("c", False))
+    node.turn(lambda: node.core.set_link("c", True))
+    probes = [m for peer, m in node.last.messages if peer == "c"]
+    assert len(probes) == 1
+    for number in range(20):
+        turn = node.submit(b"%d" % number)
+        assert not [m for peer, m in turn.messages if peer == "c"]
+    assert [m for m in node.wait(node.settings.heartbeat_s * 1.5) if isinstance(m, Append)]
+
+
 def test_p5_x1_only_capped_entries_of_our_own_bytes_enter_the_log() -> None:
     node = Lone()
     node.lead()

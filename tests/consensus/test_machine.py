@@ -156,6 +156,17 @@ def test_a_node_that_is_not_alive_gets_no_rank(status: NodeStatus) -> None:
     assert log(form("job-1", 1, members("a", "a"))).outcome.error == "stale-node"
 
 
+def test_a_node_that_left_comes_back_only_by_registering() -> None:
+    log = Log()
+    log.ok(node("a"))
+    log.ok(c.SetNodeStatus(name="a", incarnation=1, status=NodeStatus.LEFT, reason="stopped"))
+    late = c.SetNodeStatus(name="a", incarnation=1, status=NodeStatus.LOST, reason="silent")
+    assert log(late).outcome.error == "wrong-status"
+    assert log.state.nodes["a"].status is NodeStatus.LEFT
+    log.ok(node("a", incarnation=2))
+    assert log.state.nodes["a"].status is NodeStatus.ALIVE
+
+
 def test_a_restarted_node_supersedes_its_earlier_self() -> None:
     log = Log()
     log.ok(node("a"))

@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from distroml.consensus.peers import Channel
@@ -19,11 +20,14 @@ from distroml.consensus.raft_types import (
     RaftStatus,
     Role,
     StorageCorrupt,
+    check_voters,
 )
 from tests.consensus.faulty_disk import ENOSPC, FaultyDisk
-from tests.consensus.live import LiveCluster, free_addresses, until
+from tests.consensus.live import PATIENT, LiveCluster, free_addresses, until
 
-SMALL = RaftSettings(compaction_entries=50, trailing_entries=5, snapshot_chunk_bytes=1024)
+SMALL = msgspec.structs.replace(
+    PATIENT, compaction_entries=50, trailing_entries=5, snapshot_chunk_bytes=1024
+)
 
 
 @pytest.fixture
@@ -158,10 +162,56 @@ async def test_role_handlers_hear_of_every_change(tmp_path: Path) -> None:
     live.node.on_role(heard.append)
     await cluster.leader()
     await cluster.close()
-    roles = [status.role for status in heard]
-    assert roles[0] is Role.LEADER
-    assert heard[0].leader == "a"
+    assert any(status.role is Role.LEADER and status.leader == "a" for status in heard)
     assert heard[-1].healthy is False
+
+
+async def test_a_node_that_has_not_started_says_so_instead_of_failing(tmp_path: Path) -> None:
+    cluster = LiveCluster(tmp_path, "a")
+    live = cluster.make("a")
+    assert live.node.status().reason == "not started"
+    assert (live.node.leader, live.node.term, live.node.is_leader) == (None, 0, False)
+    with pytest.raises(NotLeader):
+        live.node.append(b"x")
+    with pytest.raises(NotLeader):
+        await live.node.read_index(timeout_s=1)
+
+
+async def test_settings_that_the_links_cannot_carry_are_refused(tmp_path: Path) -> None:
+    settings = msgspec.structs.replace(PATIENT, append_batch_bytes=8 * 1024 * 1024)
+    with pytest.raises(ValueError, match="links carry frames of 4194304 bytes"):
+        LiveCluster(tmp_path, "a", settings=settings).make("a")
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"election_min_s": 0.1}, "must exceed 3"),
+        ({"election_max_s": 0.2}, "votes split"),
+        ({"heartbeat_s": 0}, "above 0"),
+        ({"check_quorum_s": 0.01}, "check_quorum_s"),
+        ({"entry_max_bytes": 0}, "entry_max_bytes"),
+        ({"trailing_entries": -1}, "trailing_entries"),
+    ],
+)
+def test_unusable_settings_are_named(changes: dict[str, float], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        RaftSettings(**changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("voters", "complaint"),
+    [
+        ((), "0 voters given"),
+        (tuple("abcdefgh"), "8 voters given"),
+        (("a", "a"), "must differ"),
+        (("b", "c"), "not among the voters"),
+        (("a", ""), "must have 1 to"),
+    ],
+)
+def test_unusable_voter_sets_are_named(voters: tuple[str, ...], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        check_voters("a", voters)
 
 
 async def test_a_cluster_of_one_commits_and_restarts_alone(tmp_path: Path) -> None:
@@ -197,6 +247,46 @@ async def test_a_full_disk_stops_acknowledging_until_there_is_space(tmp_path: Pa
     await until(lambda: leader.node.status().healthy, "the node is well again")
     await cluster.commit(b"after")
     assert leader.entries[-1] == b"after"
+    await cluster.close()
+
+
+async def test_nothing_is_acknowledged_before_it_is_on_disk(tmp_path: Path) -> None:
+    cluster = LiveCluster(tmp_path, "a", "b", "c")
+    disks = {name: FaultyDisk() for name in cluster.addresses}
+    for name, disk in disks.items():
+        await cluster.start(name, disk)
+    leader = await cluster.leader()
+    await cluster.commit(b"before")
+    followers = [cluster.nodes[name] for name in others(cluster, leader.node.name)]
+    for follower in followers:
+        disks[follower.node.name].flowing.clear()
+    leader.node.append(b"not yet durable")
+    for follower in followers:
+        await until(
+            lambda node=follower.node: node.core.raft.log.last_index > node.commit_index,
+            "the follower has the entry in memory",
+        )
+    for _ in range(50):
+        await asyncio.sleep(0.002)
+        assert b"not yet durable" not in leader.entries
+    for follower in followers:
+        disks[follower.node.name].flowing.set()
+    await until(lambda: b"not yet durable" in leader.entries, "it is committed once it is durable")
+    await cluster.close()
+
+
+async def test_a_hanging_disk_makes_the_node_unwell(tmp_path: Path) -> None:
+    cluster = LiveCluster(tmp_path, "a")
+    disk = FaultyDisk()
+    live = await cluster.start("a", disk)
+    await cluster.commit(b"before")
+    disk.flowing.clear()
+    live.node.append(b"hangs")
+    await until(lambda: not live.node.status().healthy, "the hanging write is noticed")
+    assert "takes longer than" in live.node.status().reason
+    disk.flowing.set()
+    await until(lambda: b"hangs" in live.entries, "it goes on")
+    assert live.node.is_leader
     await cluster.close()
 
 

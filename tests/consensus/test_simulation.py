@@ -121,6 +121,15 @@ def test_random_faults_break_no_invariant(seed: int, size: int, lossy: bool) -> 
     assert sum(nemesis.counts.values()) > 5
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_losing_directories_one_at_a_time_breaks_no_invariant(seed: int) -> None:
+    cluster = Cluster(2000 + seed, 3, settings=SMALL)
+    nemesis = Nemesis(cluster, wipes=0.4)
+    nemesis.run(15.0, settle_s=20.0)
+    assert nemesis.counts["wipe"] > 0
+    assert len(cluster.acked) > 50
+
+
 def test_the_same_seed_gives_the_same_run() -> None:
     def fingerprint() -> tuple[object, ...]:
         cluster = Cluster(77, 3, settings=SMALL, lossy=True)

@@ -20,7 +20,7 @@ from distroml.consensus.raft_log import (
     StoreSnapshot,
     TermRecord,
 )
-from distroml.consensus.raft_types import StorageCorrupt
+from distroml.consensus.raft_types import StorageCorrupt, StorageInUse
 from distroml.consensus.snapshot import (
     STALL_S,
     IncomingSnapshot,
@@ -265,9 +265,12 @@ def test_operations_can_be_performed_again_after_a_failure(tmp_path: Path) -> No
     assert reopen(tmp_path).image.last_index >= 20
 
 
-def test_two_processes_cannot_share_a_directory(tmp_path: Path) -> None:
+def test_two_processes_cannot_share_a_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distroml.consensus.storage.LOCK_WAIT_S", 0.05)
     storage, _ = filled(tmp_path, 3)
-    with pytest.raises(StorageCorrupt, match="in use by another process"):
+    with pytest.raises(StorageInUse, match="in use by another process"):
         reopen(tmp_path)
     storage.close()
     assert reopen(tmp_path).image.last_index == 3
