@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import time
@@ -11,7 +10,7 @@ from contextlib import aclosing
 from datetime import datetime
 from typing import Any
 
-from bench.processes import Broken
+from bench.processes import Broken, within
 from bench.workloads import STEPS_BEFORE_KILL, VICTIM_RANK, TrainedRun
 from distroml.client import AsyncClient
 from distroml.local_cluster import LocalCluster
@@ -27,7 +26,10 @@ async def time_to_first_step(cluster: LocalCluster, client: AsyncClient, spec: J
     began = time.monotonic()
     job_id = (await client.submit(spec))["job_id"]
     try:
-        async with asyncio.timeout(FIRST_STEP_TIMEOUT_S), aclosing(_steps(client, job_id)) as steps:
+        async with (
+            within(FIRST_STEP_TIMEOUT_S, f"the first step of job {job_id}"),
+            aclosing(_steps(client, job_id)) as steps,
+        ):
             await anext(steps)
             return time.monotonic() - began
     finally:
@@ -46,7 +48,10 @@ async def train(client: AsyncClient, spec: JobSpec) -> TrainedRun:
         raise Broken(f"job {job_id} is {job['status']}: {job['reason']}")
     stamps: list[float] = []
     loss = 0.0
-    async with asyncio.timeout(END_TIMEOUT_S), aclosing(_steps(client, job_id)) as steps:
+    async with (
+        within(END_TIMEOUT_S, f"the recorded steps of job {job_id}"),
+        aclosing(_steps(client, job_id)) as steps,
+    ):
         async for event in steps:
             stamps.append(datetime.fromisoformat(event["at"]).timestamp())
             loss = event["loss"]
@@ -62,7 +67,7 @@ async def time_to_recover(cluster: LocalCluster, client: AsyncClient, spec: JobS
         await _until_saved(cluster, client, job_id)
         killed_at: float | None = None
         async with (
-            asyncio.timeout(FIRST_STEP_TIMEOUT_S),
+            within(FIRST_STEP_TIMEOUT_S, f"a step of job {job_id} after the kill"),
             aclosing(_steps(client, job_id, cursor="now")) as steps,
         ):
             async for event in steps:

@@ -5,6 +5,7 @@ Each runs in a process group of its own and is waited for; a bound on its time i
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import http.client
@@ -14,8 +15,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 from msgspec import Struct
@@ -35,6 +36,20 @@ class Cost(Struct, frozen=True):
 
 class Broken(RuntimeError):
     """Something that was measured failed or took too long; says what and shows the end of its output."""
+
+
+@asynccontextmanager
+async def within(timeout_s: float, what: str) -> AsyncIterator[None]:
+    """Bound the block's time.
+
+    Raises:
+        Broken: it took longer; names ``what`` was awaited.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            yield
+    except TimeoutError:
+        raise Broken(f"waited {timeout_s:g} s for {what}") from None
 
 
 def run_to_end(argv: Sequence[str], timeout_s: float = 60.0) -> Cost:
@@ -136,6 +151,25 @@ def cpu_s(pid: int) -> float:
     """User and system time of a process so far, all its threads included (proc(5): stat, fields 14 and 15)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL a process and all below it; it is stopped first, so that it neither starts nor reaps any meanwhile."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGSTOP)
+        for child in _children(pid):
+            kill_tree(child)
+        os.kill(pid, signal.SIGKILL)
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[1]) == pid:
+                found.append(int(entry.name))
+    return found
 
 
 def die_with_parent() -> None:

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import msgspec
 
-from bench.processes import Broken, die_with_parent, tail
+from bench.processes import Broken, die_with_parent, kill_tree, tail, within
 from bench.workloads import STEPS_BEFORE_KILL, VICTIM_RANK, TrainedRun
 from distroml.spec import JobSpec
 
@@ -73,7 +73,7 @@ async def time_to_first_step(spec: JobSpec, directory: Path) -> float:
     """Seconds from the launch of torchrun until its first completed step was read."""
     began = time.monotonic()
     async with _launched(spec, directory, "--announce") as peer:
-        async with asyncio.timeout(FIRST_STEP_TIMEOUT_S):
+        async with within(FIRST_STEP_TIMEOUT_S, "torchrun's first step"):
             while "step" not in await peer.event():
                 pass
         return time.monotonic() - began
@@ -83,9 +83,11 @@ async def train(spec: JobSpec, directory: Path) -> TrainedRun:
     """Train to the end, then read the times that rank 0 noted."""
     with tempfile.TemporaryDirectory(dir=directory) as place:
         stamps = Path(place, "stamps.json")
-        async with _launched(spec, directory, "--stamps", str(stamps)) as peer:
-            async with asyncio.timeout(RUN_TIMEOUT_S):
-                await peer.finish()
+        async with (
+            _launched(spec, directory, "--stamps", str(stamps)) as peer,
+            within(RUN_TIMEOUT_S, "torchrun to train to the end"),
+        ):
+            await peer.finish()
         return _read_run(stamps)
 
 
@@ -100,7 +102,7 @@ async def time_to_recover(spec: JobSpec, directory: Path) -> float:
     """
     with tempfile.TemporaryDirectory(dir=directory) as place:
         async with _launched(spec, directory, "--announce", "--checkpoints", place) as peer:
-            async with asyncio.timeout(FIRST_STEP_TIMEOUT_S):
+            async with within(FIRST_STEP_TIMEOUT_S, "torchrun to train steadily"):
                 pid = await _steady(peer)
             killed_at = time.monotonic()
             os.kill(pid, signal.SIGKILL)
@@ -126,7 +128,7 @@ async def _steady(peer: Torchrun) -> int:
 
 @asynccontextmanager
 async def _launched(spec: JobSpec, directory: Path, *arguments: str) -> AsyncIterator[Torchrun]:
-    """torchrun with ``spec.resources.workers`` ranks while the context lasts; its ranks die with it."""
+    """torchrun with ``spec.resources.workers`` ranks while the context lasts; its ranks end with it."""
     with (
         tempfile.TemporaryDirectory(dir=directory) as place,
         tempfile.TemporaryFile(dir=place) as errors,
@@ -150,10 +152,11 @@ async def _launched(spec: JobSpec, directory: Path, *arguments: str) -> AsyncIte
         try:
             yield Torchrun(process, errors)
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            async with asyncio.timeout(KILL_TIMEOUT_S):
-                await process.wait()
+            if process.returncode is None:
+                kill_tree(process.pid)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(KILL_TIMEOUT_S):
+                    await process.wait()
 
 
 def _write_spec(spec: JobSpec, place: str) -> str:
