@@ -3,11 +3,12 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check format bench clean
+.PHONY: help venv demo test check sim format bench clean
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+SEEDS ?= 200
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
@@ -30,6 +31,9 @@ check: $(STAMP) ## lint, format, types and import rules
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+sim: $(STAMP) ## SEEDS random fault schedules on simulated clusters, in virtual time
+	@$(BIN)/python -m tests.sim --seeds $(SEEDS) --jobs 2 $(ARGS)
 
 format: $(STAMP) ## rewrite the sources in the project's format
 	@$(BIN)/ruff check --fix .

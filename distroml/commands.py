@@ -17,11 +17,11 @@ MAX_ENTRY_BYTES = 32 * 1024
 """Limit of one encoded entry; keeps a Raft batch small (AUDIT P5)."""
 
 
-class Command(Struct, frozen=True, tag=True, kw_only=True):
+class Command(Struct, frozen=True, gc=False, tag=True, kw_only=True):
     """Base of the union; the tag is the class name."""
 
 
-class RegisterNode(Command, frozen=True, kw_only=True):
+class RegisterNode(Command, frozen=True, gc=False, kw_only=True):
     """An agent came up. A higher incarnation supersedes the earlier one and ends its duplicates table."""
 
     name: str
@@ -30,7 +30,7 @@ class RegisterNode(Command, frozen=True, kw_only=True):
     slots: int
 
 
-class SetNodeStatus(Command, frozen=True, kw_only=True):
+class SetNodeStatus(Command, frozen=True, gc=False, kw_only=True):
     """The coordinator (or the node itself, on SIGTERM) says what became of a node."""
 
     name: str
@@ -39,14 +39,14 @@ class SetNodeStatus(Command, frozen=True, kw_only=True):
     reason: str
 
 
-class Write(Command, frozen=True, kw_only=True):
+class Write(Command, frozen=True, gc=False, kw_only=True):
     """A client's write: carries the ``Idempotency-Key`` and a digest of the request it came with."""
 
     key: str | None = None
     request_sha256: str = ""
 
 
-class SubmitJob(Write, frozen=True, kw_only=True):
+class SubmitJob(Write, frozen=True, gc=False, kw_only=True):
     """Queue a new job. The ids are chosen by the node that took the request."""
 
     job_id: str
@@ -54,34 +54,34 @@ class SubmitJob(Write, frozen=True, kw_only=True):
     spec: JobSpec
 
 
-class CancelJob(Write, frozen=True, kw_only=True):
+class CancelJob(Write, frozen=True, gc=False, kw_only=True):
     """End an active job now."""
 
     job_id: str
     reason: str
 
 
-class StopJob(Write, frozen=True, kw_only=True):
+class StopJob(Write, frozen=True, gc=False, kw_only=True):
     """End an active job after a final checkpoint."""
 
     job_id: str
     reason: str
 
 
-class RemoveJob(Write, frozen=True, kw_only=True):
+class RemoveJob(Write, frozen=True, gc=False, kw_only=True):
     """Forget a finished job."""
 
     job_id: str
 
 
-class FormGeneration(Command, frozen=True, kw_only=True):
+class FormGeneration(Command, frozen=True, gc=False, kw_only=True):
     """Give a run its next fixed set of ranks."""
 
     job_id: str
     generation: Generation
 
 
-class MarkRunning(Command, frozen=True, kw_only=True):
+class MarkRunning(Command, frozen=True, gc=False, kw_only=True):
     """All ranks of a generation are training."""
 
     job_id: str
@@ -89,7 +89,7 @@ class MarkRunning(Command, frozen=True, kw_only=True):
     total_steps: int
 
 
-class Failure(Command, frozen=True, kw_only=True):
+class Failure(Command, frozen=True, gc=False, kw_only=True):
     """The part of a command that becomes an incident; ``cause`` None: nothing failed."""
 
     cause: Cause | None = None
@@ -98,7 +98,7 @@ class Failure(Command, frozen=True, kw_only=True):
     highest_step: int = 0
 
 
-class FailGeneration(Failure, frozen=True, kw_only=True):
+class FailGeneration(Failure, frozen=True, gc=False, kw_only=True):
     """A generation is over because of ``cause``; the run recovers after ``backoff_s``."""
 
     job_id: str
@@ -108,7 +108,7 @@ class FailGeneration(Failure, frozen=True, kw_only=True):
     backoff_s: float
 
 
-class BeginCheckpoint(Command, frozen=True, kw_only=True):
+class BeginCheckpoint(Command, frozen=True, gc=False, kw_only=True):
     """A shard of ``step`` is durable: the job shows CHECKPOINTING until commit or abandonment."""
 
     job_id: str
@@ -116,7 +116,7 @@ class BeginCheckpoint(Command, frozen=True, kw_only=True):
     step: int
 
 
-class CommitCheckpoint(Command, frozen=True, kw_only=True):
+class CommitCheckpoint(Command, frozen=True, gc=False, kw_only=True):
     """All shards and the manifest are durable. This entry is the commit."""
 
     job_id: str
@@ -124,7 +124,7 @@ class CommitCheckpoint(Command, frozen=True, kw_only=True):
     checkpoint: Checkpoint
 
 
-class AbandonCheckpoint(Command, frozen=True, kw_only=True):
+class AbandonCheckpoint(Command, frozen=True, gc=False, kw_only=True):
     """The checkpoint of ``step`` will not be completed; training goes on."""
 
     job_id: str
@@ -133,7 +133,7 @@ class AbandonCheckpoint(Command, frozen=True, kw_only=True):
     reason: str
 
 
-class MarkCheckpointCorrupt(Command, frozen=True, kw_only=True):
+class MarkCheckpointCorrupt(Command, frozen=True, gc=False, kw_only=True):
     """A reader found bytes that do not match; it is never restored again."""
 
     job_id: str
@@ -142,7 +142,7 @@ class MarkCheckpointCorrupt(Command, frozen=True, kw_only=True):
     reason: str
 
 
-class FinishRun(Failure, frozen=True, kw_only=True):
+class FinishRun(Failure, frozen=True, gc=False, kw_only=True):
     """The run ended as ``status``: COMPLETED, FAILED (with the last failure) or CANCELLED."""
 
     job_id: str
@@ -170,7 +170,7 @@ AnyCommand = (
 )
 
 
-class Entry(Struct, frozen=True, array_like=True):
+class Entry(Struct, frozen=True, gc=False, array_like=True):
     """One log entry: a command and who proposed it, so that a retry is applied once.
 
     ``(proposer, incarnation, sequence)`` names the proposal. Results of sequences below ``settled`` have been
@@ -186,7 +186,7 @@ class Entry(Struct, frozen=True, array_like=True):
     command: AnyCommand
 
 
-class Outcome(Struct, frozen=True):
+class Outcome(Struct, frozen=True, gc=False):
     """What ``apply`` answers the proposer; ``error`` is a slug of ``distroml.errors`` or empty."""
 
     index: int

@@ -8,24 +8,36 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import ipaddress
 import os
 import re
 import socket
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Struct
 
+from distroml.consensus.authentication import LinkSecurity
+from distroml.consensus.link_tls import load_link_tls
 from distroml.consensus.peers import Address
+from distroml.consensus.proposer import MAX_DECISION_BYTES
+from distroml.consensus.raft_types import RaftSettings
+from distroml.credentials import ClusterKeys, load_cluster_keys
 from distroml.errors import ConfigError
+from distroml.runtime.failure_detector import DetectorSettings
 
 ENV_PREFIX = "DISTROML_"
+OTHER_VARIABLES = frozenset({"DISTROML_CONFIG", "DISTROML_URL"})
+"""Variables with our prefix that are no settings: the settings file, and what the command line talks to."""
 MAX_VOTERS = 7
-_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._:\[\]-]{0,61}[A-Za-z0-9\]])?\Z")
+REPORTS_PER_TIMEOUT = 3
+"""A node is silent only when at least this many of its reports are missing."""
+_NAME = re.compile(r"[A-Za-z0-9\[](?:[A-Za-z0-9._:\[\]-]{0,61}[A-Za-z0-9\]])?\Z")
+_UNKNOWN_FIELD = re.compile("unknown field `(.*?)`")
 _HOME = Path("~/.distroml")
 
 
@@ -102,6 +114,17 @@ class NodeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             description="time in which all ranks of a generation must train, ms",
         ),
     ] = 120_000
+    cluster_key_file: Annotated[
+        str, Meta(description="file with the key that peers must know; see 'distroml certs key'")
+    ] = ""
+    tls_cert: Annotated[
+        str,
+        Meta(description="this node's certificate for peer links, PEM; with --tls-key, --tls-ca"),
+    ] = ""
+    tls_key: Annotated[str, Meta(description="private key of --tls-cert, PEM, mode 0600")] = ""
+    tls_ca: Annotated[
+        str, Meta(description="certificates of the authority that peers' certificates are of, PEM")
+    ] = ""
     insecure: Annotated[
         bool, Meta(description="allow addresses other than loopback, without TLS and tokens")
     ] = False
@@ -121,12 +144,41 @@ class NodeConfig(Struct, frozen=True, kw_only=True):
     data_dir: Path
     store_dir: Path
     slots: int
+    security: LinkSecurity
     settings: NodeSettings
 
     @property
     def host(self) -> str:
-        """Address at which workers of other nodes reach workers of this one."""
-        return self.listen.host if self.listen else "127.0.0.1"
+        """Address at which workers of other nodes reach workers of this one.
+
+        The one in ``peers``: ``listen`` may be a wildcard such as 0.0.0.0, which leads nowhere from elsewhere.
+        """
+        return self.voters[self.name].host
+
+
+def raft_settings(settings: NodeSettings) -> RaftSettings:
+    """Timing of consensus: all follows from the shortest election timeout and the heartbeat."""
+    election_s = settings.election_timeout_ms / 1000
+    return RaftSettings(
+        election_min_s=election_s,
+        election_max_s=election_s * 2,
+        heartbeat_s=settings.heartbeat_ms / 1000,
+        check_quorum_s=max(RaftSettings().check_quorum_s, election_s),
+        compaction_entries=settings.snapshot_entries,
+        entry_max_bytes=MAX_DECISION_BYTES,
+    )
+
+
+def detector_settings(settings: NodeSettings) -> DetectorSettings:
+    """Thresholds of the failure detector; none is shorter than a few missing reports."""
+    interval_s, silence_s = settings.report_interval_ms / 1000, settings.node_timeout_ms / 1000
+    usual = DetectorSettings()
+    return DetectorSettings(
+        closed_silence_s=usual.closed_silence_s,
+        silence_s=silence_s,
+        suspect_silence_s=min(silence_s, max(usual.suspect_silence_s, 2 * interval_s)),
+        first_word_s=max(usual.first_word_s, REPORTS_PER_TIMEOUT * interval_s),
+    )
 
 
 def load(argv: Sequence[str], environ: Mapping[str, str]) -> NodeConfig:
@@ -149,12 +201,23 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> NodeConfig:
     return resolve(msgspec.convert(merged, NodeSettings, strict=False))
 
 
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """A warning for each ``DISTROML_*`` variable that is no setting, with the one that was probably meant."""
+    known = {ENV_PREFIX + name.upper() for name in NodeSettings.__struct_fields__}
+    return [
+        f"variable {name} is not a setting and has no effect{_meant(name, known)}"
+        for name in sorted(environ)
+        if name.startswith(ENV_PREFIX) and name not in known | OTHER_VARIABLES
+    ]
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line of ``distroml-node``, made from the fields of ``NodeSettings``."""
     from distroml import __version__
 
     parser = argparse.ArgumentParser(
         prog="distroml-node",
+        allow_abbrev=False,  # a flag that is added later must not change what an abbreviation means
         description="One node of a DistroML cluster: replicates jobs, serves the API, runs workers.",
         epilog="Each flag is also a variable (--data-dir is DISTROML_DATA_DIR) and a key of the TOML "
         "file (data_dir). Flags win over variables, variables over the file. Exit codes: 0 after "
@@ -182,35 +245,70 @@ def resolve(settings: NodeSettings) -> NodeConfig:
             f"log_level must be debug, info, warning or error, not '{settings.log_level}'.",
             field="log_level",
         )
-    if settings.heartbeat_ms * 3 > settings.election_timeout_ms:
+    if settings.heartbeat_ms * 3 >= settings.election_timeout_ms:
         raise ConfigError(
-            f"heartbeat_ms ({settings.heartbeat_ms}) must be at most a third of election_timeout_ms "
+            f"heartbeat_ms ({settings.heartbeat_ms}) must be under a third of election_timeout_ms "
             f"({settings.election_timeout_ms}), or a late heartbeat starts an election.",
             field="heartbeat_ms",
         )
+    if settings.report_interval_ms * REPORTS_PER_TIMEOUT > settings.node_timeout_ms:
+        raise ConfigError(
+            f"report_interval_ms ({settings.report_interval_ms}) must be at most a third of "
+            f"node_timeout_ms ({settings.node_timeout_ms}), or a late report makes a node lost.",
+            field="report_interval_ms",
+        )
     name, voters, listen = _resolve_peers(settings)
     http = _address(settings.http, "http")
-    for field, address in (("listen", listen), ("http", http)):
-        _check_loopback(field, address, settings.insecure)
+    security = _link_security(settings, name)
+    _check_loopback("listen", listen, settings.insecure or security.authenticates)
+    _check_loopback("http", http, settings.insecure)
     return NodeConfig(
         name=name,
         voters=voters,
         listen=listen,
         http=http,
-        http_url=settings.http_url or f"http://{http}",
-        data_dir=Path(settings.data_dir or _HOME / name.replace(":", "_")).expanduser().resolve(),
-        store_dir=Path(settings.store_dir or _HOME / "store").expanduser().resolve(),
+        http_url=settings.http_url or f"http://{_reachable(http, voters[name].host)}",
+        data_dir=_directory(settings.data_dir or _HOME / name.replace(":", "_"), "data_dir"),
+        store_dir=_directory(settings.store_dir or _HOME / "store", "store_dir"),
         slots=settings.slots if settings.slots >= 0 else os.cpu_count() or 1,
+        security=security,
         settings=settings,
     )
+
+
+def _link_security(settings: NodeSettings, name: str) -> LinkSecurity:
+    """What peers must prove: the cluster key, a certificate, both, or nothing."""
+    keys = ClusterKeys()
+    if settings.cluster_key_file:
+        keys = load_cluster_keys(Path(settings.cluster_key_file).expanduser())
+    paths = {field: getattr(settings, field) for field in ("tls_cert", "tls_key", "tls_ca")}
+    if not any(paths.values()):
+        return LinkSecurity(keys=keys)
+    for field, path in paths.items():
+        if not path:
+            raise ConfigError(
+                f"{field} is missing: TLS needs tls_cert, tls_key and tls_ca together.", field=field
+            )
+    tls = load_link_tls(
+        certificate=Path(settings.tls_cert).expanduser(),
+        private_key=Path(settings.tls_key).expanduser(),
+        authority=Path(settings.tls_ca).expanduser(),
+        cluster_id=settings.cluster_id,
+        name=name,
+    )
+    return LinkSecurity(keys=keys, tls=tls)
 
 
 def _resolve_peers(settings: NodeSettings) -> tuple[str, dict[str, Address], Address | None]:
     entries = [entry.strip() for entry in settings.peers.split(",") if entry.strip()]
     if not entries:
         name = _checked_name(settings.name or socket.gethostname().split(".")[0] or "node")
-        listen = _address(settings.listen, "listen") if settings.listen else None
-        return name, {name: listen or Address("127.0.0.1", 0)}, None
+        if settings.listen:
+            raise ConfigError(
+                "listen is for other nodes, but peers names none; leave it out for a one-node cluster.",
+                field="listen",
+            )
+        return name, {name: Address("127.0.0.1", 0)}, None
     named = ["=" in entry for entry in entries]
     if any(named) and not all(named):
         raise ConfigError(
@@ -268,17 +366,45 @@ def _checked_name(name: str) -> str:
 
 def _address(text: str, field: str) -> Address:
     try:
-        return Address.parse(text)
+        address = Address.parse(text)
     except ValueError as error:
-        raise ConfigError(f"{field}: {error}", field=field) from None
+        raise ConfigError(f"{field}: {error}.", field=field) from None
+    if address.port == 0:
+        raise ConfigError(
+            f"{field}: {address} has no fixed port, so others cannot find it; use 1 to 65535.",
+            field=field,
+        )
+    return address
+
+
+def _reachable(address: Address, host: str) -> Address:
+    """The address as others see it: a wildcard is not one, ``host`` then is."""
+    try:
+        wildcard = ipaddress.ip_address(address.host).is_unspecified
+    except ValueError:
+        wildcard = False
+    return Address(host, address.port) if wildcard else address
+
+
+def _directory(path: str | Path, field: str) -> Path:
+    try:
+        return Path(path).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"{field} '{path}' is not a path: {error}.", field=field) from None
+
+
+_UNGUARDED = {
+    "listen": "peers need not prove who they are (set cluster_key_file, or tls_cert, tls_key and tls_ca)",
+    "http": "the API has neither TLS nor tokens in this version",
+}
 
 
 def _check_loopback(field: str, address: Address | None, insecure: bool) -> None:
     if address is None or insecure or _is_loopback(address.host):
         return
     raise ConfigError(
-        f"{field} {address} is not a loopback address, and this version has neither TLS nor tokens: "
-        "anyone who reaches it could run code here. Use a trusted network and --insecure.",
+        f"{field} {address} is not a loopback address and {_UNGUARDED[field]}: anyone who reaches it "
+        "could run code here. Otherwise use a trusted network and --insecure.",
         field=field,
     )
 
@@ -298,7 +424,7 @@ def _from_file(path: Path) -> dict[str, Any]:
             return tomllib.load(file)
     except OSError as error:
         raise ConfigError(f"config file {path} cannot be read: {error.strerror}.") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} is not valid TOML: {error}.") from None
 
 
@@ -317,6 +443,15 @@ def _check_types(source: str, values: dict[str, Any]) -> None:
     except msgspec.ValidationError as error:
         text, _, where = str(error).partition(" - at `$.")
         field = where.rstrip("`") or None
+        unknown = _UNKNOWN_FIELD.search(text)
+        if unknown:
+            text = f"'{unknown[1]}' is not a setting"
+            text += _meant(unknown[1], NodeSettings.__struct_fields__)
         raise ConfigError(
             f"{source}: {field + ': ' if field else ''}{text}.", field=field
         ) from None
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (perhaps {close[0]} was meant)" if close else ""

@@ -77,19 +77,24 @@ class LocalNode:
             self._process.send_signal(number)
 
     def kill(self) -> None:
-        """SIGKILL and reap."""
+        """SIGKILL and reap; nothing to do where it has ended."""
         self.signal(signal.SIGKILL)
         if self._process is not None:
             self._process.wait()
 
     async def stop(self) -> int | None:
-        """SIGTERM, then SIGKILL if it does not end in ``STOP_TIMEOUT_S``; returns the exit code."""
+        """SIGTERM, then SIGKILL if it does not end in ``STOP_TIMEOUT_S`` or nobody waits any more.
+
+        Returns the exit code.
+        """
         self.signal(signal.SIGTERM)
-        if self._process is not None:
-            try:
-                await asyncio.to_thread(self._process.wait, STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                self.kill()
+        try:
+            for _ in range(round(STOP_TIMEOUT_S / POLL_S)):
+                if not self.running:
+                    break
+                await asyncio.sleep(POLL_S)
+        finally:
+            self.kill()
         return self.exit_code
 
     def log_tail(self, lines: int = LOG_TAIL_LINES) -> str:
@@ -154,7 +159,11 @@ class LocalCluster:
         await self._end()
 
     async def _end(self) -> None:
-        await asyncio.gather(*(node.stop() for node in self.nodes.values()))
+        try:
+            await asyncio.gather(*(node.stop() for node in self.nodes.values()))
+        finally:
+            for node in self.nodes.values():
+                node.kill()
 
     def client(self, *names: str, timeout_s: float = 15.0) -> AsyncClient:
         """A client of the named nodes, in that order; of all without names."""
@@ -162,11 +171,17 @@ class LocalCluster:
         return AsyncClient(urls, timeout_s=timeout_s)
 
     async def wait_ready(self, *names: str, timeout_s: float = START_TIMEOUT_S) -> None:
-        """Wait until the named nodes (default: all) serve and their forkservers are warm."""
+        """Wait until the named nodes (default: all) serve.
+
+        Raises:
+            RuntimeError: one of them has ended; with the end of its log.
+            TimeoutError: as ``until``.
+        """
         for name in names or self.nodes:
+            node = self.nodes[name]
             async with self.client(name, timeout_s=5.0) as client:
                 await self.until(
-                    lambda client=client: client.ready(),  # type: ignore[misc]
+                    lambda node=node, client=client: _ready(node, client),  # type: ignore[misc]
                     lambda answer: bool(answer),
                     f"node {name} to be ready",
                     timeout_s=timeout_s,
@@ -223,6 +238,14 @@ class LocalCluster:
             f"{node.log_tail(lines)}"
             for node in self.nodes.values()
         )
+
+
+async def _ready(node: LocalNode, client: AsyncClient) -> bool:
+    if not node.running:
+        raise RuntimeError(
+            f"node {node.name} is not running (exit {node.exit_code}):\n{node.log_tail()}"
+        )
+    return bool(await client.ready())
 
 
 def free_ports(count: int) -> list[int]:

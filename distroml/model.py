@@ -2,7 +2,8 @@
 
 These frozen records are what the log replicates and the API shows. They hold facts and decisions, no
 behaviour beyond small derived properties; ``consensus.machine`` is the only place that makes new
-versions of them. Times are Unix seconds, taken where a command was proposed (never read on apply).
+versions of them. They cannot form cycles, so the garbage collector need not look at them (``gc=False``): with
+thousands of jobs a full collection would otherwise stand still for longer than an election timeout. Times are Unix seconds, taken where a command was proposed (never read on apply).
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class NodeStatus(StrEnum):
     LEFT = "LEFT"
 
 
-class Node(Struct, frozen=True, kw_only=True):
+class Node(Struct, frozen=True, gc=False, kw_only=True):
     """One host's ``distroml-node``, as registered through the log."""
 
     name: str
@@ -77,7 +78,7 @@ class Node(Struct, frozen=True, kw_only=True):
     changed_at: float = 0.0
 
 
-class Member(Struct, frozen=True, array_like=True):
+class Member(Struct, frozen=True, gc=False, array_like=True):
     """One rank of a generation and the slot that it occupies."""
 
     rank: int
@@ -93,7 +94,7 @@ class CheckpointStatus(StrEnum):
     CORRUPT = "CORRUPT"
 
 
-class Checkpoint(Struct, frozen=True, kw_only=True):
+class Checkpoint(Struct, frozen=True, gc=False, kw_only=True):
     """A checkpoint whose commit is in the log."""
 
     step: int
@@ -111,7 +112,7 @@ class Checkpoint(Struct, frozen=True, kw_only=True):
     reason: str = ""
 
 
-class Generation(Struct, frozen=True, kw_only=True):
+class Generation(Struct, frozen=True, gc=False, kw_only=True):
     """One fixed set of ranks of a run. Each failure or resize makes the next one."""
 
     number: int
@@ -146,7 +147,7 @@ BLAMELESS = frozenset({FailureKind.NODE_LEFT, FailureKind.CORRUPT_CHECKPOINT})
 many of them, each is planned or takes a checkpoint out of use."""
 
 
-class Cause(Struct, frozen=True, kw_only=True):
+class Cause(Struct, frozen=True, gc=False, kw_only=True):
     """The first error of a failed generation; everything else was collateral."""
 
     kind: FailureKind
@@ -160,7 +161,7 @@ class Cause(Struct, frozen=True, kw_only=True):
     last_lines: tuple[str, ...] = ()
 
 
-class Incident(Struct, frozen=True, kw_only=True):
+class Incident(Struct, frozen=True, gc=False, kw_only=True):
     """A failure and the recovery from it."""
 
     number: int
@@ -205,7 +206,7 @@ class Incident(Struct, frozen=True, kw_only=True):
         }
 
 
-class Result(Struct, frozen=True, kw_only=True):
+class Result(Struct, frozen=True, gc=False, kw_only=True):
     """What a finished run left behind."""
 
     state_digest: str
@@ -217,7 +218,7 @@ class Result(Struct, frozen=True, kw_only=True):
     duration_s: float = 0.0
 
 
-class Job(Struct, frozen=True, kw_only=True):
+class Job(Struct, frozen=True, gc=False, kw_only=True):
     """A submitted job with its run, as every node knows it."""
 
     job_id: str
@@ -261,7 +262,7 @@ class Job(Struct, frozen=True, kw_only=True):
         return max(good, key=lambda c: c.step, default=None)
 
 
-class Event(Struct, frozen=True, kw_only=True):
+class Event(Struct, frozen=True, gc=False, kw_only=True):
     """What leaves ``apply``: one change, for streams, logs and metrics."""
 
     index: int

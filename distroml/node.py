@@ -11,15 +11,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 from distroml.commands import Outcome, RegisterNode, SetNodeStatus
-from distroml.config import NodeConfig, load
+from distroml.config import (
+    NodeConfig,
+    detector_settings,
+    load,
+    raft_settings,
+    unknown_variables,
+)
 from distroml.consensus.peers import Address, Channel, PeerLinks
 from distroml.consensus.proposer import Proposer
 from distroml.consensus.raft import RaftNode
@@ -28,30 +37,35 @@ from distroml.consensus.raft_types import (
     EntryTooLarge,
     NotLeader,
     Overloaded,
-    RaftSettings,
 )
 from distroml.consensus.replica import Replica
-from distroml.errors import ConfigError, DistroMLError
+from distroml.errors import ConfigError, TooManyRequests, Unavailable
 from distroml.http.app import HttpServer
 from distroml.model import Event, NodeStatus
+from distroml.runtime.assignment import SupervisorSettings, assigned_to
 from distroml.runtime.checkpoint.store import LocalStore
 from distroml.runtime.coordinator import Coordinator, CoordinatorSettings
 from distroml.runtime.facts import ReconcilerSettings
-from distroml.runtime.failure_detector import DetectorSettings
 from distroml.runtime.history_sink import HistoryWriter
-from distroml.runtime.identity import DataDirectory
+from distroml.runtime.identity import DataDirectory, unusable
 from distroml.runtime.observations import Observations
 from distroml.runtime.reporter import Reporter, ReporterSources
 from distroml.runtime.store.history import HistoryStore
 from distroml.runtime.store.replication import HistoryReplicator
-from distroml.runtime.supervisor import HistorySink, Supervisor, SupervisorSettings
+from distroml.runtime.supervisor import HistorySink, Supervisor
 from distroml.services import NodeServices, Parts
 
 FAREWELL_TIMEOUT_S = 2.0
 """How long a node that stops tries to tell the cluster before it just goes."""
 REGISTER_TIMEOUT_S = 5.0
+REGISTER_PAUSE_S = 0.05
+"""Between two attempts to register while there is no leader."""
+STOP_LIMIT_S = 12.0
+"""A node that has not stopped by then (a disk that hangs) just goes: crashing at any time is safe."""
 CONVERGE_S = 1.0
 """Local workers are compared with the assignment at least this often."""
+CONVERGE_PAUSE_PARTS = 3.0
+"""Pause after a comparison in parts of its own duration."""
 
 _log = logging.getLogger("distroml.node")
 
@@ -65,7 +79,7 @@ class Reincarnate(Exception):
 
 
 class NodeBroken(Exception):
-    """An invariant of consensus does not hold in this process; what is on disk is sound, so start it again."""
+    """This process cannot do its duty any more; what is on disk is sound, so start it again."""
 
 
 class Node:
@@ -80,23 +94,18 @@ class Node:
             name=config.name,
             incarnation=incarnation,
             cluster_id=settings.cluster_id,
+            security=config.security,
             listen=config.listen or Address("127.0.0.1", 0),
             peers=others,
         )
         self.replica = Replica()
-        election_s = settings.election_timeout_ms / 1000
         self.raft = RaftNode(
             name=config.name,
             voters=tuple(config.voters),
             data_dir=config.data_dir,
             links=self.links,
             machine=self.replica,
-            settings=RaftSettings(
-                election_min_s=election_s,
-                election_max_s=election_s * 2,
-                heartbeat_s=settings.heartbeat_ms / 1000,
-                compaction_entries=settings.snapshot_entries,
-            ),
+            settings=raft_settings(settings),
         )
         self.proposer = Proposer(
             name=config.name,
@@ -149,10 +158,11 @@ class Node:
             raft=self.raft,
             replica=self.replica,
             observations=self.observations,
+            may_decide=lambda: self.registered,
             propose=self.proposer.propose,
             store=LocalStore(config.store_dir),
             settings=CoordinatorSettings(
-                detector=DetectorSettings(silence_s=settings.node_timeout_ms / 1000),
+                detector=detector_settings(settings),
                 reconciler=ReconcilerSettings(start_deadline_s=settings.start_timeout_ms / 1000),
             ),
         )
@@ -173,12 +183,14 @@ class Node:
                 stopping=lambda: self.stopping,
                 warm=self._warm,
                 coordinator=self.coordinator,
+                reporter=self.reporter,
             )
         )
         self.http = HttpServer(self.services)
+        self._applied = asyncio.Event()
         self._converge_due = asyncio.Event()
         self._broken = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._breakage = ""
 
     # --- life ---
 
@@ -187,47 +199,54 @@ class Node:
 
         Raises:
             Reincarnate: start again with a higher incarnation.
-            NodeBroken: consensus stopped for good; the process should end.
-            ConfigError: an address cannot be used.
+            NodeBroken: a part stopped for good; the process should end.
+            ConfigError: an address or directory cannot be used.
         """
         async with contextlib.AsyncExitStack() as stack:
-            await self._start(stack)
-            tasks = {
-                asyncio.create_task(self._register(), name="register"),
-                asyncio.create_task(self._broken.wait(), name="broken"),
-                asyncio.create_task(stop.wait(), name="stop"),
-            }
+            parts = await self._start(stack)
+            stopped = asyncio.create_task(stop.wait(), name="stop")
+            broken = asyncio.create_task(self._broken.wait(), name="broken")
+            register = asyncio.create_task(self._register(), name="register")
+            ends = {stopped, broken, register}
             try:
                 while not stop.is_set():
-                    done, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                    for task in done:
-                        task.result()
-                    if self._broken.is_set():
-                        raise NodeBroken(self.raft.failure)
+                    done, _ = await asyncio.wait(ends | parts, return_when=asyncio.FIRST_COMPLETED)
+                    if register in done:
+                        register.result()
+                        ends.discard(register)
+                    if broken in done:
+                        raise NodeBroken(self._breakage)
+                    _raise_for_dead(parts & done)
+            except NodeBroken:
+                _leave_within(STOP_LIMIT_S)
+                raise
             finally:
-                for task in tasks:
+                for task in (stopped, broken, register):
                     task.cancel()
             await self._farewell()
 
-    async def _start(self, stack: contextlib.AsyncExitStack) -> None:
-        """Start each part; whatever was started is stopped in reverse order, also after a failure."""
+    async def _start(self, stack: contextlib.AsyncExitStack) -> set[asyncio.Task[None]]:
+        """Start each part; whatever was started is stopped in reverse order, also after a failure.
+
+        Returns the tasks without which this node must not go on.
+        """
         self._wire()
-        await self.history.start()
+        with _directory_errors(self.config):
+            await self.history.start()
         stack.push_async_callback(self.history.close)
         self.replicator.start()
         stack.push_async_callback(self.replicator.close)
-        await self.links.start()
+        with _address_errors("listen", self.config.listen):
+            await self.links.start()
         stack.push_async_callback(self.links.close)
-        await self.raft.start()
+        with _directory_errors(self.config):
+            await self.raft.start()
         stack.push_async_callback(self.raft.stop)
-        try:
+        with _address_errors("http", self.config.http):
             await self.http.start(self.config.http.host, self.config.http.port)
-        except OSError as error:
-            raise ConfigError(
-                f"http {self.config.http} cannot be used: {error.strerror}.", field="http"
-            ) from None
         stack.push_async_callback(self.http.stop)
-        await self.supervisor.start(warm=self.config.slots > 0)
+        with _directory_errors(self.config):
+            await self.supervisor.start(warm=self.config.slots > 0)
         stack.push_async_callback(self.supervisor.stop)
         self.reporter.start()
         stack.push_async_callback(self.reporter.stop)
@@ -243,6 +262,9 @@ class Node:
             self.config.slots,
             self.config.data_dir,
         )
+        gc.freeze()  # what was imported never becomes garbage: it need not be looked at again and again
+        tasks = (converge, self.reporter.task, self.coordinator.task, *self.supervisor.tasks)
+        return {task for task in tasks if task is not None}
 
     def _wire(self) -> None:
         self.links.subscribe(Channel.PROPOSE, self.proposer.on_forwarded)
@@ -255,46 +277,77 @@ class Node:
         self.raft.on_role(lambda status: self._on_role())
 
     async def _register(self) -> None:
-        """Tell the cluster of this incarnation; until then it gets no ranks."""
+        """Tell the cluster of this incarnation; until then it gets no ranks and proposes nothing else.
+
+        Raises:
+            Reincarnate: the cluster has seen this incarnation, or a later one, before.
+        """
         command = RegisterNode(
             name=self.config.name,
             incarnation=self.incarnation,
             http=self.config.http_url,
             slots=self.config.slots,
         )
+        fresh, told = False, ""
         while not self.registered:
             try:
+                fresh = fresh or await self._is_fresh()
                 outcome = await self.proposer.propose(command, REGISTER_TIMEOUT_S)
-            except DistroMLError as error:
-                _log.info("not registered yet: %s", error)
+            except (Unavailable, TooManyRequests, NotLeader, Overloaded, TimeoutError) as error:
+                if str(error) != told:
+                    told = str(error)
+                    _log.info("not registered yet: %s", told or "no answer from the leader")
+                await asyncio.sleep(REGISTER_PAUSE_S)
                 continue
             if outcome.error:
-                state = self.replica.state
-                seen = state.nodes.get(self.config.name)
-                proposer = state.proposers.get(self.config.name)
-                known = max(
-                    seen.incarnation if seen else 0, proposer.incarnation if proposer else 0
-                )
-                raise Reincarnate(max(known, self.incarnation) + 1)
-            self.registered = True
+                raise Reincarnate(max(self._known_incarnation(), self.incarnation) + 1)
+            self.registered = self.proposer.registered = True
             self.replicator.sweep()
+
+    async def _is_fresh(self) -> bool:
+        """Make sure that nobody has used this incarnation before.
+
+        A node whose data directory was lost counts from 1 again. Were it to go on under the names of its former
+        life, it would be given the outcomes of that life's proposals, and its reports would be taken for old ones.
+        """
+        await self.raft.read_index(REGISTER_TIMEOUT_S)
+        if self._known_incarnation() >= self.incarnation:
+            raise Reincarnate(self._known_incarnation() + 1)
+        return True
+
+    def _known_incarnation(self) -> int:
+        state, name = self.replica.state, self.config.name
+        seen, proposer = state.nodes.get(name), state.proposers.get(name)
+        return max(seen.incarnation if seen else 0, proposer.incarnation if proposer else 0)
 
     async def _farewell(self) -> None:
         """SIGTERM: leave the cluster, hand leadership over; the exit stack then stops the workers."""
         self.stopping = True
         _log.info("stopping")
         self.reporter.draining = True
+        self.reporter.kick()
         leave = SetNodeStatus(
             name=self.config.name,
             incarnation=self.incarnation,
             status=NodeStatus.LEFT,
             reason="stopped by request",
         )
-        with contextlib.suppress(DistroMLError):
+        with contextlib.suppress(Unavailable, TooManyRequests, TimeoutError):
             await self.proposer.propose(leave, FAREWELL_TIMEOUT_S)
+            await self._ranks_taken_away()
         if self.raft.is_leader and len(self.config.voters) > 1:
             with contextlib.suppress(Exception):
                 await self.raft.transfer_leadership(timeout_s=FAREWELL_TIMEOUT_S)
+
+    async def _ranks_taken_away(self) -> None:
+        """Wait until the leader, who may be this very node, has ended the generations with ranks here.
+
+        So they end because this node left, not because its workers were killed.
+        """
+        async with asyncio.timeout(FAREWELL_TIMEOUT_S):
+            while assigned_to(self.replica.state, self.config.name, self.incarnation):
+                self._applied.clear()
+                await self._applied.wait()
 
     def _warm(self) -> bool:
         return self.supervisor.ready or self.config.slots == 0
@@ -302,16 +355,28 @@ class Node:
     # --- wiring: note and wake, never block ---
 
     def _on_applied(self, entry: object, outcome: Outcome, events: tuple[Event, ...]) -> None:
+        self._applied.set()
+        self._converge_due.set()
+        self.coordinator.kick()
+        if self.registered and self._known_incarnation() > self.incarnation:
+            self._break(
+                f"another process has registered as '{self.config.name}' (incarnation "
+                f"{self._known_incarnation()}); names must be unique, and only one process may run per name"
+            )
+        if self.registered and entry is None and not outcome.error:
+            self.replicator.sweep()  # a snapshot came: its jobs may have been removed unseen
         for event in events:
             if event.type == "removed" and event.job_id is not None:
                 self.replicator.forget(event.job_id)
                 self.services.history.forget(event.job_id)
-        self._converge_due.set()
-        self.coordinator.kick()
+
+    def _break(self, why: str) -> None:
+        self._breakage = self._breakage or why
+        self._broken.set()
 
     def _on_role(self) -> None:
         if self.raft.failure:
-            self._broken.set()
+            self._break(self.raft.failure)
         self.proposer.on_leader_change()
         self.coordinator.kick()
 
@@ -340,17 +405,65 @@ class Node:
                 async with asyncio.timeout(CONVERGE_S):
                     await self._converge_due.wait()
             self._converge_due.clear()
+            began_s = time.monotonic()
             try:
                 self.supervisor.converge(self.replica.state)
             except Exception:  # one bad assignment must not stop the others for ever
                 _log.exception("could not converge the local workers")
+            # With thousands of jobs one look takes milliseconds, and each applied entry asks for one.
+            await asyncio.sleep(
+                min(CONVERGE_PAUSE_PARTS * (time.monotonic() - began_s), CONVERGE_S)
+            )
+
+
+def _raise_for_dead(tasks: set[asyncio.Task[None]]) -> None:
+    """Crash-only: a node whose coordinator or supervisor is gone would look alive and do nothing."""
+    for task in tasks:
+        error = None if task.cancelled() else task.exception()
+        raise NodeBroken(f"its {task.get_name()} ended: {error!r}") from error
+
+
+@contextlib.contextmanager
+def _directory_errors(config: NodeConfig) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise unusable(config.data_dir, error) from None
+
+
+@contextlib.contextmanager
+def _address_errors(field: str, address: Address | None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{field} {address} cannot be used: {error.strerror or error}.", field=field
+        ) from None
+
+
+def _leave_within(limit_s: float) -> None:
+    """Make sure that the process ends, whatever its disk or a thread does."""
+
+    def leave() -> None:
+        _log.error("did not stop within %g s; leaving", limit_s)
+        os._exit(1)
+
+    timer = threading.Timer(limit_s, leave)
+    timer.daemon = True
+    timer.start()
 
 
 async def _serve(config: NodeConfig) -> None:
     stop = asyncio.Event()
+
+    def ask_to_stop() -> None:
+        if not stop.is_set():
+            _leave_within(STOP_LIMIT_S)
+        stop.set()
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, ask_to_stop)
     directory = DataDirectory(
         config.data_dir, name=config.name, cluster_id=config.settings.cluster_id
     )
@@ -358,7 +471,9 @@ async def _serve(config: NodeConfig) -> None:
     try:
         while not stop.is_set():
             try:
-                await Node(config, directory.next_incarnation(at_least)).run(stop)
+                with _directory_errors(config):
+                    node = Node(config, directory.next_incarnation(at_least))
+                await node.run(stop)
             except Reincarnate as again:
                 _log.warning("starting anew: %s", again)
                 at_least = again.at_least
@@ -366,8 +481,15 @@ async def _serve(config: NodeConfig) -> None:
         directory.close()
 
 
+def _leave_quietly(number: int, frame: object) -> NoReturn:
+    """A signal before anything was started."""
+    sys.exit(0)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``distroml-node``."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave_quietly)
     try:
         config = load(sys.argv[1:] if argv is None else argv, os.environ)
         logging.basicConfig(
@@ -375,6 +497,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             format=f"%(asctime)s %(levelname)-7s {config.name} %(name)s: %(message)s",
             stream=sys.stderr,
         )
+        for warning in unknown_variables(os.environ):
+            _log.warning("%s", warning)
         asyncio.run(_serve(config))
     except ConfigError as error:
         print(f"distroml-node: {error.detail}", file=sys.stderr)

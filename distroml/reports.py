@@ -27,14 +27,14 @@ class WorkerPhase(StrEnum):
     EXITED = "EXITED"
 
 
-class DataCursor(Struct, frozen=True):
+class DataCursor(Struct, frozen=True, gc=False):
     """Where in the data a step boundary lies: ``batch`` is the next one of ``epoch`` to be consumed."""
 
     epoch: int
     batch: int
 
 
-class ShardFact(Struct, frozen=True, kw_only=True):
+class ShardFact(Struct, frozen=True, gc=False, kw_only=True):
     """One rank's share of a checkpoint is durable in the store."""
 
     step: int
@@ -46,7 +46,7 @@ class ShardFact(Struct, frozen=True, kw_only=True):
     sha256: str
 
 
-class WorkerFailure(Struct, frozen=True, kw_only=True):
+class WorkerFailure(Struct, frozen=True, gc=False, kw_only=True):
     """An error that a worker told of before it ended."""
 
     kind: FailureKind
@@ -59,7 +59,7 @@ class WorkerFailure(Struct, frozen=True, kw_only=True):
     """For CORRUPT_CHECKPOINT: which one."""
 
 
-class WorkerOutcome(Struct, frozen=True, kw_only=True):
+class WorkerOutcome(Struct, frozen=True, gc=False, kw_only=True):
     """A worker trained to its last step or stopped at a step boundary as asked."""
 
     step: int
@@ -71,7 +71,7 @@ class WorkerOutcome(Struct, frozen=True, kw_only=True):
     """The final checkpoint that it contributed to, None where checkpoints are off."""
 
 
-class WorkerFact(Struct, frozen=True, kw_only=True):
+class WorkerFact(Struct, frozen=True, gc=False, kw_only=True):
     """Everything an agent knows of one worker process."""
 
     job_id: str
@@ -98,7 +98,7 @@ class WorkerFact(Struct, frozen=True, kw_only=True):
     ended_at: float | None = None
 
 
-class NodeReport(Struct, frozen=True, kw_only=True):
+class NodeReport(Struct, frozen=True, gc=False, kw_only=True):
     """The heartbeat of an agent."""
 
     node: str

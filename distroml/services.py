@@ -29,6 +29,7 @@ from distroml.runtime.control import MetricRecord
 from distroml.runtime.coordinator import Coordinator
 from distroml.runtime.history_sink import HistoryWriter
 from distroml.runtime.observations import Observations, ObservedNode
+from distroml.runtime.reporter import Reporter
 from distroml.runtime.store.following import Entry, follow
 from distroml.runtime.store.history import HistoryStore
 from distroml.runtime.store.queries import HistoryQueries
@@ -82,15 +83,17 @@ class HistoryView:
             raise ValueError(error.detail) from None
         records: list[tuple[MetricPoint | LogLine, str]] = []
         more = True
-        while len(records) < limit:
-            entry = await follower.stored()
-            if entry is None:
-                more = False
-                break
-            record = _shown(entry)
-            if record is not None:
-                records.append((record, follower.cursor()))
-        follower.close()
+        try:
+            while len(records) < limit:
+                entry = await follower.stored()
+                if entry is None:
+                    more = False
+                    break
+                record = _shown(entry)
+                if record is not None:
+                    records.append((record, follower.cursor()))
+        finally:
+            follower.close()
         return HistoryBatch(records=tuple(records), position=follower.cursor(), more=more)
 
     @contextmanager
@@ -162,6 +165,7 @@ class Parts(Struct, frozen=True, kw_only=True):
     warm: Callable[[], bool]
     """Whether workers can be started at once (true for a node without slots)."""
     coordinator: Coordinator
+    reporter: Reporter
 
 
 class NodeServices:
@@ -238,17 +242,65 @@ class NodeServices:
 
     def counters(self) -> Iterable[Counter]:
         parts = self._parts
-        for source, values in (("links", parts.links.counters), ("raft", parts.raft.counters)):
+        labelled: tuple[tuple[str, str, str, Mapping[str, float]], ...] = (
+            (
+                "link_events_total",
+                "event",
+                "What happened on the links with other nodes.",
+                parts.links.counters,
+            ),
+            (
+                "raft_loop_total",
+                "event",
+                "Turns of consensus, frames refused.",
+                parts.raft.counters,
+            ),
+            (
+                "refused_entries_total",
+                "reason",
+                "Entries of the log without effect, by reason.",
+                parts.replica.state.refused,
+            ),
+            (
+                "decisions_total",
+                "command",
+                "Decisions that this node proposed while it led.",
+                parts.coordinator.decisions,
+            ),
+            (
+                "history_replication_total",
+                "event",
+                "Records of history exchanged with other nodes.",
+                dataclasses.asdict(parts.replicator.counts),
+            ),
+        )
+        for name, label, about, values in labelled:
             for key, value in dict(values).items():
-                yield Counter(name=f"distroml_{source}_{key}_total", value=float(value))
-        for slug, count in parts.replica.state.refused.items():
-            labels = {"reason": slug}
-            yield Counter(name="distroml_refused_entries_total", value=count, labels=labels)
-        for command, count in parts.coordinator.decisions.items():
-            labels = {"command": command}
-            yield Counter(name="distroml_decisions_total", value=count, labels=labels)
-        for key, value in dataclasses.asdict(parts.replicator.counts).items():
-            yield Counter(name=f"distroml_history_{key}_total", value=float(value))
-        yield Counter(name="distroml_history_dropped_total", value=parts.writer.dropped)
-        yield Counter(name="distroml_history_bytes", value=parts.history.size_bytes)
-        yield Counter(name="distroml_reports_refused_total", value=parts.observations.refused)
+                yield _counter(name, value, about, {label: key})
+        yield _counter(
+            "history_dropped_total",
+            parts.writer.dropped,
+            "Metrics and log lines of local workers that history could not take.",
+        )
+        yield _counter(
+            "history_bytes", parts.history.size_bytes, "Size of history on this node's disk."
+        )
+        yield _counter(
+            "reports_refused_total",
+            parts.observations.refused,
+            "Reports of other nodes that could not be read or were not their own.",
+        )
+        yield _counter(
+            "reports_failed_total",
+            parts.reporter.failures,
+            "Reports of this node that could not be made or sent.",
+        )
+        yield _counter(
+            "proposals_dropped_total",
+            parts.proposer.forwarded_dropped,
+            "Entries of other nodes that this one could not take; they are offered again.",
+        )
+
+
+def _counter(name: str, value: float, about: str, labels: dict[str, str] | None = None) -> Counter:
+    return Counter(name=f"distroml_{name}", value=float(value), help=about, labels=labels or {})

@@ -33,7 +33,7 @@ Options = Annotated[
 ]
 
 
-class Resources(Struct, frozen=True, forbid_unknown_fields=True):
+class Resources(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     """What one run occupies."""
 
     workers: Annotated[
@@ -44,7 +44,7 @@ class Resources(Struct, frozen=True, forbid_unknown_fields=True):
     ] = 0
 
 
-class Distributed(Struct, frozen=True, forbid_unknown_fields=True):
+class Distributed(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     """How the ranks work together."""
 
     strategy: Annotated[str, Meta(description="data_parallel")] = "data_parallel"
@@ -58,7 +58,7 @@ class Distributed(Struct, frozen=True, forbid_unknown_fields=True):
     ] = "deterministic"
 
 
-class Hyperparameters(Struct, frozen=True, forbid_unknown_fields=True):
+class Hyperparameters(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     """The knobs of the optimisation itself."""
 
     batch_size: Annotated[
@@ -71,7 +71,7 @@ class Hyperparameters(Struct, frozen=True, forbid_unknown_fields=True):
     momentum: Annotated[float, Meta(ge=0.0, lt=1.0, description="sgd only")] = 0.0
 
 
-class Checkpointing(Struct, frozen=True, forbid_unknown_fields=True):
+class Checkpointing(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     """When the state is saved and where."""
 
     enabled: bool = True
@@ -81,13 +81,13 @@ class Checkpointing(Struct, frozen=True, forbid_unknown_fields=True):
     store: Annotated[str, Meta(description="local: the node's --store-dir, seen by all")] = "local"
 
 
-class Compression(Struct, frozen=True, forbid_unknown_fields=True):
+class Compression(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     """Gradient compression; not available in this version."""
 
     enabled: bool = False
 
 
-class JobSpec(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class JobSpec(Struct, frozen=True, gc=False, forbid_unknown_fields=True, kw_only=True):
     """A training job as submitted. Every field has a default and a documented range."""
 
     name: Name = "job"
@@ -146,7 +146,7 @@ _READS: dict[str, tuple[str, ...]] = {
 }
 
 
-class Option(Struct, frozen=True):
+class Option(Struct, frozen=True, gc=False):
     """One option of a built-in model or dataset: type, default and inclusive range."""
 
     default: bool | int | float | str

@@ -64,14 +64,17 @@ _COMMANDS = {
     "cluster:nodes": "List the nodes and what each offers.",
     "cluster:cluster": "Show the leader, the nodes and how much is in use.",
     "specdoc:spec": "Show the fields of a job specification with defaults and ranges.",
+    "certs:certs": "Make and show a cluster's certificates and keys.",
 }
+_WITH_COMMANDS = frozenset({"certs:certs"})
+"""What has commands of its own: the library lets only its module set more than name and help."""
 for _place, (_target, _help) in enumerate(_COMMANDS.items()):
     app.command(
         f"distroml.cli.{_target}",
         name=_target.partition(":")[2],
         help=_help,
         sort_key=_place,
-        help_epilogue="",
+        **({} if _target in _WITH_COMMANDS else {"help_epilogue": ""}),
     )
 
 

@@ -145,6 +145,10 @@ def load_link_security(
             field=missing[0],
         )
     tls = load_link_tls(
-        name=name, cluster_id=cluster_id, certificate=tls_cert, private_key=tls_key, authority=tls_ca
+        name=name,
+        cluster_id=cluster_id,
+        certificate=tls_cert,
+        private_key=tls_key,
+        authority=tls_ca,
     )
     return LinkSecurity(keys=keys, tls=tls)

@@ -11,33 +11,55 @@ import asyncio
 import logging
 import secrets
 import socket
-from typing import Protocol, cast
+from typing import Final, Protocol, cast
 
+import msgspec
+
+from distroml.consensus.authentication import (
+    NO_SECRETS,
+    TAG_BYTES,
+    FrameTags,
+    LinkSecrets,
+    LinkSecurity,
+    same,
+)
 from distroml.consensus.frames import (
     HEADER_BYTES,
     LINK_CHANNEL,
     MAX_HANDSHAKE_BYTES,
     NONCE_BYTES,
     PROTOCOL_VERSION,
-    Authenticator,
     BadFrame,
     Confirm,
     FrameReader,
     Hello,
     Lane,
     LinkLimits,
+    LinkMessage,
     Ping,
     Refused,
+    TagOf,
     Welcome,
     decode_link_message,
-    encode_link_message,
+    encode_frame,
+    encode_tagged_frame,
     transcript,
     welcome_refusal,
 )
+from distroml.consensus.link_tls import TlsEndpoint
 
 logger = logging.getLogger(__name__)
 
-_PING = encode_link_message(Ping())
+_TOLD: Final = {
+    "wrong_key": "it says that this node does not have its cluster's key",
+    "wrong_certificate": "it says that this node's certificate names another node",
+    "cluster": "it is of another cluster",
+    "unknown_peer": "it does not have this node among its peers",
+    "wrong_target": "it has another name than this node believes",
+    "version": "it speaks another version of the protocol",
+    "tampered": "a frame did not arrive as this node sent it",
+}
+"""What a peer's refusal means here; a reason of a stranger is only shown quoted."""
 
 
 class Owner(Protocol):
@@ -46,9 +68,12 @@ class Owner(Protocol):
     name: str
     incarnation: int
     limits: LinkLimits
-    authenticator: Authenticator
+    security: LinkSecurity
 
     def count(self, counter: str, by: int = 1) -> int: ...
+    def count_loudly(self, counter: str, peer: str) -> tuple[int, bool]:
+        """Counts; the total, and whether to warn of this peer ("": a stranger)."""
+
     def admit(self, connection: Inbound, hello: Hello) -> str | None:
         """Why this hello is refused, as a counter's name, or None."""
 
@@ -58,16 +83,19 @@ class Owner(Protocol):
 
 
 class _Connection(asyncio.Protocol):
-    """What both ends share: framing, orderly refusal, a deadline for the handshake."""
+    """What both ends share: framing, TLS and tags, orderly refusal, a deadline for the handshake."""
 
-    def __init__(self, owner: Owner) -> None:
+    def __init__(self, owner: Owner, tls: TlsEndpoint | None) -> None:
         self.owner = owner
         self.transport: asyncio.Transport | None = None
         self.established = False
         self.closed = asyncio.get_running_loop().create_future()
         self.last_heard = asyncio.get_running_loop().time()
+        self.last_frame = self.last_heard
         self._reader = FrameReader(MAX_HANDSHAKE_BYTES)
         self._deadline: asyncio.TimerHandle | None = None
+        self._tls = tls
+        self._tag_of: TagOf | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -75,6 +103,14 @@ class _Connection(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         limit_s = self.owner.limits.handshake_timeout_s
         self._deadline = loop.call_later(limit_s, self._handshake_late)
+        if self._tls is None:
+            self.on_secured()
+        elif not self._tls.server_side:
+            self._tls.handshake()
+            self.transport.write(self._tls.outgoing())
+
+    def on_secured(self) -> None:
+        """The stream is ready for frames: at once, or after the TLS handshake."""
 
     def _handshake_late(self) -> None:
         if not self.established:
@@ -83,15 +119,34 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.last_heard = asyncio.get_running_loop().time()
         try:
+            if self._tls is not None:
+                data = self._decrypted(self._tls, data)
             for channel, body in self._reader.feed(data):
                 if self.closing:
                     return
+                self.last_frame = self.last_heard
                 self.on_frame(channel, body)
         except BadFrame as error:
-            self.refuse(error.reason, str(error))
+            self.refuse(error.reason, f"{self.other}: {error}")
+
+    def _decrypted(self, tls: TlsEndpoint, data: bytes) -> bytes:
+        was_secured = tls.secured
+        try:
+            plain = tls.receive(data)
+        finally:
+            # Also the alert that tells the other side what was wrong.
+            if not self.closing and (answer := tls.outgoing()):
+                cast(asyncio.Transport, self.transport).write(answer)
+        if tls.secured and not was_secured:
+            self.on_secured()
+        return plain
 
     def on_frame(self, channel: int, body: bytes) -> None:
         raise NotImplementedError
+
+    def eof_received(self) -> None:
+        if self._reader.partial and not self.closing:
+            self._log("refused_truncated", f"lost a connection within a frame: {self.other}")
 
     def connection_lost(self, error: Exception | None) -> None:
         if self._deadline is not None:
@@ -103,32 +158,69 @@ class _Connection(asyncio.Protocol):
     def closing(self) -> bool:
         return self.transport is None or self.transport.is_closing()
 
-    def write(self, frame: bytes) -> None:
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.write(frame)
+    @property
+    def peer(self) -> str:
+        """Name of the peer at the other end, or empty for a stranger."""
+        raise NotImplementedError
+
+    @property
+    def other(self) -> str:
+        """The other end as people know it."""
+        return f"peer {self.peer}" if self.peer else f"{self._certified()} at {self._address()}"
+
+    def _certified(self) -> str:
+        return (self._tls.peer_names() if self._tls else "") or "a stranger"
+
+    def _address(self) -> str:
+        name = self.transport.get_extra_info("peername") if self.transport else None
+        return f"{name[0]}:{name[1]}" if name else "an unknown address"
+
+    def write(self, channel: int, body: bytes) -> None:
+        """Sends one frame, with what protects this connection."""
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            return
+        if self._tag_of is None:
+            frame = encode_frame(channel, body)
+        else:
+            frame = encode_tagged_frame(channel, body, self._tag_of)
+        transport.write(frame if self._tls is None else self._tls.encrypt(frame))
+
+    def say(self, message: LinkMessage) -> None:
+        self.write(LINK_CHANNEL, msgspec.msgpack.encode(message))
 
     def refuse(self, reason: str, detail: str) -> None:
         """Counts, says why, and closes."""
         if self.closing:
             return
         self._log(f"refused_{reason}", f"closes a connection: {detail}")
-        self.write(encode_link_message(Refused(reason)))
+        if self._tls is None or self._tls.secured:
+            self.say(Refused(reason))
         assert self.transport is not None
         self.transport.close()
+
+    def was_refused(self, reason: str, counter: str) -> None:
+        """Counts and says what the other end had against this one, and closes."""
+        meaning = _TOLD.get(reason, f"reason {reason[:64]!r}")
+        self._log(counter, f"was refused by {self.other}: {meaning}")
+        self.abort()
 
     def abort(self) -> None:
         if self.transport is not None:
             self.transport.abort()
 
     def _log(self, counter: str, what: str) -> None:
-        """Counts; warns at the 1st, 2nd, 4th, 8th … time: a stranger must not fill the log."""
-        total = self.owner.count(counter)
-        level = logging.WARNING if total & (total - 1) == 0 else logging.DEBUG
+        """Counts, and warns now and then: a stranger must not fill the log."""
+        total, loud = self.owner.count_loudly(counter, self.peer)
+        level = logging.WARNING if loud else logging.DEBUG
         logger.log(level, "%s %s (%s, %d so far)", self.owner.name, what, counter, total)
 
-    def _establish(self, limit_bytes: int) -> None:
+    def _establish(self, limit_bytes: int, send_key: bytes, receive_key: bytes) -> None:
         self.established = True
         self._reader.limit_bytes = limit_bytes
+        if self.owner.security.tags_frames:
+            self._tag_of = FrameTags(send_key).next
+            self._reader.expect_tags(FrameTags(receive_key).next, TAG_BYTES)
         if self._deadline is not None:
             self._deadline.cancel()
 
@@ -137,14 +229,23 @@ class Outbound(_Connection):
     """The dialing end: says hello, then only sends."""
 
     def __init__(self, owner: Owner, hello: Hello) -> None:
-        super().__init__(owner)
+        tls = owner.security.tls
+        super().__init__(owner, tls.dial() if tls else None)
         self.hello = hello
         self.peer_incarnation = 0
         self.ready: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self.write(encode_link_message(self.hello))
+    @property
+    def peer(self) -> str:
+        return self.hello.target
+
+    def on_secured(self) -> None:
+        tls = self.owner.security.tls
+        if tls and self._tls and not tls.names(self._tls, self.hello.target):
+            detail = f"{self.other} shows the certificate of {self._certified()}"
+            self.refuse("wrong_certificate", detail)
+            return
+        self.say(self.hello)
 
     def on_frame(self, channel: int, body: bytes) -> None:
         if channel != LINK_CHANNEL:
@@ -153,54 +254,61 @@ class Outbound(_Connection):
             case Welcome() as welcome if not self.established:
                 self._on_welcome(welcome)
             case Refused(reason=reason):
-                self._log(f"refused_by_{self.hello.target}", f"was refused: {reason[:64]}")
-                self.abort()
+                self.was_refused(reason, f"refused_by_{self.hello.target}")
             case _:
                 raise BadFrame("garbage", "an acceptor sent an unexpected message")
 
     def _on_welcome(self, welcome: Welcome) -> None:
         reason = welcome_refusal(welcome, expected=self.hello.target)
-        spoken = transcript(self.hello, welcome)
-        authenticator = self.owner.authenticator
-        if reason is None and not authenticator.verify("acceptor", spoken, welcome.proof):
-            reason = "authentication"
         if reason is not None:
-            self.refuse(reason, f"{self.hello.target} did not answer as itself")
+            self.refuse(reason, f"{self.other} did not answer as itself")
+            return
+        spoken = transcript(self.hello, welcome)
+        secrets = self.owner.security.as_dialer(spoken, welcome.proof)
+        if secrets is None:
+            self.refuse("wrong_key", self._about_key(welcome))
             return
         self.peer_incarnation = welcome.incarnation
-        self.write(encode_link_message(Confirm(authenticator.prove("dialer", spoken))))
-        self._establish(MAX_HANDSHAKE_BYTES)
+        self.say(Confirm(secrets.dialer_proof))
+        self._establish(MAX_HANDSHAKE_BYTES, secrets.dialer_tag_key, secrets.acceptor_tag_key)
         if not self.ready.done():
             self.ready.set_result(True)
+
+    def _about_key(self, welcome: Welcome) -> str:
+        if not self.owner.security.keys:
+            return f"{self.other} has a cluster key, this node has none"
+        lack = "does not have this cluster's key" if welcome.proof else "has no cluster key"
+        return f"{self.other} {lack}"
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
         if not self.ready.done():
             self.ready.set_result(False)
 
-    def send(self, frame: bytes, queue_bytes: int) -> bool:
+    def send(self, channel: int, body: bytes, queue_bytes: int) -> bool:
         """Queues a frame unless more than `queue_bytes` would then be unsent."""
         transport = self.transport
         if transport is None or transport.is_closing():
             return False
         waiting = transport.get_write_buffer_size()
-        if waiting and waiting + len(frame) > queue_bytes:
+        if waiting and waiting + HEADER_BYTES + len(body) > queue_bytes:
             return False
-        transport.write(frame)
+        self.write(channel, body)
         return True
 
     def ping(self) -> None:
         if self.transport is not None and self.transport.get_write_buffer_size() == 0:
-            self.write(_PING)
+            self.say(Ping())
 
 
 class Inbound(_Connection):
     """The accepting end: lets the dialer prove itself, then only receives."""
 
     def __init__(self, owner: Owner) -> None:
-        super().__init__(owner)
+        tls = owner.security.tls
+        super().__init__(owner, tls.accept() if tls else None)
         self.hello: Hello | None = None
-        self._spoken = b""
+        self._secrets: LinkSecrets = NO_SECRETS
 
     @property
     def peer(self) -> str:
@@ -225,32 +333,35 @@ class Inbound(_Connection):
             case Ping() if self.established:
                 pass
             case Refused(reason=reason):
-                self._log("refused_by_dialer", f"was refused: {reason[:64]}")
-                self.abort()
+                self.was_refused(reason, "refused_by_dialer")
             case _:
                 raise BadFrame("garbage", "a dialer sent an unexpected message")
 
     def _on_hello(self, hello: Hello) -> None:
-        reason = self.owner.admit(self, hello)
+        reason = self._certificate_refusal(hello) or self.owner.admit(self, hello)
         if reason is not None:
-            self.refuse(reason, f"hello of {hello.name!r}, cluster {hello.cluster_id!r}")
+            said = f"it is {hello.name!r} of cluster {hello.cluster_id!r}"
+            self.refuse(reason, f"{self.other} says that {said}, incarnation {hello.incarnation}")
             return
         self.hello = hello
         owner, nonce = self.owner, secrets.token_bytes(NONCE_BYTES)
         welcome = Welcome(PROTOCOL_VERSION, owner.name, owner.incarnation, nonce, b"")
-        self._spoken = transcript(hello, welcome)
-        proof = owner.authenticator.prove("acceptor", self._spoken)
-        self.write(
-            encode_link_message(
-                Welcome(PROTOCOL_VERSION, owner.name, owner.incarnation, nonce, proof)
-            )
-        )
+        self._secrets = owner.security.as_acceptor(transcript(hello, welcome))
+        self.say(msgspec.structs.replace(welcome, proof=self._secrets.acceptor_proof))
+
+    def _certificate_refusal(self, hello: Hello) -> str | None:
+        tls = self.owner.security.tls
+        if tls is None or (self._tls is not None and tls.names(self._tls, hello.name)):
+            return None
+        return "wrong_certificate"
 
     def _on_confirm(self, proof: bytes) -> None:
-        if not self.owner.authenticator.verify("dialer", self._spoken, proof):
-            self.refuse("authentication", f"{self.peer!r} did not prove that it knows the secret")
+        agreed = self._secrets
+        if not same(proof, agreed.dialer_proof):
+            self.refuse("wrong_key", f"{self.other} does not have this cluster's key")
             return
-        self._establish(self.owner.limits.frame_bytes)
+        limit_bytes = self.owner.limits.frame_bytes
+        self._establish(limit_bytes, agreed.acceptor_tag_key, agreed.dialer_tag_key)
         self.owner.established_inbound(self)
 
     def connection_lost(self, error: Exception | None) -> None:

@@ -1,7 +1,8 @@
 """What two nodes say on a connection: addresses, frames and the handshake. Pure.
 
-A frame is a 4-byte big-endian body length, one channel byte, and the body. Channel 0 belongs to the
-link itself and carries the handshake and pings; the others belong to whoever subscribed.
+A frame is a 4-byte big-endian body length, one channel byte, and the body; where a cluster key
+protects the link, a tag follows (`authentication.py`). Channel 0 belongs to the link itself and
+carries the handshake and pings; the others belong to whoever subscribed.
 
 The handshake has three messages, so that both sides can prove a shared secret over fresh numbers of
 both: dialer `Hello` → acceptor `Welcome` (with its proof) → dialer `Confirm` (with its own).
@@ -10,14 +11,16 @@ both: dialer `Hello` → acceptor `Welcome` (with its proof) → dialer `Confirm
 from __future__ import annotations
 
 import enum
+import hmac
 import struct
-from typing import Annotated, Final, Protocol
+from collections.abc import Callable, Iterator
+from typing import Annotated, Final
 
 import msgspec
 
 PROTOCOL_VERSION: Final = 1
 LINK_CHANNEL: Final = 0
-NONCE_BYTES: Final = 16
+NONCE_BYTES: Final = 32
 _HEADER: Final = struct.Struct(">IB")
 HEADER_BYTES: Final = _HEADER.size
 MAX_HANDSHAKE_BYTES: Final = 4 * 1024
@@ -96,6 +99,8 @@ class LinkLimits(msgspec.Struct, frozen=True, kw_only=True):
     """An idle connection carries a ping this often."""
     idle_timeout_s: float = 5.0
     """Silence after which a connection counts as dead, whatever TCP believes."""
+    frame_timeout_s: float = 30.0
+    """In which a whole frame must arrive; trickling bytes alone are no sign of life."""
     pending_handshakes: int = 64
     """Accepted connections that have not yet said who they are."""
 
@@ -134,6 +139,8 @@ class Ping(msgspec.Struct, frozen=True, array_like=True, tag=5):
 
 
 LinkMessage = Hello | Welcome | Confirm | Refused | Ping
+TagOf = Callable[[bytes, bytes], bytes]
+"""The tag of the next frame of one direction, from its header and body."""
 _decoder: msgspec.msgpack.Decoder[LinkMessage] = msgspec.msgpack.Decoder(LinkMessage)
 
 
@@ -147,6 +154,11 @@ class BadFrame(ValueError):
 
 def encode_frame(channel: int, body: bytes) -> bytes:
     return _HEADER.pack(len(body), channel) + body
+
+
+def encode_tagged_frame(channel: int, body: bytes, tag_of: TagOf) -> bytes:
+    header = _HEADER.pack(len(body), channel)
+    return b"".join((header, body, tag_of(header, body)))
 
 
 def encode_link_message(message: LinkMessage) -> bytes:
@@ -166,44 +178,49 @@ class FrameReader:
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self._buffer = bytearray()
+        self._tag_of: TagOf | None = None
+        self._tag_bytes = 0
 
-    def feed(self, data: bytes) -> list[tuple[int, bytes]]:
-        """Returns the (channel, body) completed by `data`. Raises BadFrame for an oversize one."""
+    def expect_tags(self, tag_of: TagOf, tag_bytes: int) -> None:
+        """From the next frame on each must carry its tag."""
+        self._tag_of = tag_of
+        self._tag_bytes = tag_bytes
+
+    @property
+    def partial(self) -> bool:
+        """Whether the stream so far ends within a frame."""
+        return bool(self._buffer)
+
+    def feed(self, data: bytes) -> Iterator[tuple[int, bytes]]:
+        """Cuts each (channel, body) completed by `data` when it is asked for.
+
+        What follows a handshake message in the same bytes is thus read by the rules that the
+        message has set. Raises BadFrame for an oversize frame and for one whose tag is wrong.
+        """
         buffer = self._buffer
         buffer += data
-        frames: list[tuple[int, bytes]] = []
         start = 0
-        while len(buffer) - start >= HEADER_BYTES:
-            length, channel = _HEADER.unpack_from(buffer, start)
-            if length > self.limit_bytes:
-                raise BadFrame("oversize", f"a frame announces {length} bytes")
-            end = start + HEADER_BYTES + length
-            if len(buffer) < end:
-                break
-            frames.append((channel, bytes(buffer[start + HEADER_BYTES : end])))
-            start = end
-        del buffer[:start]
-        return frames
+        try:
+            while len(buffer) - start >= HEADER_BYTES:
+                length, channel = _HEADER.unpack_from(buffer, start)
+                if length > self.limit_bytes:
+                    raise BadFrame("oversize", f"a frame announces {length} bytes")
+                end = start + HEADER_BYTES + length
+                if len(buffer) < end + self._tag_bytes:
+                    break
+                body = bytes(buffer[start + HEADER_BYTES : end])
+                if self._tag_of is not None:
+                    self._check_tag(bytes(buffer[start : start + HEADER_BYTES]), body, end)
+                start = end + self._tag_bytes
+                yield channel, body
+        finally:
+            del buffer[:start]
 
-
-class Authenticator(Protocol):
-    """Proves and checks a shared secret; the only place where a handshake is authenticated."""
-
-    def prove(self, role: str, transcript: bytes) -> bytes:
-        """This side's proof, as `role` ("dialer" or "acceptor"), over what both have said."""
-
-    def verify(self, role: str, transcript: bytes, proof: bytes) -> bool:
-        """Whether the other side, as `role`, knows the secret."""
-
-
-class NoAuthentication:
-    """Names are taken on trust: for loopback and closed networks."""
-
-    def prove(self, role: str, transcript: bytes) -> bytes:
-        return b""
-
-    def verify(self, role: str, transcript: bytes, proof: bytes) -> bool:
-        return proof == b""
+    def _check_tag(self, header: bytes, body: bytes, end: int) -> None:
+        assert self._tag_of is not None
+        tag = bytes(self._buffer[end : end + self._tag_bytes])
+        if not hmac.compare_digest(tag, self._tag_of(header, body)):
+            raise BadFrame("tampered", "a frame's tag is wrong: someone else wrote or changed it")
 
 
 def transcript(hello: Hello, welcome: Welcome) -> bytes:

@@ -56,7 +56,9 @@ class TlsEndpoint:
     """One end of one TLS connection in memory. Raises BadFrame for whatever the peer did wrong."""
 
     def __init__(self, context: ssl.SSLContext, *, server_side: bool) -> None:
+        self.server_side = server_side
         self.secured = False
+        """The peer has shown a certificate of our CA, and nothing went wrong since."""
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
@@ -92,6 +94,7 @@ class TlsEndpoint:
         except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
             pass
         except ssl.SSLError as error:
+            self.secured = False
             raise _refusal(error) from error
         return b"".join(parts)
 
@@ -116,6 +119,10 @@ class TlsEndpoint:
             if isinstance(entry, tuple) and len(entry) == 2 and entry[0] == "URI"
             if isinstance(entry[1], str)
         )
+
+    def peer_names(self) -> str:
+        """The same for people; empty if there is none."""
+        return ", ".join(sorted(self.peer_uris()))
 
 
 def _refusal(error: ssl.SSLError) -> BadFrame:
@@ -191,17 +198,17 @@ def _words(error: Exception) -> str:
 def _check_own_name(tls: LinkTls, name: str, certificate: Path, authority: Path) -> None:
     dialer, acceptor = tls.dial(), tls.accept()
     try:
-        while not (dialer.secured and acceptor.secured):
-            dialer.secured or dialer.handshake()
-            acceptor.receive(dialer.outgoing())
-            dialer.receive(acceptor.outgoing())
+        dialer.handshake()
+        acceptor.receive(dialer.outgoing())
+        dialer.receive(acceptor.outgoing())
+        acceptor.receive(dialer.outgoing())
     except BadFrame as error:
         raise ConfigError(
             f"TLS certificate {certificate} does not work with CA {authority}: {error}.",
             field="tls_cert",
         ) from None
     if not tls.names(dialer, name):
-        found = ", ".join(sorted(dialer.peer_uris())) or "no node"
+        found = dialer.peer_names() or "no node"
         raise ConfigError(
             f"TLS certificate {certificate} is for {found}; this node is "
             f"{node_uri(tls.cluster_id, name)}. 'distroml certs node {name}' makes the right one.",

@@ -13,7 +13,9 @@ import logging
 import random
 import secrets
 from collections.abc import Callable, Mapping
+from typing import Final
 
+from distroml.consensus.authentication import LinkSecurity
 from distroml.consensus.connections import Inbound, Outbound
 from distroml.consensus.frames import (
     HEADER_BYTES,
@@ -21,19 +23,19 @@ from distroml.consensus.frames import (
     NONCE_BYTES,
     PROTOCOL_VERSION,
     Address,
-    Authenticator,
     Channel,
     Hello,
     Lane,
     LinkLimits,
-    NoAuthentication,
-    encode_frame,
     hello_refusal,
 )
 
-__all__ = ["Address", "Channel", "Lane", "LinkLimits", "PeerLinks"]
+__all__ = ["Address", "Channel", "Lane", "LinkLimits", "LinkSecurity", "PeerLinks"]
 
 logger = logging.getLogger(__name__)
+
+WARN_AGAIN_S: Final = 60.0
+"""A refusal that goes on is logged at least this often."""
 
 FrameHandler = Callable[[str, bytes], None]
 LinkHandler = Callable[[str, bool], None]
@@ -51,7 +53,7 @@ class PeerLinks:
         listen: Address,
         peers: Mapping[str, Address],
         limits: LinkLimits | None = None,
-        authenticator: Authenticator | None = None,
+        security: LinkSecurity | None = None,
         rng: random.Random | None = None,
     ) -> None:
         self.name = name
@@ -60,7 +62,7 @@ class PeerLinks:
         self.listen = listen
         self.peers = {peer: address for peer, address in peers.items() if peer != name}
         self.limits = limits or LinkLimits()
-        self.authenticator: Authenticator = authenticator or NoAuthentication()
+        self.security = security or LinkSecurity()
         self.counters: dict[str, int] = {"frames_in": 0, "frames_out": 0}
         """frames_in, frames_out, bytes_in, bytes_out, dropped_<lane>, refused_<reason>, …"""
         self._rng = rng or random.Random()
@@ -74,6 +76,7 @@ class PeerLinks:
         self._outbound: dict[tuple[str, Lane], Outbound] = {}
         self._nudges: dict[tuple[str, Lane], asyncio.Event] = {}
         self._up: set[str] = set()
+        self._warned: dict[tuple[str, str], tuple[int, float]] = {}
         self._closed = False
 
     # ------------------------------------------------------------------ use
@@ -99,7 +102,7 @@ class PeerLinks:
         lane = LANE_OF[channel]
         connection = self._outbound.get((peer, lane))
         limit = self._queue_bytes(lane)
-        if connection is None or not connection.send(encode_frame(channel, body), limit):
+        if connection is None or not connection.send(channel, body, limit):
             self.count(f"dropped_{lane.name.lower()}")
             return False
         self.counters["frames_out"] += 1
@@ -143,6 +146,18 @@ class PeerLinks:
     def count(self, counter: str, by: int = 1) -> int:
         self.counters[counter] = total = self.counters.get(counter, 0) + by
         return total
+
+    def count_loudly(self, counter: str, peer: str) -> tuple[int, bool]:
+        """Counts; the total, and whether to warn of this peer ("": all strangers together).
+
+        So it is at the 1st, 2nd, 4th, 8th … time, and after `WARN_AGAIN_S` without a warning.
+        """
+        now = asyncio.get_running_loop().time()
+        times, warned_at = self._warned.get((counter, peer), (0, now))
+        times += 1
+        loud = times & (times - 1) == 0 or now - warned_at >= WARN_AGAIN_S
+        self._warned[counter, peer] = (times, now if loud else warned_at)
+        return self.count(counter), loud
 
     # ------------------------------------------------------------------ dialing
 
@@ -304,8 +319,11 @@ class PeerLinks:
             await asyncio.sleep(self.limits.ping_s)
             for outbound in list(self._outbound.values()):
                 outbound.ping()
-            silent_since = loop.time() - self.limits.idle_timeout_s
+            now = loop.time()
             for inbound in list(self._inbound.values()):
-                if inbound.last_heard < silent_since:
+                if inbound.last_heard < now - self.limits.idle_timeout_s:
                     self.count("idle_closed")
+                    inbound.abort()
+                elif inbound.last_frame < now - self.limits.frame_timeout_s:
+                    self.count("stalled_closed")
                     inbound.abort()

@@ -2,6 +2,10 @@
 
 Runs on every node and does nothing unless that node leads. It keeps nothing that a successor would miss: what it
 remembers between turns (since when it sees what, which manifests it is writing) is rebuilt from reports and state.
+
+A turn never waits. The decisions on one job or node are proposed in order, those on different ones side by side, so
+that one slow proposal holds up nobody else. While they are under way that job or node gets no further decisions;
+afterwards the next turn looks at what became of it.
 """
 
 from __future__ import annotations
@@ -10,14 +14,17 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Protocol, TypeVar
 
 from msgspec import Struct
 
-from distroml.commands import AnyCommand, CommitCheckpoint, Outcome
+from distroml.commands import AnyCommand, CommitCheckpoint, Outcome, RegisterNode, SetNodeStatus
 from distroml.consensus.replica import Replica
-from distroml.errors import DistroMLError, Unavailable
+from distroml.consensus.state import ClusterState
+from distroml.errors import DistroMLError, TooManyRequests, Unavailable
 from distroml.model import Event
 from distroml.runtime.checkpoint.commit import publish_latest, write_manifest
 from distroml.runtime.checkpoint.store import CheckpointStore
@@ -25,23 +32,44 @@ from distroml.runtime.decisions import Decision, WriteManifest
 from distroml.runtime.facts import CheckpointKey, Facts, NodeFacts, Now, ReconcilerSettings, look
 from distroml.runtime.failure_detector import DetectorSettings, Listening, assess
 from distroml.runtime.observations import Observations
+from distroml.runtime.queue_window import queue_window
 from distroml.runtime.reconciler import reconcile, waiting_reasons
 
 TURN_S = 0.1
 """Longest pause between two turns; reports and applied entries start one at once."""
+PAUSE_PER_TURN = 3.0
+"""Pause after a turn in parts of its own duration: with thousands of jobs, turns take a quarter of the loop at most."""
+MAX_PAUSE_S = 0.5
 STALL_S = 1.0
 """A loop that stood still for longer has not listened: silence in that time proves nothing."""
 PROPOSE_TIMEOUT_S = 5.0
+MAX_UNDER_WAY = 256
+"""Jobs and nodes with proposals under way; the others wait for the next turn."""
+REFUSED_PAUSE_S = 0.5
+"""How long a job or node is left alone after a proposal that failed or was refused, lest it be repeated at full speed."""
 WAITING_AGE_S = 0.25
-"""How old the reasons may be that clients are told for waiting jobs."""
+"""How old the reasons may be that clients are told for waiting jobs; more where they take long to find."""
 MAX_WRITE_FAILURES = 256
+STORE_THREADS = 4
+"""Threads that write to the store; of their own, so that a store that hangs holds up nothing else."""
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 class _Raft(Protocol):
     @property
     def is_leader(self) -> bool: ...
+    @property
+    def term(self) -> int: ...
+
+
+class Propose(Protocol):
+    """``Proposer.propose``."""
+
+    def __call__(
+        self, command: AnyCommand, timeout_s: float, *, term: int | None = None
+    ) -> Awaitable[Outcome]: ...
 
 
 class CoordinatorSettings(Struct, frozen=True, kw_only=True):
@@ -52,7 +80,11 @@ class CoordinatorSettings(Struct, frozen=True, kw_only=True):
 
 
 class Coordinator:
-    """Leader-only duties: declare nodes lost, form generations, commit checkpoints, finish runs."""
+    """Leader-only duties: declare nodes lost, form generations, commit checkpoints, finish runs.
+
+    Args:
+        may_decide: False while this node, although it leads, can propose nothing yet.
+    """
 
     def __init__(
         self,
@@ -61,9 +93,10 @@ class Coordinator:
         raft: _Raft,
         replica: Replica,
         observations: Observations,
-        propose: Callable[[AnyCommand, float], Awaitable[Outcome]],
+        propose: Propose,
         store: CheckpointStore,
         settings: CoordinatorSettings,
+        may_decide: Callable[[], bool] = lambda: True,
     ) -> None:
         self._node = node
         self._raft = raft
@@ -72,13 +105,24 @@ class Coordinator:
         self._propose = propose
         self._store = store
         self._settings = settings
+        self._may_decide = may_decide
         self._kicked = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self.task: asyncio.Task[None] | None = None
+        """Runs from ``start`` to ``stop``."""
         self._background: set[asyncio.Task[None]] = set()
+        self._threads = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="store")
+        self._window: tuple[ClusterState, ClusterState] | None = None
+        """A state and what turns look at of it."""
         self._facts: Facts | None = None
         self._watched: Facts | None = None
         self._waiting: dict[str, str] = {}
-        self._waiting_at_s = float("-inf")
+        self._waiting_until_s = float("-inf")
+        self._under_way: set[str] = set()
+        self._left_alone: dict[str, float] = {}
+        """Until when (monotonic seconds) jobs and nodes get no proposals."""
+        self._latest_due: set[str] = set()
+        self._publishing: set[str] = set()
+        self._term = 0
         self._leader_since_s = 0.0
         self._awake_since_s = 0.0
         self._writing: set[CheckpointKey] = set()
@@ -88,14 +132,15 @@ class Coordinator:
 
     def start(self) -> None:
         """Begin the loop."""
-        self._task = asyncio.create_task(self._run(), name="coordinator")
+        self.task = asyncio.create_task(self._run(), name="coordinator")
 
     async def stop(self) -> None:
         """End the loop; manifests that are being written are left to the next leader."""
-        tasks = [task for task in (self._task, *self._background) if task is not None]
+        tasks = [task for task in (self.task, *self._background) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def kick(self) -> None:
         """Something changed: take a turn soon."""
@@ -107,18 +152,25 @@ class Coordinator:
             return
         for event in events:
             if event.type == "checkpoint" and event.job_id is not None:
-                self._start(self._publish_latest(event.job_id))
+                self._latest_due.add(event.job_id)
+                if event.job_id not in self._publishing:
+                    self._publishing.add(event.job_id)
+                    self._start(self._publish_latest(event.job_id))
 
     def waiting(self) -> dict[str, str]:
-        """Why each QUEUED or RECOVERING job does not go on, as this node sees it; any node may answer."""
+        """Why QUEUED and RECOVERING jobs do not go on, as this node sees it; any node may answer.
+
+        Of a long queue those at its head have a reason.
+        """
         now = Now(time.time(), time.monotonic())
-        if now.monotonic_s - self._waiting_at_s >= WAITING_AGE_S:
+        if now.monotonic_s >= self._waiting_until_s:
             before = self._facts or self._watched or Facts(nodes={})
             self._watched = self._look(before, now)
-            self._waiting_at_s = now.monotonic_s
             self._waiting = waiting_reasons(
-                self._replica.state, self._watched, now, self._settings.reconciler
+                self._seen_state(), self._watched, now, self._settings.reconciler
             )
+            took_s = time.monotonic() - now.monotonic_s
+            self._waiting_until_s = now.monotonic_s + WAITING_AGE_S + PAUSE_PER_TURN * took_s
         return self._waiting
 
     async def _run(self) -> None:
@@ -131,30 +183,37 @@ class Coordinator:
             now_s = time.monotonic()
             if now_s - last_s > STALL_S:
                 self._awake_since_s = now_s
-            last_s = now_s
             try:
-                await self._turn(Now(time.time(), now_s))
-            except DistroMLError as error:
-                _log.warning("a decision could not be proposed: %s", error)
+                self._turn(Now(time.time(), now_s))
             except Exception:  # a defect in one turn must not end coordination
                 _log.exception("a turn of the coordinator failed")
-            last_s = max(last_s, time.monotonic())
+            last_s = time.monotonic()
+            took_s = last_s - now_s
+            if took_s > STALL_S:
+                self._awake_since_s = last_s
+            await asyncio.sleep(min(PAUSE_PER_TURN * took_s, MAX_PAUSE_S))
 
-    async def _turn(self, now: Now) -> None:
-        if not self._raft.is_leader:
-            if self._facts is not None:
-                self._step_down()
+    def _turn(self, now: Now) -> None:
+        if self._facts is not None and not (self._raft.is_leader and self._raft.term == self._term):
+            self._step_down()
+        if not self._raft.is_leader or not self._may_decide():
             return
         if self._facts is None:
+            self._term = self._raft.term
             self._leader_since_s = now.monotonic_s
-            _log.info("%s coordinates now", self._node)
+            _log.info("%s coordinates now (term %d)", self._node, self._term)
         self._facts = self._look(self._facts, now)
-        decisions = reconcile(self._replica.state, self._facts, now, self._settings.reconciler)
-        for decision in decisions:
-            await self._carry_out(decision)
+        decisions = reconcile(self._seen_state(), self._facts, now, self._settings.reconciler)
+        self._carry_out(decisions, now.monotonic_s)
+
+    def _seen_state(self) -> ClusterState:
+        state = self._replica.state
+        if self._window is None or self._window[0] is not state:
+            self._window = (state, queue_window(state))
+        return self._window[1]
 
     def _look(self, before: Facts | None, now: Now) -> Facts:
-        state = self._replica.state
+        state = self._seen_state()
         registered = {name: node.incarnation for name, node in state.nodes.items()}
         verdicts = assess(
             self._observations.observations(registered).values(),
@@ -185,39 +244,83 @@ class Coordinator:
             write_failures=self._write_failures,
         )
 
-    async def _carry_out(self, decision: Decision) -> None:
-        action = decision.action
-        if isinstance(action, WriteManifest):
-            key = (action.job_id, action.generation, action.step)
-            if key not in self._writing:
-                self._writing.add(key)
-                self._start(self._commit(key, action))
-            return
-        name = type(action).__name__
+    # --- decisions ---
+
+    def _carry_out(self, decisions: Sequence[Decision], now_s: float) -> None:
+        """Start what was decided, in order per job and node."""
+        proposals: dict[str, list[tuple[AnyCommand, str]]] = {}
+        for decision in decisions:
+            action = decision.action
+            if isinstance(action, WriteManifest):
+                self._begin_commit(action)
+            else:
+                proposals.setdefault(_subject(action), []).append((action, decision.reason))
+        self._left_alone = {one: at for one, at in self._left_alone.items() if at > now_s}
+        for subject, chain in proposals.items():
+            if subject in self._under_way or subject in self._left_alone:
+                continue
+            if len(self._under_way) >= MAX_UNDER_WAY:
+                break
+            self._under_way.add(subject)
+            self._start(self._propose_chain(subject, chain, self._term))
+
+    async def _propose_chain(
+        self, subject: str, chain: Sequence[tuple[AnyCommand, str]], term: int
+    ) -> None:
+        try:
+            for command, reason in chain:
+                await self._propose_one(subject, command, reason, term)
+        except DistroMLError as error:
+            _log.warning("%s: a decision could not be proposed: %s", subject, error)
+            self._leave_alone(subject)
+        except Exception:
+            _log.exception("%s: a decision could not be proposed", subject)
+            self._leave_alone(subject)
+        finally:
+            self._under_way.discard(subject)
+            self.kick()
+
+    async def _propose_one(self, subject: str, command: AnyCommand, reason: str, term: int) -> None:
+        name = type(command).__name__
         self.decisions[name] = self.decisions.get(name, 0) + 1
-        _log.info("%s: %s", name, decision.reason)
-        outcome = await self._propose(action, PROPOSE_TIMEOUT_S)
+        _log.info("%s: %s: %s", subject, name, reason)
+        # With the term: what this leader saw must not be handed to a successor who may see otherwise.
+        outcome = await self._propose(command, PROPOSE_TIMEOUT_S, term=term)
         if outcome.error:
-            _log.warning("%s was refused (%s): %s", name, outcome.error, outcome.detail)
+            _log.warning("%s: %s was refused: %s", subject, name, outcome.detail or outcome.error)
+            self._leave_alone(subject)
+
+    def _leave_alone(self, subject: str) -> None:
+        self._left_alone[subject] = time.monotonic() + REFUSED_PAUSE_S
 
     def _step_down(self) -> None:
         _log.info("%s no longer coordinates", self._node)
         self._facts = None
+        self._left_alone.clear()
         self._write_failures.clear()
 
     # --- checkpoints ---
 
+    def _begin_commit(self, effect: WriteManifest) -> None:
+        key = (effect.job_id, effect.generation, effect.step)
+        if key not in self._writing:
+            self._writing.add(key)
+            _log.info("job %s: checkpoint of step %d is whole", effect.job_id, effect.step)
+            self._start(self._commit(key, effect))
+
     async def _commit(self, key: CheckpointKey, effect: WriteManifest) -> None:
         """Write the manifest, then propose the commit: the log entry is what counts."""
         try:
-            checkpoint = await asyncio.to_thread(
-                write_manifest,
-                self._store,
-                job_id=effect.job_id,
-                run_id=effect.run_id,
-                generation=effect.generation,
-                shards=effect.shards,
-                committed_at=time.time(),
+            checkpoint = await self._in_thread(
+                partial(
+                    write_manifest,
+                    self._store,
+                    job_id=effect.job_id,
+                    run_id=effect.run_id,
+                    generation=effect.generation,
+                    shards=effect.shards,
+                    committed_at=time.time(),
+                )
             )
             command = CommitCheckpoint(
                 job_id=effect.job_id, generation=effect.generation, checkpoint=checkpoint
@@ -225,10 +328,14 @@ class Coordinator:
             outcome = await self._propose(command, PROPOSE_TIMEOUT_S)
             if outcome.error:
                 self._give_up_writing(key, f"the commit was refused: {outcome.detail}")
-        except Unavailable as error:
+        except (Unavailable, TooManyRequests) as error:
             _log.warning("commit of %s is tried again: %s", key, error)
+            await asyncio.sleep(REFUSED_PAUSE_S)
         except (DistroMLError, OSError) as error:
             self._give_up_writing(key, str(error))
+        except Exception as error:
+            _log.exception("the manifest of %s could not be written", key)
+            self._give_up_writing(key, f"{type(error).__name__}: {error}")
         finally:
             self._writing.discard(key)
             self.kick()
@@ -240,17 +347,31 @@ class Coordinator:
         self._write_failures[key] = reason
 
     async def _publish_latest(self, job_id: str) -> None:
-        job = self._replica.state.jobs.get(job_id)
-        newest = job.newest_checkpoint() if job else None
-        if newest is None:
-            return
+        """Until ``LATEST`` of the job names the newest; commits meanwhile are one more round, not one each."""
         try:
-            await asyncio.to_thread(publish_latest, self._store, newest)
-        except (DistroMLError, OSError) as error:
+            while job_id in self._latest_due:
+                self._latest_due.discard(job_id)
+                job = self._replica.state.jobs.get(job_id)
+                newest = job.newest_checkpoint() if job else None
+                if newest is not None:
+                    await self._in_thread(partial(publish_latest, self._store, newest))
+        except Exception as error:
             # LATEST is a convenience for people; the log is what recovery reads.
             _log.warning("LATEST of %s could not be updated: %s", job_id, error)
+        finally:
+            self._publishing.discard(job_id)
+
+    def _in_thread(self, work: Callable[[], _T]) -> Awaitable[_T]:
+        return asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def _start(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+
+def _subject(command: AnyCommand) -> str:
+    """What a decision is about; decisions on one subject are carried out in order."""
+    if isinstance(command, SetNodeStatus | RegisterNode):
+        return f"node {command.name}"
+    return f"job {command.job_id}"

@@ -18,7 +18,7 @@ from distroml.reports import NodeReport, WorkerFact, WorkerPhase
 from distroml.runtime.failure_detector import Health
 
 
-class Now(Struct, frozen=True):
+class Now(Struct, frozen=True, gc=False):
     """The present, taken once per turn."""
 
     wall_s: float
@@ -27,7 +27,7 @@ class Now(Struct, frozen=True):
     """The leader's monotonic clock; measures waits."""
 
 
-class ReconcilerSettings(Struct, frozen=True, kw_only=True):
+class ReconcilerSettings(Struct, frozen=True, gc=False, kw_only=True):
     """Every wait and limit of the decisions; seconds on the leader's monotonic clock unless said otherwise."""
 
     start_deadline_s: float = 120.0
@@ -61,7 +61,7 @@ class ReconcilerSettings(Struct, frozen=True, kw_only=True):
     """A generation that trained this long made progress: the pause starts at its base again (wall clock)."""
 
 
-class NodeFacts(Struct, frozen=True, kw_only=True):
+class NodeFacts(Struct, frozen=True, gc=False, kw_only=True):
     """One node as this leader sees it."""
 
     health: Health
@@ -74,7 +74,7 @@ class NodeFacts(Struct, frozen=True, kw_only=True):
     """When its last report came, in Unix seconds of this leader's clock."""
 
 
-class Sighting(Struct, frozen=True, kw_only=True):
+class Sighting(Struct, frozen=True, gc=False, kw_only=True):
     """Since when (monotonic seconds) this leader sees a job as it is."""
 
     status: JobStatus
@@ -100,7 +100,7 @@ CheckpointKey = tuple[str, int, int]
 """Job, generation, step."""
 
 
-class Facts(Struct, frozen=True, kw_only=True):
+class Facts(Struct, frozen=True, gc=False, kw_only=True):
     """All that was observed, by this leader, at one moment."""
 
     nodes: dict[str, NodeFacts]

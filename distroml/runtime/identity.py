@@ -13,6 +13,14 @@ from distroml.errors import ConfigError
 _FILE = "node.json"
 
 
+def unusable(path: Path, error: OSError) -> ConfigError:
+    """What is told of a data directory that the operating system refuses."""
+    where = f" ({error.filename})" if error.filename not in (None, str(path)) else ""
+    return ConfigError(
+        f"data_dir {path} cannot be used: {error.strerror or error}{where}.", field="data_dir"
+    )
+
+
 class DataDirectory:
     """Exclusive hold of a node's data directory; released when the process ends, however it ends."""
 
@@ -28,26 +36,46 @@ class DataDirectory:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock: IO[bytes] = (path / "lock").open("ab")
         except OSError as error:
-            raise ConfigError(
-                f"data_dir {path} cannot be used: {error.strerror}.", field="data_dir"
-            ) from None
+            raise unusable(path, error) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._last = self._read()
         except BlockingIOError:
+            self.close()
             raise ConfigError(
                 f"data_dir {path} is in use by another distroml-node; each node needs its own.",
                 field="data_dir",
             ) from None
-        self._last = self._read()
+        except OSError as error:
+            self.close()
+            raise unusable(path, error) from None
+        except ConfigError:
+            self.close()
+            raise
 
     def next_incarnation(self, at_least: int = 1) -> int:
-        """A number higher than any this directory has seen, durable before it is returned."""
+        """A number higher than any this directory has seen, durable before it is returned.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
         incarnation = max(self._last + 1, at_least)
-        document = {**self._identity, "incarnation": incarnation}
+        try:
+            self._write(json.dumps({**self._identity, "incarnation": incarnation}))
+        except OSError as error:
+            raise unusable(self.path, error) from None
+        self._last = incarnation
+        return incarnation
+
+    def close(self) -> None:
+        """Let another process have it."""
+        self._lock.close()
+
+    def _write(self, document: str) -> None:
         path = self.path / _FILE
         fresh = path.with_suffix(".tmp")
         with fresh.open("w") as file:
-            json.dump(document, file)
+            file.write(document)
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(path)
@@ -56,12 +84,6 @@ class DataDirectory:
             os.fsync(directory)
         finally:
             os.close(directory)
-        self._last = incarnation
-        return incarnation
-
-    def close(self) -> None:
-        """Let another process have it."""
-        self._lock.close()
 
     def _read(self) -> int:
         path = self.path / _FILE

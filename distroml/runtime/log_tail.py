@@ -1,22 +1,33 @@
-"""Follows the file that a worker's stdout and stderr go to.
+"""Follows the files that workers' stdout and stderr go to, and lets go of old ones.
 
-A file, not a pipe: a worker never waits for its agent, and what it wrote last is there after both died.
+A file, not a pipe: a worker never waits for its agent, and what it wrote last is there after both died. The lines
+go into history; the files only bridge the time until they are read, so their size and number are bounded here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections import deque
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 MAX_READ_BYTES = 256 * 1024
 """Most that one poll takes, so that a chatty worker cannot hold up the event loop."""
+MAX_BEHIND_BYTES = 8 * 1024 * 1024
+"""A reader that is further behind skips what lies between: who writes faster than is read must not fill the disk."""
+FINAL_READ_BYTES = 1024 * 1024
+"""Most that the last poll takes: of what is left the end, where the error stands."""
 MAX_LINE_CHARS = 4096
 MAX_FILE_BYTES = 64 * 1024 * 1024
-"""A longer file is cut to nothing once it was read to its end."""
+"""A longer file is cut to nothing once it was read."""
 LAST_LINES = 20
 LAST_LINE_CHARS = 300
+KEPT_GENERATIONS = 4
+"""Directories of newest generations that are kept of each run."""
+KEPT_RUNS = 64
+"""Directories of runs that are kept, the most recently written ones first."""
 
 
 class LogTail:
@@ -34,27 +45,45 @@ class LogTail:
         return tuple(line[:LAST_LINE_CHARS] for line in self._last)
 
     def poll(self, *, final: bool = False) -> list[str]:
-        """New complete lines since the last call; with ``final`` an unfinished last line too."""
-        data = self._partial + self._read()
-        *lines, self._partial = data.split(b"\n")
+        """New complete lines since the last call; with ``final`` all that is left, an unfinished last line too.
+
+        Raises:
+            OSError: the file exists but cannot be read.
+        """
+        limit = FINAL_READ_BYTES if final else MAX_READ_BYTES
+        skipped, read = self._read(limit, limit if final else MAX_BEHIND_BYTES)
+        texts = []
+        if skipped:
+            texts += [_text(self._partial)] if self._partial else []
+            texts.append(f"[{skipped} bytes of output skipped: more was written than is kept]")
+            self._partial = b""
+        *lines, self._partial = (self._partial + read).split(b"\n")
         if (final or len(self._partial) > MAX_LINE_CHARS * 4) and self._partial:
             lines.append(self._partial)
             self._partial = b""
-        texts = [_text(line) for line in lines]
+        texts += map(_text, lines)
         self._last.extend(texts)
         return texts
 
-    def _read(self) -> bytes:
+    def _read(self, limit: int, behind: int) -> tuple[int, bytes]:
+        """How many bytes were passed over, and the next ones."""
         try:
             with self.path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size < self._offset:
+                    self._offset = 0  # somebody else cut it
+                skipped = 0
+                if size - self._offset > behind:
+                    skipped = size - limit - self._offset
+                    self._offset += skipped
                 file.seek(self._offset)
-                data = file.read(MAX_READ_BYTES)
+                data = file.read(limit)
         except FileNotFoundError:
-            return b""
+            return 0, b""
         self._offset += len(data)
-        if self._offset >= MAX_FILE_BYTES and len(data) < MAX_READ_BYTES:
+        if self._offset >= MAX_FILE_BYTES and self._offset >= size:
             self._cut()
-        return data
+        return skipped, data
 
     def _cut(self) -> None:
         # The worker appends (O_APPEND), so it goes on at the new end. What it wrote since the read is lost.
@@ -62,6 +91,61 @@ class LogTail:
             os.truncate(self.path, 0)
             self._offset = 0
             self._last.append(f"[log over {MAX_FILE_BYTES} bytes: file was cut]")
+
+
+def log_path(root: Path, run_id: str, generation: int, rank: int) -> Path:
+    """Where the output of one rank goes."""
+    return root / run_id / f"generation-{generation}" / f"rank-{rank}.log"
+
+
+def stale_logs(
+    root: Path, runs: Mapping[str, int], busy: Collection[tuple[str, int]]
+) -> list[Path]:
+    """Directories of generations that can go: of runs that are gone, and all but the newest ones of the others.
+
+    Args:
+        runs: the generation number of each run that exists.
+        busy: (run, generation) of processes that live; their files stay.
+    """
+    stale: list[Path] = []
+    quiet: list[tuple[float, list[Path]]] = []
+    for run in _directories(root):
+        used = {generation for run_id, generation in busy if run_id == run.name}
+        found = {_number(path): path for path in _directories(run)}
+        idle = {number: path for number, path in found.items() if number not in used}
+        oldest = runs[run.name] - KEPT_GENERATIONS if run.name in runs else max(found, default=0)
+        stale += [path for number, path in idle.items() if 0 < number <= oldest]
+        kept = [path for number, path in idle.items() if number > oldest]
+        if not used:
+            quiet.append((_written_at(run), kept))
+    quiet.sort(key=lambda one: one[0], reverse=True)
+    return stale + [path for _, paths in quiet[KEPT_RUNS:] for path in paths]
+
+
+def remove_logs(directories: Iterable[Path]) -> None:
+    """Remove directories of generations, and those of runs that are empty then. Blocks on the disk."""
+    for directory in directories:
+        shutil.rmtree(directory, ignore_errors=True)
+        with contextlib.suppress(OSError):  # others are left, or a new one was made just now
+            directory.parent.rmdir()
+
+
+def _number(directory: Path) -> int:
+    """Generation that a directory belongs to; 0 for one that is not ours."""
+    number = directory.name.removeprefix("generation-")
+    return int(number) if number.isdecimal() and number.isascii() else 0
+
+
+def _directories(path: Path) -> list[Path]:
+    with contextlib.suppress(OSError):
+        return [entry for entry in path.iterdir() if entry.is_dir() and not entry.is_symlink()]
+    return []
+
+
+def _written_at(path: Path) -> float:
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
 
 
 def _text(line: bytes) -> str:

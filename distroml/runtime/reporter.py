@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -17,6 +18,9 @@ from distroml.reports import NodeReport, WorkerFact
 
 COALESCE_S = 0.005
 """Changes within this time go out as one report."""
+MAX_REPORT_BYTES = 3 * 1024 * 1024
+"""Under the frame limit of the peer links; a larger report goes without its less needed parts."""
+_log = logging.getLogger(__name__)
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -61,19 +65,21 @@ class Reporter:
         self._interval_s = interval_s
         self._sequence = 0
         self._kicked = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self.task: asyncio.Task[None] | None = None
+        """Runs from ``start`` to ``stop``."""
         self.draining = False
+        self.failures = 0
+        """Reports that could not be made or sent."""
 
     def start(self) -> None:
         """Begin to report."""
-        self._task = asyncio.create_task(self._run(), name="reporter")
+        self.task = asyncio.create_task(self._run(), name="reporter")
 
     async def stop(self) -> None:
         """Stop reporting."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        if self.task is not None:
+            self.task.cancel()
+            await asyncio.gather(self.task, return_exceptions=True)
 
     def kick(self) -> None:
         """Something changed: report soon."""
@@ -83,7 +89,7 @@ class Reporter:
         """Build a report and send it to all peers that are connected."""
         report = self._build()
         self._took(report)
-        body = msgspec.msgpack.encode(report)
+        body = _encoded(report)
         for peer in self._peers:
             self._links.send(peer, Channel.REPORT, body)
 
@@ -94,7 +100,13 @@ class Reporter:
                     await self._kicked.wait()
                 await asyncio.sleep(COALESCE_S)
             self._kicked.clear()
-            self.send_now()
+            try:
+                self.send_now()
+            except (
+                Exception
+            ):  # a node that falls silent for good is taken for dead, and its workers with it
+                self.failures += 1
+                _log.exception("a report could not be sent")
 
     def _build(self) -> NodeReport:
         self._sequence += 1
@@ -111,6 +123,29 @@ class Reporter:
             memory_bytes=_resident_bytes(),
             cpu_percent=round(os.getloadavg()[0] * 100 / (os.cpu_count() or 1), 1),
         )
+
+
+def _encoded(report: NodeReport) -> bytes:
+    body = msgspec.msgpack.encode(report)
+    for spared in (_without_words, _without_keys):
+        if len(body) <= MAX_REPORT_BYTES:
+            break
+        _log.warning("a report of %d bytes is cut (%s)", len(body), spared.__doc__)
+        workers = tuple(spared(fact) for fact in report.workers)
+        report = msgspec.structs.replace(report, workers=workers)
+        body = msgspec.msgpack.encode(report)
+    return body
+
+
+def _without_words(fact: WorkerFact) -> WorkerFact:
+    """what failed workers wrote last is left out"""
+    failure = fact.failure and msgspec.structs.replace(fact.failure, traceback="")
+    return msgspec.structs.replace(fact, last_lines=(), failure=failure)
+
+
+def _without_keys(fact: WorkerFact) -> WorkerFact:
+    """rendezvous keys are left out; generations of this size cannot start"""
+    return msgspec.structs.replace(fact, rendezvous={})
 
 
 def _resident_bytes() -> int:

@@ -8,7 +8,6 @@ told and a new one is started after a pause.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import socket
@@ -32,6 +31,10 @@ from distroml.runtime.framing import BadFrame, read_messages
 
 RESTART_FIRST_S = 0.2
 RESTART_MOST_S = 10.0
+READY_TIMEOUT_S = 120.0
+"""A forkserver that imports for longer hangs (a dead network file system under site-packages, say)."""
+MAX_LOG_BYTES = 1024 * 1024
+"""What earlier forkservers wrote is dropped when a new one finds more than this."""
 STOP_TIMEOUT_S = 0.5
 """A forkserver busy importing does not see that it should end; killing it loses nothing."""
 
@@ -55,12 +58,13 @@ class SpawnEvents(msgspec.Struct, frozen=True, kw_only=True):
 class Spawner:
     """Keeps one forkserver process running."""
 
-    def __init__(self, *, log_path: Path, events: SpawnEvents) -> None:
+    def __init__(self, log_path: Path, events: SpawnEvents) -> None:
         self._log_path = log_path
         self._events = events
         self._writer: asyncio.StreamWriter | None = None
         self._process: asyncio.subprocess.Process | None = None
-        self._task: asyncio.Task[None] | None = None
+        self.task: asyncio.Task[None] | None = None
+        """Runs from ``start`` to ``stop``."""
         self.ready = False
 
     @property
@@ -70,14 +74,19 @@ class Spawner:
 
     def start(self) -> None:
         """Begin; ``events.ready`` tells when workers can be asked for."""
-        self._task = asyncio.create_task(self._keep_running(), name="forkserver")
+        self.task = asyncio.create_task(self._keep_running(), name="forkserver")
+
+    def replace(self, why: str) -> None:
+        """End a forkserver that does not do its work; another one follows."""
+        if self._process is not None and self._process.returncode is None:
+            _log.error("the forkserver is replaced: %s", why)
+            self._process.kill()
 
     async def stop(self) -> None:
         """End the forkserver and with it all workers."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        if self.task is not None:
+            self.task.cancel()
+            await asyncio.gather(self.task, return_exceptions=True)
 
     def spawn(self, plan: WorkerPlan) -> None:
         """Ask for one worker; ``spawned`` or ``failed`` answers, or ``lost`` if all is over."""
@@ -88,7 +97,11 @@ class Spawner:
     async def _keep_running(self) -> None:
         pause_s = RESTART_FIRST_S
         while True:
-            was_ready = await self._run_once()
+            was_ready = False
+            try:
+                was_ready = await self._run_once()
+            except (OSError, TimeoutError, BadFrame) as error:
+                _log.error("the forkserver fails: %s", error or "it did not become ready in time")
             self._events.lost()
             pause_s = RESTART_FIRST_S if was_ready else min(pause_s * 2, RESTART_MOST_S)
             _log.error(
@@ -97,24 +110,36 @@ class Spawner:
             await asyncio.sleep(pause_s)
 
     async def _run_once(self) -> bool:
+        """One forkserver from its start to its end; returns whether it ever became ready.
+
+        Raises:
+            OSError: it could not be started.
+            BadFrame: it sent something else than messages.
+            TimeoutError: it did not become ready in time.
+        """
         ours, theirs = socket.socketpair()
         was_ready = False
         try:
-            reader, self._writer = await asyncio.open_connection(sock=ours)
-            try:
+            with theirs:
+                reader, self._writer = await asyncio.open_connection(sock=ours)
                 self._process = await self._launch(theirs)
-            finally:
-                theirs.close()
-            with contextlib.suppress(BadFrame):
-                async for message in read_messages(reader, FromForkserver):
-                    was_ready = was_ready or isinstance(message, Ready)
+            messages = read_messages(reader, FromForkserver)
+            async with asyncio.timeout(READY_TIMEOUT_S) as patience:
+                async for message in messages:
+                    if isinstance(message, Ready):
+                        was_ready = True
+                        patience.reschedule(None)
                     self._handle(message)
         finally:
+            if self._writer is None:
+                ours.close()
             await self._end()
         return was_ready
 
     async def _launch(self, channel: socket.socket) -> asyncio.subprocess.Process:
         with self._log_path.open("ab") as log:
+            if log.tell() > MAX_LOG_BYTES:
+                log.truncate(0)
             return await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",

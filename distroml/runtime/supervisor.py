@@ -2,6 +2,9 @@
 
 ``converge`` compares the members of current generations with the local processes and spawns or kills the
 difference; it may be called at any time and any number of times. Everything observed ends up in ``facts``.
+
+A worker speaks through two wires that are not ordered with each other: its own socket (last words) and the
+forkserver (its exit). So an exit is settled only when the socket has been read to its end, or patience has.
 """
 
 from __future__ import annotations
@@ -12,54 +15,42 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import msgspec
 from msgspec import Struct
 
 from distroml.consensus.state import ClusterState
-from distroml.model import (
-    ASSIGNED,
-    CheckpointStatus,
-    FailureKind,
-    Generation,
-    Job,
-    JobStatus,
-    Member,
-)
-from distroml.reports import NodeReport, WorkerFact, WorkerFailure, WorkerPhase
+from distroml.model import TERMINAL, CheckpointStatus, Job, JobStatus
+from distroml.reports import NodeReport, WorkerFact, WorkerPhase
 from distroml.runtime import control
-from distroml.runtime.control import FromWorker, MetricRecord, WorkerPlan
-from distroml.runtime.log_tail import LogTail
+from distroml.runtime.assignment import (
+    Assignment,
+    SupervisorSettings,
+    assigned_to,
+    worker_plan,
+)
+from distroml.runtime.control import FromWorker, MetricRecord
+from distroml.runtime.key_exchange import KeyExchange
+from distroml.runtime.local_worker import LocalWorker, failure_of
+from distroml.runtime.log_tail import remove_logs, stale_logs
 from distroml.runtime.spawner import Spawner, SpawnEvents, WorkerId
 from distroml.runtime.worker_server import WorkerLink, WorkerServer, socket_path
 
-POLL_LOGS_S = 0.1
-MAX_ABANDONED = 4
-"""Abandoned checkpoint steps that a worker's fact carries."""
+TEND_S = 0.1
+"""How often logs are read and patience is checked."""
 KILL_AGAIN_S = 2.0
+LAST_FRAMES_S = 2.0
+"""How long the last frames of a worker that exited may take to be read."""
+LATE_HELLO_S = 0.3
+"""How long a worker that exited by itself without a word may turn out to have connected."""
+LINK_LOST_S = 2.0
+"""How long a worker may live on without its control connection; it would train, but nobody could tell."""
+SPAWN_TIMEOUT_S = 120.0
+"""A forkserver that has not answered a spawn for this long hangs: it is replaced, and its workers with it."""
+PRUNE_S = 60.0
 
 _log = logging.getLogger(__name__)
-
-
-class Assignment(Struct, frozen=True):
-    """One rank that this node should run."""
-
-    job: Job
-    generation: Generation
-    member: Member
-
-
-class SupervisorSettings(Struct, frozen=True, kw_only=True):
-    """Where this node is and where its workers keep things."""
-
-    node: str
-    incarnation: int
-    host: str
-    data_dir: Path
-    store_dir: Path
-    worker_threads: int = 1
 
 
 class HistorySink(Struct, frozen=True, kw_only=True):
@@ -69,65 +60,45 @@ class HistorySink(Struct, frozen=True, kw_only=True):
     logs: Callable[[WorkerFact, list[str]], None]
 
 
-def assigned_to(state: ClusterState, node: str, incarnation: int) -> dict[WorkerId, Assignment]:
-    """The ranks that ``node`` should be running now."""
-    wanted: dict[WorkerId, Assignment] = {}
-    for job in state.jobs.values():
-        if job.status not in ASSIGNED or job.generation is None:
-            continue
-        for member in job.generation.members:
-            if member.node == node and member.incarnation == incarnation:
-                worker = (job.run_id, job.generation.number, member.rank)
-                wanted[worker] = Assignment(job, job.generation, member)
-    return wanted
-
-
-class _Local:
-    """One worker process of this node and what is known of it."""
-
-    def __init__(self, fact: WorkerFact, log_path: Path) -> None:
-        self.fact = fact
-        self.tail = LogTail(log_path)
-        self.link: WorkerLink | None = None
-        self.keys_sent: set[str] = set()
-        self.stop_sent = False
-        self.killed_at_s: float | None = None
-
-    @property
-    def alive(self) -> bool:
-        return self.fact.ended_at is None
-
-    def update(self, **changes: object) -> None:
-        self.fact = msgspec.structs.replace(self.fact, **changes)
-
-
 class Supervisor:
     """Runs this node's workers.
 
     Args:
         changed: called after every change of ``facts`` that others should hear of soon.
+        spawner: makes what forks the workers.
+        monotonic: seconds of a clock that only goes forward.
     """
 
     def __init__(
-        self, settings: SupervisorSettings, *, sink: HistorySink, changed: Callable[[], None]
+        self,
+        settings: SupervisorSettings,
+        *,
+        sink: HistorySink,
+        changed: Callable[[], None],
+        spawner: Callable[[Path, SpawnEvents], Spawner] = Spawner,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
         self._sink = sink
         self._changed = changed
-        self._workers: dict[WorkerId, _Local] = {}
+        self._monotonic = monotonic
+        self._workers: dict[WorkerId, LocalWorker] = {}
         self._by_pid: dict[int, WorkerId] = {}
         self._state = ClusterState()
-        self._peer_keys: dict[tuple[str, int], dict[str, bytes]] = {}
-        self._poll: asyncio.Task[None] | None = None
+        self._keys = KeyExchange()
+        self._tending: asyncio.Task[None] | None = None
+        self._pruning: asyncio.Task[None] | None = None
+        self._prune_due_s = 0.0
+        self._stopping = False
         self._server = WorkerServer(
             socket_path(settings.data_dir),
             connected=self._on_connected,
             received=self._on_message,
             closed=self._on_closed,
         )
-        self._spawner = Spawner(
-            log_path=settings.data_dir / "forkserver.log",
-            events=SpawnEvents(
+        self._spawner = spawner(
+            settings.data_dir / "forkserver.log",
+            SpawnEvents(
                 ready=self._on_ready,
                 spawned=self._on_spawned,
                 failed=self._on_spawn_failed,
@@ -139,23 +110,35 @@ class Supervisor:
     # --- life ---
 
     async def start(self, *, warm: bool) -> None:
-        """Open the control socket; with ``warm`` start the forkserver too (a node with slots)."""
-        (self._settings.data_dir / "workers").mkdir(parents=True, exist_ok=True)
+        """Open the control socket; with ``warm`` start the forkserver too (a node with slots).
+
+        Raises:
+            OSError: the data directory or the socket cannot be used.
+        """
+        self._settings.log_dir.mkdir(parents=True, exist_ok=True)
         await self._server.start()
         if warm:
             self._spawner.start()
-        self._poll = asyncio.create_task(self._poll_logs(), name="log-tail")
+        self._tending = asyncio.create_task(self._tend_always(), name="supervisor")
 
     async def stop(self) -> None:
-        """Kill all workers and the forkserver."""
-        if self._poll is not None:
-            self._poll.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._poll
+        """Kill all workers and the forkserver; what they wrote last still goes into history."""
+        self._stopping = True
+        if self._tending is not None:
+            self._tending.cancel()
+            await asyncio.gather(self._tending, return_exceptions=True)
         for local in self._workers.values():
             self._kill(local)
         await self._spawner.stop()
+        for local in self._workers.values():
+            if local.alive:
+                self._ship_log(local, final=True)
         await self._server.stop()
+
+    @property
+    def tasks(self) -> list[asyncio.Task[None]]:
+        """What must run for as long as the node does."""
+        return [task for task in (self._tending, self._spawner.task) if task is not None]
 
     @property
     def ready(self) -> bool:
@@ -172,6 +155,8 @@ class Supervisor:
     def converge(self, state: ClusterState) -> None:
         """Bring the local workers in line with ``state``."""
         self._state = state
+        if self._stopping:
+            return
         wanted = assigned_to(state, self._settings.node, self._settings.incarnation)
         for worker in [w for w in self._workers if w not in wanted]:
             self._retire(worker)
@@ -181,7 +166,14 @@ class Supervisor:
                 self._spawn(worker, assignment)
             else:
                 self._settle(local, assignment.job)
-        self._forget_old_keys()
+        if len(self._keys):
+            self._keys.forget(
+                {
+                    job.run_id: job.generation_number
+                    for job in state.jobs.values()
+                    if job.status not in TERMINAL
+                }
+            )
 
     def facts(self) -> tuple[WorkerFact, ...]:
         """Everything known of the local workers, those of ended generations too while they live."""
@@ -196,7 +188,7 @@ class Supervisor:
     def _spawn(self, worker: WorkerId, assignment: Assignment) -> None:
         if not self._spawner.ready:
             return
-        plan = self._plan(assignment)
+        plan = worker_plan(assignment, self._settings, self._server.path)
         fact = WorkerFact(
             job_id=plan.job_id,
             run_id=plan.run_id,
@@ -206,49 +198,26 @@ class Supervisor:
             step=assignment.generation.resume_step,
             started_at=time.time(),
         )
-        Path(plan.log_path).parent.mkdir(parents=True, exist_ok=True)
-        self._workers[worker] = _Local(fact, Path(plan.log_path))
-        self._spawner.spawn(plan)
+        path = Path(plan.log_path)
+        local = self._workers[worker] = LocalWorker(fact, path, self._monotonic())
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # An earlier life of this node may have left one, whose lines are no news.
+            path.unlink(missing_ok=True)
+            self._spawner.spawn(plan)
+        except (OSError, ValueError) as error:
+            local.excuse = f"the worker could not be started: {error}"
+            self._end(local, exit_code=1)
         self._changed()
 
-    def _plan(self, assignment: Assignment) -> WorkerPlan:
-        job, generation, member = assignment.job, assignment.generation, assignment.member
-        source = next(
-            (
-                one
-                for one in job.checkpoints
-                if one.step == generation.checkpoint_step
-                and one.status is CheckpointStatus.COMMITTED
-            ),
-            None,
-        )
-        logs = self._settings.data_dir / "workers" / job.run_id / f"generation-{generation.number}"
-        return WorkerPlan(
-            job_id=job.job_id,
-            run_id=job.run_id,
-            generation=generation.number,
-            rank=member.rank,
-            local_rank=member.local_rank,
-            world_size=len(generation.members),
-            node=self._settings.node,
-            host=self._settings.host,
-            spec=job.spec,
-            store_dir=str(self._settings.store_dir),
-            checkpoint=source,
-            control_path=str(self._server.path),
-            log_path=str(logs / f"rank-{member.rank}.log"),
-            threads=self._settings.worker_threads,
-        )
-
-    def _settle(self, local: _Local, job: Job) -> None:
+    def _settle(self, local: LocalWorker, job: Job) -> None:
         """Tell a wanted worker what changed for it; forget shards that are committed."""
-        if job.status is JobStatus.STOPPING and local.link is not None and not local.stop_sent:
-            local.stop_sent = True
-            local.link.send(control.Stop())
-        committed = {c.step for c in job.checkpoints if c.status is CheckpointStatus.COMMITTED}
-        kept = tuple(shard for shard in local.fact.shards if shard.step not in committed)
-        if kept != local.fact.shards:
-            local.update(shards=kept)
+        if job.status is JobStatus.STOPPING:
+            local.send_stop()
+        if local.fact.shards:
+            local.forget_shards(
+                {c.step for c in job.checkpoints if c.status is CheckpointStatus.COMMITTED}
+            )
 
     def _retire(self, worker: WorkerId) -> None:
         """A worker that is not wanted: killed if it lives, forgotten once it is gone."""
@@ -257,19 +226,18 @@ class Supervisor:
             del self._workers[worker]
             self._changed()
             return
-        self._kill(local)
+        self._kill(
+            local
+        )  # one that has no pid yet is killed when it gets it: ``_on_spawned`` converges
 
-    def _kill(self, local: _Local) -> None:
-        now_s = time.monotonic()
-        pid = local.fact.pid
-        if not local.alive or pid is None:
+    def _kill(self, local: LocalWorker) -> None:
+        now_s = self._monotonic()
+        if not local.killable:
             return
         if local.killed_at_s is not None and now_s - local.killed_at_s < KILL_AGAIN_S:
             return
         local.killed_at_s = now_s
-        # The forkserver has not reported this pid reaped, so it still names our process group.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(pid, signal.SIGKILL)
+        _kill_group(local.fact.pid)
 
     # --- what the forkserver tells ---
 
@@ -279,9 +247,8 @@ class Supervisor:
 
     def _on_spawned(self, worker: WorkerId, pid: int) -> None:
         local = self._workers.get(worker)
-        if local is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
+        if local is None or not local.alive:
+            _kill_group(pid)
             return
         self._by_pid[pid] = worker
         local.update(pid=pid)
@@ -290,45 +257,40 @@ class Supervisor:
 
     def _on_spawn_failed(self, worker: WorkerId, reason: str) -> None:
         local = self._workers.get(worker)
-        if local is not None:
-            failure = WorkerFailure(
-                kind=FailureKind.ERROR,
-                error=f"the worker could not be started: {reason}",
-                traceback="",
-                at=time.time(),
-            )
-            self._end(local, exit_code=1, failure=failure)
+        if local is not None and local.alive:
+            local.excuse = f"the worker could not be started: {reason}"
+            self._end(local, exit_code=1)
 
     def _on_exited(self, pid: int, status: int) -> None:
         worker = self._by_pid.pop(pid, None)
         local = self._workers.get(worker) if worker else None
-        if local is not None:
-            self._end(local, exit_code=status)
+        if local is not None and local.alive:
+            self._gone(local, status)
 
     def _on_forkserver_lost(self) -> None:
         self._by_pid.clear()
         for local in list(self._workers.values()):
-            if local.alive:
-                self._end(local, exit_code=-signal.SIGKILL)
+            if local.alive and local.exit_code is None:
+                if local.fact.pid is not None:
+                    _kill_group(local.fact.pid)  # what the worker itself has started
+                local.excuse = "the forkserver of its node ended, and all workers there with it"
+                self._gone(local, -signal.SIGKILL)
         self._changed()
 
-    def _end(self, local: _Local, *, exit_code: int, failure: WorkerFailure | None = None) -> None:
-        """The process is gone: take its last words, then settle what it was."""
+    def _gone(self, local: LocalWorker, exit_code: int) -> None:
+        """The process is gone; settle it once its last frames were read."""
+        local.exit_code = exit_code
+        if local.link is not None:
+            local.patience_ends_s = self._monotonic() + LAST_FRAMES_S
+        elif not local.said_hello and exit_code >= 0:
+            local.patience_ends_s = self._monotonic() + LATE_HELLO_S
+        else:
+            self._end(local)
+
+    def _end(self, local: LocalWorker, *, exit_code: int | None = None) -> None:
+        local.exit_code = local.exit_code if exit_code is None else exit_code
         self._ship_log(local, final=True)
-        failure = local.fact.failure or failure
-        phase = WorkerPhase.EXITED
-        if local.fact.outcome is not None:
-            phase = WorkerPhase.FINISHED
-        elif failure is not None:
-            phase = WorkerPhase.FAILED
-        local.update(
-            phase=phase,
-            exit_code=exit_code,
-            failure=failure,
-            ended_at=time.time(),
-            last_lines=local.tail.last_lines,
-        )
-        local.link = None
+        local.settle_end()
         self.converge(self._state)
         self._changed()
 
@@ -336,116 +298,138 @@ class Supervisor:
 
     def _on_connected(self, link: WorkerLink) -> bool:
         local = self._workers.get(link.worker)
-        if local is None or not local.alive or local.link is not None:
+        if local is None or not local.alive or local.said_hello:
+            return False
+        if local.fact.pid not in (None, link.pid):
             return False
         local.link = link
+        local.said_hello = True
         local.update(phase=WorkerPhase.CONNECTING)
-        for run_generation, keys in self._peer_keys.items():
-            if run_generation == link.worker[:2]:
-                self._send_keys(local, keys)
-        for other in self._siblings(local):
-            self._send_keys(local, other.fact.rendezvous)
+        if local.exit_code is not None:
+            local.patience_ends_s = self._monotonic() + LAST_FRAMES_S
+        local.send_keys(self._keys.known(*link.worker[:2]))
         self.converge(self._state)
         self._changed()
         return True
 
-    def _on_closed(self, link: WorkerLink) -> None:
+    def _on_closed(self, link: WorkerLink, reason: str) -> None:
+        """The control connection ended, because the worker did or because of ``reason``."""
         local = self._workers.get(link.worker)
-        if local is not None and local.link is link:
-            local.link = None
+        if local is None or local.link is not link:
+            return
+        local.link = None
+        if local.exit_code is not None:
+            self._end(local)
+        elif local.alive:
+            if reason:
+                self._give_up(local, f"its control connection was closed: {reason}")
+            local.patience_ends_s = self._monotonic() + LINK_LOST_S
 
     def _on_message(self, worker: WorkerId, message: FromWorker) -> None:
-        local = self._workers.get(worker)
-        if local is None:
-            return
-        match message:
-            case control.Progress():
-                self._on_progress(local, message)
-            case control.Rendezvous(key=key, value=value):
-                local.update(rendezvous={**local.fact.rendezvous, key: value})
-                self._share_keys(worker[0], worker[1], {key: value})
-                self._changed()
-            case control.ShardDurable(shard=shard):
-                local.update(shards=(*local.fact.shards, shard))
-                self._changed()
-            case control.ShardAbandoned(step=step, reason=reason):
-                kept = (*local.fact.abandoned, (step, reason))[-MAX_ABANDONED:]
-                local.update(abandoned=kept)
-                self._changed()
-            case control.Failed(failure=failure, step=step):
-                self._ship_log(local)
-                local.update(
-                    phase=WorkerPhase.FAILED,
-                    failure=failure,
-                    step=step,
-                    last_lines=local.tail.last_lines,
-                )
-                self._changed()
-            case control.Finished(outcome=outcome):
-                local.update(phase=WorkerPhase.FINISHED, outcome=outcome, step=outcome.step)
-                self._changed()
-            case control.Hello():
-                pass
+        """Take a message.
 
-    def _on_progress(self, local: _Local, message: control.Progress) -> None:
-        entered = message.phase is not local.fact.phase
-        rendezvous = {} if message.phase is WorkerPhase.TRAINING else local.fact.rendezvous
-        local.update(
-            phase=message.phase,
-            step=message.step,
-            epoch=message.epoch,
-            total_steps=message.total_steps or local.fact.total_steps,
-            rendezvous=rendezvous,
-        )
-        if message.metrics:
-            self._sink.metrics(local.fact, message.metrics)
-        if entered:
+        Raises:
+            Misbehaved: the connection is to be closed.
+        """
+        local = self._workers.get(worker)
+        if local is None or not local.alive:
+            return
+        told = local.take(message)
+        match message:
+            case control.Progress(metrics=metrics) if metrics:
+                with _telemetry_may_fail():
+                    self._sink.metrics(local.fact, metrics)
+            case control.Rendezvous(key=key, value=value):
+                self._share_keys(worker[0], worker[1], {key: value})
+            case control.Failed():
+                self._ship_log(local)
+                local.update(last_lines=local.tail.last_lines)
+        if told:
             self._changed()
 
-    # --- rendezvous keys ---
-
     def _share_keys(self, run_id: str, generation: int, keys: dict[str, bytes]) -> None:
-        known = self._peer_keys.setdefault((run_id, generation), {})
-        known.update(keys)
-        for (run, number, _), local in self._workers.items():
-            if (run, number) == (run_id, generation):
-                self._send_keys(local, keys)
+        if self._keys.learn(run_id, generation, keys):
+            known = self._keys.known(run_id, generation)
+            for (run, number, _), local in self._workers.items():
+                if (run, number) == (run_id, generation):
+                    local.send_keys(known)
 
-    def _forget_old_keys(self) -> None:
-        """Keep keys of present generations, and of ones that this replica has yet to learn of."""
-        present = {job.run_id: job.generation_number for job in self._state.active_jobs()}
-        self._peer_keys = {
-            (run_id, generation): keys
-            for (run_id, generation), keys in self._peer_keys.items()
-            if generation >= present.get(run_id, generation + 1)
-        }
+    def _give_up(self, local: LocalWorker, error: str) -> None:
+        """End a worker that cannot be worked with, and say why in its place."""
+        if local.fact.failure is None and local.fact.outcome is None:
+            local.update(failure=failure_of(error), phase=WorkerPhase.FAILED)
+            self._changed()
+        self._kill(local)
 
-    def _send_keys(self, local: _Local, keys: dict[str, bytes]) -> None:
-        new = {key: value for key, value in keys.items() if key not in local.keys_sent}
-        if new and local.link is not None:
-            local.link.send(control.RendezvousKeys(keys=new))
-            local.keys_sent.update(new)
+    # --- regular duties ---
 
-    def _siblings(self, local: _Local) -> Iterable[_Local]:
-        for other in self._workers.values():
-            same = other.fact.run_id == local.fact.run_id
-            if same and other is not local and other.fact.generation == local.fact.generation:
-                yield other
-
-    # --- logs ---
-
-    async def _poll_logs(self) -> None:
+    async def _tend_always(self) -> None:
         while True:
-            await asyncio.sleep(POLL_LOGS_S)
-            for local in list(self._workers.values()):
-                if local.alive:
-                    self._ship_log(local)
+            await asyncio.sleep(TEND_S)
+            self.tend()
+            self._prune_when_due()
 
-    def _ship_log(self, local: _Local, *, final: bool = False) -> None:
+    def tend(self) -> None:
+        """Read the logs, and stop waiting for what should long have happened."""
+        now_s = self._monotonic()
+        for worker, local in list(self._workers.items()):
+            try:
+                self._tend(local, now_s)
+            except Exception:  # one worker's trouble must not keep the others unwatched
+                _log.exception("worker %s could not be tended", worker)
+
+    def _tend(self, local: LocalWorker, now_s: float) -> None:
+        if not local.alive:
+            return
+        self._ship_log(local)
+        if local.patience_ends_s is not None and now_s >= local.patience_ends_s:
+            if local.exit_code is not None:
+                self._end(local)
+            else:
+                self._give_up(local, "it closed its control connection and went on running")
+        unanswered = local.fact.pid is None and local.exit_code is None
+        if local.alive and unanswered and now_s - local.spawned_s >= SPAWN_TIMEOUT_S:
+            self._spawner.replace(f"a spawn was not answered for {SPAWN_TIMEOUT_S:g} s")
+
+    def _ship_log(self, local: LocalWorker, *, final: bool = False) -> None:
         try:
             lines = local.tail.poll(final=final)
         except OSError as error:
-            _log.warning("log of %s cannot be read: %s", local.fact, error)
+            _log.warning("the log %s cannot be read: %s", local.tail.path, error)
             return
         if lines:
-            self._sink.logs(local.fact, lines)
+            with _telemetry_may_fail():
+                self._sink.logs(local.fact, lines)
+
+    def _knows_the_log(self) -> bool:
+        """Whether this replica has seen its own registration; before that it knows too few jobs to prune by."""
+        own = self._state.nodes.get(self._settings.node)
+        return own is not None and own.incarnation == self._settings.incarnation
+
+    def _prune_when_due(self) -> None:
+        due = self._monotonic() >= self._prune_due_s and self._knows_the_log()
+        if not due or (self._pruning is not None and not self._pruning.done()):
+            return
+        self._prune_due_s = self._monotonic() + PRUNE_S
+        runs = {job.run_id: job.generation_number for job in self._state.jobs.values()}
+        busy = {worker[:2] for worker, local in self._workers.items() if local.alive}
+        # Looked up here and now, removed in a thread: what begins meanwhile is not on the list.
+        stale = stale_logs(self._settings.log_dir, runs, busy)
+        if stale:
+            self._pruning = asyncio.create_task(asyncio.to_thread(remove_logs, stale))
+
+
+@contextlib.contextmanager
+def _telemetry_may_fail() -> Iterator[None]:
+    """Training does not suffer from what happens to its metrics and logs."""
+    try:
+        yield
+    except Exception:
+        _log.exception("metrics or log lines were lost")
+
+
+def _kill_group(pid: int | None) -> None:
+    """SIGKILL to a worker and what it started. Only for a pid that the forkserver has not reported reaped."""
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)

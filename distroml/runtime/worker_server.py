@@ -8,7 +8,7 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from distroml.runtime.control import FromWorker, Hello, ToWorker, encode_frame
@@ -61,7 +61,9 @@ class WorkerServer:
     Args:
         path: of the socket; made anew at start.
         connected: called with each worker's link after its ``Hello``; returns False to refuse it.
-        received: called with each later message.
+        received: called with each later message; an exception closes the connection.
+        closed: called in the end with the link of each worker that was not refused, and why the connection was
+            closed; "" where the worker did it, mostly by ending.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class WorkerServer:
         *,
         connected: Callable[[WorkerLink], bool],
         received: Callable[[WorkerId, FromWorker], None],
-        closed: Callable[[WorkerLink], None],
+        closed: Callable[[WorkerLink, str], None],
     ) -> None:
         self.path = path
         self._connected = connected
@@ -107,20 +109,33 @@ class WorkerServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         link: WorkerLink | None = None
+        reason = ""
         try:
             messages = read_messages(reader, FromWorker)
-            async with asyncio.timeout(HELLO_TIMEOUT_S):
-                hello = await anext(messages)
-            if not isinstance(hello, Hello):
-                raise BadFrame(f"expected Hello, got {type(hello).__name__}")
-            link = WorkerLink((hello.run_id, hello.generation, hello.rank), hello.pid, writer)
-            if not self._connected(link):
-                link = None
+            link = await self._meet(messages, writer)
+            if link is None:
                 return
             async for message in messages:
                 self._received(link.worker, message)
         except (BadFrame, TimeoutError, StopAsyncIteration) as error:
-            _log.warning("a worker's control connection was closed: %s", error or "no Hello")
+            reason = str(error) or "no Hello came"
+            _log.warning("a worker's control connection was closed: %s", reason)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            _log.exception("a worker's message could not be taken")
         finally:
             if link is not None:
-                self._closed(link)
+                self._closed(link, reason)
+
+    async def _meet(
+        self, messages: AsyncIterator[FromWorker], writer: asyncio.StreamWriter
+    ) -> WorkerLink | None:
+        async with asyncio.timeout(HELLO_TIMEOUT_S):
+            hello = await anext(messages)
+        if not isinstance(hello, Hello):
+            raise BadFrame(f"expected Hello, got {type(hello).__name__}")
+        link = WorkerLink((hello.run_id, hello.generation, hello.rank), hello.pid, writer)
+        if self._connected(link):
+            return link
+        _log.info("worker %s (pid %d) is not wanted here any more", link.worker, link.pid)
+        return None

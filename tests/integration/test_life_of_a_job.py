@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from distroml.errors import Conflict, DistroMLError, InvalidSpec, NotFound
+from distroml.credentials import new_key
+from distroml.errors import Conflict, DistroMLError, InvalidSpec, NotFound, Unavailable
 from tests.integration.conftest import StartCluster
 from tests.integration.jobs import SEED_SPEC, long_spec, until_status, until_step
 
@@ -190,6 +191,36 @@ async def test_sigterm_hands_over_and_exits_cleanly(start_cluster: StartCluster)
         async with cluster.client(successor) as client:
             nodes = {node["name"]: node for node in (await client.nodes())["nodes"]}
         assert nodes[leader]["status"] == "LEFT"
+
+
+async def test_nodes_that_share_a_key_form_a_cluster_and_one_with_another_key_stays_out(
+    start_cluster: StartCluster, tmp_path: Path
+) -> None:
+    for name in ("ours", "foreign"):
+        (tmp_path / f"{name}.key").touch(mode=0o600)
+        (tmp_path / f"{name}.key").write_text(new_key())
+    arguments = ["--cluster-key-file", str(tmp_path / "ours.key")]
+    async with start_cluster(nodes=3, slots=0, arguments=arguments) as cluster:
+        leader = await cluster.leader()
+        follower = next(name for name in cluster.nodes if name != leader)
+        await cluster.nodes[follower].stop()
+        # the others have read their file already, so only this node gets another key
+        (tmp_path / "ours.key").write_text((tmp_path / "foreign.key").read_text())
+        cluster.nodes[follower].start()
+        async with cluster.client(leader) as client:
+            job_id = (await client.submit(SEED_SPEC))["job_id"]
+
+        async def refusals() -> str:
+            return cluster.nodes[follower].log_tail()
+
+        await cluster.until(
+            refusals,
+            lambda log: "does not have this cluster's key" in log,
+            "the refusal to be told",
+        )
+        async with cluster.client(follower, timeout_s=2.0) as client:
+            with pytest.raises(Unavailable):
+                await client.job(job_id)
 
 
 async def _ask_leader(cluster: Any, node: str) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from shards import JOB, RUN, STATE, committed, tensor, write_shards
 
 from distroml.errors import CorruptCheckpoint, StoreError
 from distroml.runtime.checkpoint.commit import publish_latest, write_manifest
 from distroml.runtime.checkpoint.reader import read_manifest, read_tensors
 from distroml.runtime.checkpoint.store import LocalStore
+from tests.runtime.checkpoint.shards import JOB, RUN, STATE, committed, tensor, write_shards
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_a_manifest_of_another_step_is_refused(store: LocalStore) -> None:
 
 
 def test_a_tensor_in_two_shards_is_refused(store: LocalStore) -> None:
-    from shards import CURSOR, writer
+    from tests.runtime.checkpoint.shards import CURSOR, writer
 
     facts = []
     for rank in (0, 1):

@@ -4,7 +4,6 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shards import CURSOR, JOB, RUN, STATE, write_shards
 
 from distroml.reports import ShardFact
 from distroml.runtime.checkpoint.manifest import (
@@ -17,6 +16,7 @@ from distroml.runtime.checkpoint.manifest import (
 )
 from distroml.runtime.checkpoint.shard_file import ShardHeader, parse_safetensors_header
 from distroml.runtime.checkpoint.store import LocalStore
+from tests.runtime.checkpoint.shards import CURSOR, JOB, RUN, STATE, write_shards
 
 sizes = st.dictionaries(st.text(max_size=8), st.integers(0, 10**9), max_size=40)
 

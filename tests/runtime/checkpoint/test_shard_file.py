@@ -5,7 +5,6 @@ import hashlib
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shards import CURSOR, JOB, RUN, STATE, tensor
 
 from distroml.runtime.checkpoint.shard_file import (
     LENGTH,
@@ -15,6 +14,7 @@ from distroml.runtime.checkpoint.shard_file import (
     header_length,
     parse_safetensors_header,
 )
+from tests.runtime.checkpoint.shards import CURSOR, JOB, RUN, STATE, tensor
 
 
 def note(tensors: list[TensorBytes], **changes: object) -> ShardNote:

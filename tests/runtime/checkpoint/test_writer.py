@@ -3,12 +3,11 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from shards import CURSOR, JOB, RUN, STATE, tensor, writer
-
 from distroml.errors import StoreError
 from distroml.runtime.checkpoint.manifest import checkpoint_directory
 from distroml.runtime.checkpoint.store import LocalStore, Stored
 from distroml.runtime.checkpoint.writer import MAX_ATTEMPTS
+from tests.runtime.checkpoint.shards import CURSOR, JOB, RUN, STATE, tensor, writer
 
 DIRECTORY = checkpoint_directory(JOB, RUN, 100)
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from agent_stub import AgentStub
+
+from tests.runtime.worker.agent_stub import AgentStub
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from stub_adapters import Normalised, Regression
 from torch import nn
 
 import distroml
@@ -18,6 +17,7 @@ from distroml.runtime.worker.process_group import RankGroup
 from distroml.runtime.worker.state import StateBlob
 from distroml.runtime.worker.tensor_bytes import as_tensor, buffer_bytes, copy_into
 from distroml.spec import convert_spec
+from tests.runtime.worker.stub_adapters import Normalised, Regression
 
 MODELS = {
     "mlp": {"model": "mlp", "model_options": {"layers": 3}},

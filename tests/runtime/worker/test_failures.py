@@ -9,11 +9,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from agent_stub import AgentStub, StubWorker
-from test_training import finished, spec_of, user_spec
 
 from distroml.model import FailureKind
 from distroml.reports import WorkerFailure
+from tests.runtime.worker.agent_stub import AgentStub, StubWorker
+from tests.runtime.worker.test_training import finished, spec_of, user_spec
 
 
 @pytest.fixture(autouse=True)
@@ -181,8 +181,8 @@ def test_no_worker_outlives_its_forkserver(
     code = f"""
 import os, signal, sys, tempfile
 from pathlib import Path
-from agent_stub import AgentStub
-from test_training import user_spec
+from tests.runtime.worker.agent_stub import AgentStub
+from tests.runtime.worker.test_training import user_spec
 agent = AgentStub(Path(tempfile.mkdtemp(prefix="dml-")))
 workers = agent.start(user_spec("Endless", 2, steps=10**9), "run")
 agent.wait_step(workers[0], 2)

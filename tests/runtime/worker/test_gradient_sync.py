@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from rank_threads import run_ranks
 from torch import nn
 
 from distroml.errors import DistroMLError
@@ -18,6 +17,7 @@ from distroml.runtime.worker.gradient_sync import (
     ordered_sum_small,
 )
 from distroml.runtime.worker.process_group import RankGroup
+from tests.runtime.worker.rank_threads import run_ranks
 
 
 def values_of(rank: int, count: int) -> torch.Tensor:

@@ -5,9 +5,9 @@ from datetime import timedelta
 
 import pytest
 import torch
-from rank_threads import TIMEOUT_S, run_ranks
 
 from distroml.runtime.worker.process_group import CollectiveBroken, RankGroup, RendezvousStore
+from tests.runtime.worker.rank_threads import TIMEOUT_S, run_ranks
 
 
 def test_collectives_are_in_rank_order() -> None:

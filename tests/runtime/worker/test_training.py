@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from agent_stub import AgentStub, StubWorker
 
 from distroml.model import Checkpoint
 from distroml.reports import WorkerPhase
 from distroml.runtime.worker.snapshot import read_checkpoint
 from distroml.spec import JobSpec, convert_spec
+from tests.runtime.worker.agent_stub import AgentStub, StubWorker
 
 
 def spec_of(workers: int = 1, **changes: Any) -> JobSpec:

@@ -1,0 +1,95 @@
+"""The newest report of each node counts, whatever order, whoever sends, whatever the bytes."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from distroml.reports import NodeReport
+from distroml.runtime import observations as module
+from distroml.runtime.observations import Observations
+
+
+class World:
+    def __init__(self) -> None:
+        self.now_s = 100.0
+        self.seen = Observations(name="a", monotonic=lambda: self.now_s)
+
+    def hears(self, name: str, incarnation: int, sequence: int, peer: str = "") -> bool:
+        body = msgspec.msgpack.encode(report(name, incarnation, sequence))
+        return self.seen.receive(peer or name, body) is not None
+
+    def newest(self, name: str) -> tuple[int, int]:
+        found = self.seen.report(name)
+        assert found is not None
+        return found.incarnation, found.sequence
+
+
+def report(name: str, incarnation: int, sequence: int) -> NodeReport:
+    return NodeReport(node=name, incarnation=incarnation, sequence=sequence, at=0.0, slots=1)
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def test_a_newer_report_replaces_an_older_one_and_never_the_other_way(world: World) -> None:
+    assert world.hears("b", 1, 5)
+    assert not world.hears("b", 1, 5), "the same one again"
+    assert not world.hears("b", 1, 4), "one that was overtaken"
+    assert world.hears("b", 2, 1), "the next life counts from 1 again"
+    assert not world.hears("b", 1, 99), "a late word of the former life"
+    assert world.newest("b") == (2, 1)
+
+
+def test_an_old_report_does_not_make_a_node_look_alive(world: World) -> None:
+    world.hears("b", 2, 1)
+    world.now_s += 9
+    world.hears("b", 1, 99)
+    assert world.seen.observations({"b": 2})["b"].last_heard_s == 100.0
+    assert world.seen.age_s("b", world.now_s) == 9.0
+
+
+def test_nobody_speaks_for_another(world: World) -> None:
+    assert not world.hears("b", 1, 1, peer="c")
+    assert world.seen.report("b") is None
+    assert world.seen.refused == 1
+
+
+@pytest.mark.parametrize("body", [b"", b"\xc1", b"\x80", b"\x91" * 100_000, b"\xa1\xff"])
+def test_bytes_that_are_no_report_are_refused_and_counted(world: World, body: bytes) -> None:
+    assert world.seen.receive("b", body) is None
+    assert world.seen.refused == 1
+
+
+def test_the_number_of_nodes_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_NODES", 2)
+    assert [world.hears(name, 1, 1) for name in "bcd"] == [True, True, False]
+    assert world.hears("b", 1, 2), "those known go on"
+
+
+def test_a_connection_is_down_since_it_was_first_seen_so(world: World) -> None:
+    world.seen.link("b", True)
+    world.hears("b", 1, 1)
+    world.now_s = 110.0
+    world.seen.link("b", False)
+    world.now_s = 120.0
+    world.seen.link("b", False)
+    seen = world.seen.observations({"b": 1})["b"]
+    assert (seen.connected, seen.down_since_s) == (False, 110.0)
+    assert not world.seen.view()["b"].connected
+    world.seen.link("b", True)
+    seen = world.seen.observations({"b": 1})["b"]
+    assert (seen.connected, seen.down_since_s) == (True, None)
+
+
+def test_a_node_that_never_spoke_has_its_registered_incarnation(world: World) -> None:
+    seen = world.seen.observations({"b": 7})["b"]
+    assert (seen.incarnation, seen.last_heard_s) == (7, None)
+    assert world.seen.age_s("b", world.now_s) == 0.0
+
+
+def test_a_node_is_connected_to_itself(world: World) -> None:
+    assert world.seen.take(report("a", 1, 1))
+    assert world.seen.view()["a"].connected

@@ -1,0 +1,151 @@
+"""One seed from start to verdict: configuration, faults, quiet, convergence. And shrinking a failure."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+
+import msgspec
+
+from tests.sim.cluster import Cluster, Config
+from tests.sim.faults import Fault, Nemesis, plan
+from tests.sim.workload import Workload
+from tests.sim.world import START_S, Violated
+
+LEADER_WITHIN_S = 6.0
+CONVERGED_WITHIN_S = 25.0
+"""After the last fault; includes back-off of reconnects, idle timeouts and clients' own timeouts."""
+LAST_READS = 5
+SHRINK_RUNS = 120
+Task = tuple[int, int, bool, float]
+"""(seed, nodes, lossy, seconds of faults)"""
+
+
+class Result(msgspec.Struct):
+    """What came of one seed."""
+
+    seed: int
+    config: Config
+    violation: str
+    """Empty if all invariants held."""
+    where: dict[str, str]
+    schedule: list[Fault]
+    fingerprint: int
+    simulated_s: float
+    wall_s: float
+    figures: dict[str, int]
+
+    def __str__(self) -> str:
+        lines = [f"seed {self.seed}, {self.config}", f"  violation: {self.violation or 'none'}"]
+        lines += [f"  {name}: {state}" for name, state in self.where.items()]
+        lines += [f"  {fault}" for fault in self.schedule]
+        return "\n".join(lines)
+
+
+def draw_config(seed: int, nodes: int, *, lossy: bool) -> Config:
+    """Sizes small enough that a minute meets compaction, snapshots and full windows many times."""
+    rng = random.Random(f"{seed}/config")
+    return Config(
+        nodes=nodes,
+        lossy=lossy,
+        compaction_entries=rng.choice((10, 25, 60)),
+        trailing_entries=rng.choice((0, 5, 30)),
+        snapshot_chunk_bytes=rng.choice((512, 2048, 16384)),
+        append_batch_bytes=rng.choice((256, 2048, 65536)),
+        inflight_entries=rng.choice((4, 64)),
+        disk_s=rng.choice((0.0003, 0.003)),
+        rate=rng.choice((5.0, 8.0, 15.0)),
+    )
+
+
+def run(seed: int, config: Config, seconds: float, schedule: list[Fault] | None = None) -> Result:
+    """Runs one seed for `seconds` of faults and what it then needs to come to rest."""
+    schedule = plan(seed, config, seconds) if schedule is None else schedule
+    began = time.perf_counter()
+    collecting = gc.isenabled()
+    gc.disable()  # garbage is collected between runs: that is faster, and its instant cannot matter
+    try:
+        cluster = Cluster(seed, config)
+        workload = Workload(cluster, config.rate)
+        nemesis = Nemesis(cluster, schedule)
+        violation = ""
+        try:
+            _drive(cluster, workload, nemesis, seconds)
+        except Violated as violated:
+            violation = str(violated)
+        world = cluster.world
+        return Result(
+            seed=seed,
+            config=config,
+            violation=violation,
+            where=cluster.describe() if violation else {},
+            schedule=schedule,
+            fingerprint=world.fingerprint,
+            simulated_s=world.now - START_S,
+            wall_s=time.perf_counter() - began,
+            figures={
+                **workload.counts,
+                **cluster.checker.counts,
+                **cluster.counts,
+                **nemesis.counts,
+                "events": world.events,
+                "committed": len(cluster.checker.committed),
+            },
+        )
+    finally:
+        if collecting:
+            gc.enable()
+        gc.collect()
+
+
+def _drive(cluster: Cluster, workload: Workload, nemesis: Nemesis, seconds: float) -> None:
+    world = cluster.world
+    world.run(seconds)
+    nemesis.stop()
+    if not world.run_until(lambda: cluster.leader() is not None, LEADER_WITHIN_S):
+        world.violate(f"no leader {LEADER_WITHIN_S} s after all faults ended")
+    workload.active = False
+    if not world.run_until(lambda: workload.idle and cluster.settled(), CONVERGED_WITHIN_S):
+        world.violate(f"not converged {CONVERGED_WITHIN_S} s after all faults ended")
+        world.run(0)
+    cluster.checker.check_converged()
+    _read_everywhere(cluster, workload)
+
+
+def _read_everywhere(cluster: Cluster, workload: Workload) -> None:
+    """Every node answers a read; on a lossy network it may have to be asked again."""
+    waiting = list(cluster.names)
+    for _ in range(LAST_READS):
+        for name in list(waiting):
+            before = workload.counts["reads"]
+            workload.read(cluster.processes[name])
+            if not cluster.world.run_until(lambda: workload.idle, 4.0):
+                cluster.world.violate("a last read found no answer")
+                cluster.world.run(0)
+            if workload.counts["reads"] > before:
+                waiting.remove(name)
+        if not waiting:
+            return
+    cluster.world.violate(f"{', '.join(waiting)}: no read was answered on a healthy cluster")
+    cluster.world.run(0)
+
+
+def shrink(result: Result, seconds: float) -> Result:
+    """The same failure with fewer faults: halves, then quarters, down to single ones are left out."""
+    best, runs = result, 0
+    size = max(1, len(best.schedule) // 2)
+    while size >= 1 and runs < SHRINK_RUNS:
+        start, smaller = 0, False
+        while start < len(best.schedule) and runs < SHRINK_RUNS:
+            schedule = best.schedule[:start] + best.schedule[start + size :]
+            runs += 1
+            attempt = run(result.seed, result.config, seconds, schedule)
+            if attempt.violation:
+                best, smaller = attempt, True
+            else:
+                start += size
+        if size == 1 and not smaller:
+            break
+        size = max(1, size // 2) if size > 1 or smaller else 0
+    return best
