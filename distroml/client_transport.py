@@ -11,13 +11,13 @@ import importlib
 import os
 import random
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from distroml.errors import UNDECODABLE, ConfigError, DistroMLError
+from distroml.errors import UNDECODABLE, ConfigError, DistroMLError, all_kinds
 from distroml.failover import Attempt, Failover, parse_urls
 
 if TYPE_CHECKING:
@@ -216,16 +216,10 @@ def error_from_problem(status: int, document: Json) -> DistroMLError:
     return kind(str(detail), field=None if field is None else str(field), **extra)
 
 
-def _tree(kind: type[DistroMLError]) -> Iterator[type[DistroMLError]]:
-    yield kind
-    for below in kind.__subclasses__():
-        yield from _tree(below)
-
-
 _PROBLEM_MEMBERS = frozenset({"type", "title", "status", "detail", "field", "instance", "self"})
-_BY_SLUG = {kind.slug: kind for kind in _tree(DistroMLError)}
+_BY_SLUG = {kind.slug: kind for kind in all_kinds()}
 _BY_STATUS: dict[int, type[DistroMLError]] = {
-    kind.status: kind for kind in reversed(list(_tree(DistroMLError))) if kind is not ConfigError
+    kind.status: kind for kind in reversed(list(all_kinds())) if kind is not ConfigError
 }
 
 

@@ -25,6 +25,7 @@ type and HTTP status (RFC 9457) for the API, and to an exit code for the command
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 UNDECODABLE = (ValueError, RecursionError)
@@ -147,3 +148,11 @@ class CorruptCheckpoint(StoreError):
     """Stored bytes do not match the hash recorded when they were written."""
 
     slug, title = "corrupt-checkpoint", "Corrupt checkpoint"
+
+
+def all_kinds(kind: type[DistroMLError] = DistroMLError) -> Iterator[type[DistroMLError]]:
+    """The classes of this module, parents first; other modules refine them under the same slugs."""
+    yield kind
+    for below in kind.__subclasses__():
+        if below.__module__ == __name__:
+            yield from all_kinds(below)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from aiohttp import web
 from distroml import errors
 from distroml.client import AsyncClient, Client
 from distroml.client_transport import error_from_problem
-from distroml.errors import DistroMLError
+from distroml.errors import DistroMLError, all_kinds
 from distroml.failover import DEFAULT_URL
 from distroml.spec import JobSpec
 from tests.fake_nodes import Answer, FakeNode, dies, fake_nodes, problem, says
@@ -105,15 +104,7 @@ async def test_a_write_that_no_node_took_is_plainly_unavailable() -> None:
     assert "no leader" in caught.value.detail
 
 
-def _tree(kind: type[DistroMLError]) -> Iterator[type[DistroMLError]]:
-    """The public tree; other modules refine it for themselves, under the same slugs."""
-    yield kind
-    for below in kind.__subclasses__():
-        if below.__module__ == DistroMLError.__module__:
-            yield from _tree(below)
-
-
-@pytest.mark.parametrize("kind", list(_tree(DistroMLError)), ids=lambda kind: kind.slug)
+@pytest.mark.parametrize("kind", list(all_kinds()), ids=lambda kind: kind.slug)
 def test_every_problem_type_becomes_its_exception(kind: type[DistroMLError]) -> None:
     document = {
         "type": f"/problems/{kind.slug}", "title": kind.title, "status": kind.status,

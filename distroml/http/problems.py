@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -62,15 +62,7 @@ _BY_STATUS: dict[int, Explanation] = {
 }
 
 
-def _tree(kind: type[DistroMLError]) -> Iterator[type[DistroMLError]]:
-    yield kind
-    for below in kind.__subclasses__():
-        yield from _tree(below)
-
-
-ERRORS: dict[str, type[DistroMLError]] = {
-    kind.slug: kind for kind in _tree(DistroMLError) if kind.__module__ == errors.__name__
-}
+ERRORS: dict[str, type[DistroMLError]] = {kind.slug: kind for kind in errors.all_kinds()}
 _HTTP_SLUGS: dict[int, type[DistroMLError]] = {
     kind.status: kind
     for kind in (
