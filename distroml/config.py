@@ -21,12 +21,10 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
-from distroml.consensus.authentication import LinkSecurity
-from distroml.consensus.link_tls import load_link_tls
+from distroml.consensus.authentication import LinkSecurity, load_link_security
 from distroml.consensus.peers import Address
 from distroml.consensus.proposer import MAX_DECISION_BYTES
 from distroml.consensus.raft_types import RaftSettings
-from distroml.credentials import ClusterKeys, load_cluster_keys
 from distroml.errors import ConfigError
 from distroml.runtime.failure_detector import DetectorSettings
 
@@ -259,7 +257,14 @@ def resolve(settings: NodeSettings) -> NodeConfig:
         )
     name, voters, listen = _resolve_peers(settings)
     http = _address(settings.http, "http")
-    security = _link_security(settings, name)
+    security = load_link_security(
+        name=name,
+        cluster_id=settings.cluster_id,
+        cluster_key_file=_path(settings.cluster_key_file),
+        tls_cert=_path(settings.tls_cert),
+        tls_key=_path(settings.tls_key),
+        tls_ca=_path(settings.tls_ca),
+    )
     _check_loopback("listen", listen, settings.insecure or security.authenticates)
     _check_loopback("http", http, settings.insecure)
     return NodeConfig(
@@ -276,27 +281,8 @@ def resolve(settings: NodeSettings) -> NodeConfig:
     )
 
 
-def _link_security(settings: NodeSettings, name: str) -> LinkSecurity:
-    """What peers must prove: the cluster key, a certificate, both, or nothing."""
-    keys = ClusterKeys()
-    if settings.cluster_key_file:
-        keys = load_cluster_keys(Path(settings.cluster_key_file).expanduser())
-    paths = {field: getattr(settings, field) for field in ("tls_cert", "tls_key", "tls_ca")}
-    if not any(paths.values()):
-        return LinkSecurity(keys=keys)
-    for field, path in paths.items():
-        if not path:
-            raise ConfigError(
-                f"{field} is missing: TLS needs tls_cert, tls_key and tls_ca together.", field=field
-            )
-    tls = load_link_tls(
-        certificate=Path(settings.tls_cert).expanduser(),
-        private_key=Path(settings.tls_key).expanduser(),
-        authority=Path(settings.tls_ca).expanduser(),
-        cluster_id=settings.cluster_id,
-        name=name,
-    )
-    return LinkSecurity(keys=keys, tls=tls)
+def _path(value: str) -> Path | None:
+    return Path(value).expanduser() if value else None
 
 
 def _resolve_peers(settings: NodeSettings) -> tuple[str, dict[str, Address], Address | None]:

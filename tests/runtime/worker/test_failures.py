@@ -15,6 +15,9 @@ from distroml.reports import WorkerFailure
 from tests.runtime.worker.agent_stub import AgentStub, StubWorker
 from tests.runtime.worker.test_training import finished, spec_of, user_spec
 
+FIRST = 7
+"""The first checkpoint of a run is never skipped because an earlier one is still being written."""
+
 
 @pytest.fixture(autouse=True)
 def _clean_environment(agent: AgentStub) -> None:
@@ -72,7 +75,7 @@ def test_ranks_that_see_other_data_are_named(agent: AgentStub) -> None:
 def test_a_flipped_byte_in_a_checkpoint_is_reported_as_such(agent: AgentStub) -> None:
     spec = spec_of(2)
     whole = finished(agent.run(spec))
-    checkpoint = agent.commit(whole, 14)
+    checkpoint = agent.commit(whole, FIRST)
     shard = agent.store_dir / checkpoint.directory / "worker_1.safetensors"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
@@ -82,13 +85,13 @@ def test_a_flipped_byte_in_a_checkpoint_is_reported_as_such(agent: AgentStub) ->
     for worker in workers:
         failure = failed(worker)
         assert failure.kind is FailureKind.CORRUPT_CHECKPOINT
-        assert failure.checkpoint_step == 14
+        assert failure.checkpoint_step == FIRST
         assert "worker_1.safetensors" in failure.error
 
 
 def test_a_checkpoint_of_another_model_is_refused(agent: AgentStub) -> None:
     whole = finished(agent.run(spec_of(1)))
-    checkpoint = agent.commit(whole, 14)
+    checkpoint = agent.commit(whole, FIRST)
     other = spec_of(1, model_options={"hidden": 8})
     (worker,) = agent.run(other, run_id=whole[0].plan.run_id, generation=2, checkpoint=checkpoint)
     assert "does not fit the model" in failed(worker).error
