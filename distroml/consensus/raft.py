@@ -394,11 +394,13 @@ class RaftNode:
         self._timer = loop.call_at(at, self._wake.set)
 
     def _publish(self) -> None:
-        status = self.status()
-        facts = (status.role, status.term, status.leader, status.healthy)
+        trouble = self._trouble
+        role = Role.FOLLOWER if trouble or self._core is None else self._core.role
+        facts = (role, self.term, self.leader, not trouble)
         if facts == self._published:
             return
         self._published = facts
+        status = self.status()
         waiters, self._role_waiters = self._role_waiters, []
         for waiter in waiters:
             if not waiter.done():

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 class _Seen:
     """What was last seen of one process."""
 
-    __slots__ = ("applied", "applying", "commit", "led", "snapshot", "term")
+    __slots__ = ("applied", "commit", "led", "restored", "snapshot", "term")
 
     def __init__(self, process: Process) -> None:
         raft = process.core.raft
         self.term, self.commit = raft.term, raft.commit_index
         self.applied = raft.applied_index
-        self.applying: tuple[int, bool] = (0, False)
+        self.restored = 0
         self.led = 0
         self.snapshot: Any = None
 
@@ -130,7 +130,7 @@ class Checker:
 
     def _check_snapshot(self, process: Process, snapshot: Any) -> None:
         """Replicas are deterministic, so snapshots of one index have the same bytes everywhere."""
-        taken = snapshot.index == process.core.raft.applied_index
+        taken = snapshot.index != process.seen.restored
         self.counts["snapshots taken" if taken else "snapshots installed"] += 1
         known = self.snapshots.setdefault(snapshot.index, snapshot.sha256)
         if known != snapshot.sha256:
@@ -194,6 +194,7 @@ class Checker:
         if entry is None:
             if process.seen is not None:
                 process.seen.applied = max(process.seen.applied, outcome.index)
+                process.seen.restored = outcome.index
             return
         known = self.outcomes.get(index)
         if known is not None:

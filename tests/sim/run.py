@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import random
 import time
 
@@ -97,6 +98,13 @@ def run(seed: int, config: Config, seconds: float, schedule: list[Fault] | None 
         if collecting:
             gc.enable()
         gc.collect()
+
+
+def run_task(task: Task) -> Result:
+    """`run` of one task, in a process of its own; what the product logs there is of no interest."""
+    logging.disable(logging.CRITICAL)
+    seed, nodes, lossy, seconds = task
+    return run(seed, draw_config(seed, nodes, lossy=lossy), seconds)
 
 
 def _drive(cluster: Cluster, workload: Workload, nemesis: Nemesis, seconds: float) -> None:

@@ -154,6 +154,7 @@ class _Pipe:
     def __init__(self, streams: Streams, sender: Stream, receiver: Stream) -> None:
         self.streams, self.receiver = streams, receiver
         self.direction = (sender.loop.name, receiver.loop.name)
+        self._mark = hash_of(*self.direction)
         self.broken = False
         self.unread = 0
         self._chunks: deque[bytearray | None] = deque()
@@ -184,8 +185,7 @@ class _Pipe:
             return
         self.unread -= len(chunk)
         if not self.broken and not receiver.gone:
-            source, target = self.direction
-            self.streams.world.note(1, len(chunk), hash_of(source, target))
+            self.streams.world.note(1, len(chunk), self._mark)
             receiver.loop.enter(receiver.receive, bytes(chunk))
 
 
