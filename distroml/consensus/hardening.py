@@ -373,11 +373,15 @@ class HardenedRaft(Elections, Following, Replication, library.SyncObj):  # type:
         except Exception:
             logger.exception("no snapshot could be taken at entry %d", self.applied_index)
             return
-        kept = 0
-        if self.log.payload_bytes < self.settings.compaction_bytes:
-            kept = self.settings.trailing_entries
-        anchor = max(self.log.anchor_index, self.applied_index - kept)
-        self.log.compact(self.snapshot, anchor)
+        self.log.compact(self.snapshot, max(self.log.anchor_index, self._trim_to()))
+
+    def _trim_to(self) -> int:
+        """The last index that followers need no more; all that is applied where the log is too big."""
+        if self.log.payload_bytes >= self.settings.compaction_bytes:
+            return self.applied_index
+        trailing = self.applied_index - self.settings.trailing_entries
+        under_way = self.needed_after_transfers()
+        return trailing if under_way is None else min(trailing, under_way)
 
     _HANDLERS: ClassVar[dict[type, Callable[..., None]]] = {
         PreVote: Elections.on_pre_vote,

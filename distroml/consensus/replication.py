@@ -29,12 +29,12 @@ class Progress:
         self.sent_commit = 0
         self.transfer: OutgoingSnapshot | None = None
 
-    def lose_contact(self) -> None:
+    def lose_contact(self, now: float) -> None:
         self.probing = True
         self.probe_in_flight = False
         self.sent_commit = 0
         if self.transfer is not None:
-            self.transfer.rewind()
+            self.transfer.rewind(now)
 
 
 class Replication(LibraryFields):
@@ -55,7 +55,7 @@ class Replication(LibraryFields):
         `next_index` never falls below what is known to match. Knowing less is always safe.
         """
         if node in self.progress:
-            self.progress[node].lose_contact()
+            self.progress[node].lose_contact(self.now)
             self.match_index[node] = 0
 
     # Hazards P1, P5, L3, S9. The library loops over a clock here, spins while a dump is being
@@ -118,6 +118,7 @@ class Replication(LibraryFields):
                 self.snapshot,
                 self.settings.snapshot_chunk_bytes,
                 self.settings.snapshot_window_chunks,
+                self.now,
             )
         transfer.rewind_if_stalled(self.now)
         sent = False
@@ -126,6 +127,17 @@ class Replication(LibraryFields):
             sent = True
         if due and not sent:
             self.emit(node, transfer.keepalive(self.term))
+
+    def needed_after_transfers(self) -> int | None:
+        """The lowest snapshot index under way: its receiver needs the entries behind it.
+
+        Without this a leader that compacts faster than a snapshot arrives would start the transfer
+        anew with each snapshot, for ever.
+        """
+        if self.role != LEADER:
+            return None
+        transfers = [p.transfer for p in self.progress.values() if p.transfer is not None]
+        return min((t.snapshot.index for t in transfers if t.progressing(self.now)), default=None)
 
     def on_append_reply(self, node: Any, reply: AppendReply) -> None:
         # Hazard S7: an acknowledgement counts only in the term it was given in (Raft, section 5.3),

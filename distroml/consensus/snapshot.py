@@ -23,6 +23,8 @@ _LENGTHS: Final = struct.Struct("<II")
 _MAX_HEADER_BYTES: Final = 64 * 1024
 STALL_S: Final = 0.5
 """Without progress for this long, the chunks in flight are taken for lost and sent again."""
+ABANDONED_S: Final = 5.0
+"""A transfer without progress for this long no longer keeps entries from being compacted."""
 
 
 class Snapshot(msgspec.Struct, frozen=True):
@@ -92,41 +94,52 @@ def decode_file(content: bytes, where: str) -> Snapshot:
 class OutgoingSnapshot:
     """The leader's side of one transfer to one follower: go-back-N with a window of chunks."""
 
-    def __init__(self, snapshot: Snapshot, chunk_bytes: int, window_chunks: int) -> None:
+    def __init__(
+        self, snapshot: Snapshot, chunk_bytes: int, window_chunks: int, now: float
+    ) -> None:
         self.snapshot = snapshot
         self._chunk_bytes = chunk_bytes
-        self._window_bytes = chunk_bytes * window_chunks
+        self._window_chunks = window_chunks
         self._acked = 0
         self._sent = 0
-        self._progress_at: float | None = None
+        self._patient = False
+        self._progress_at = self._rewound_at = now
 
     def acknowledged(self, next_offset: int, now: float) -> None:
         """The follower wants the byte `next_offset` next.
 
-        Where it lost what it had, or refused the whole, sending again waits until the transfer
-        counts as stalled: a follower that can not use the snapshot must not be flooded with it.
+        Wanting the same byte once more means that this chunk is lost; that is believed once until there
+        is progress, for each chunk behind the lost one is answered so. Where the follower lost what it
+        had, or refused the whole, sending again waits until the transfer counts as stalled: a follower
+        that can not use the snapshot must not be flooded with it.
         """
         next_offset = min(next_offset, len(self.snapshot.blob))
-        if next_offset > self._acked:
-            self._progress_at = now
+        repeated, progress = next_offset == self._acked, next_offset > self._acked
         self._acked = next_offset
         self._sent = max(self._sent, next_offset)
+        if progress:
+            self._progress_at, self._patient = now, False
+        elif repeated and not self._patient:
+            self.rewind(now)
+        else:
+            self._patient = True
 
-    def rewind(self) -> None:
+    def progressing(self, now: float) -> bool:
+        """The follower took bytes of it lately."""
+        return now - self._progress_at <= ABANDONED_S
+
+    def rewind(self, now: float) -> None:
         """What was sent and not acknowledged is lost."""
-        self._sent = self._acked
+        self._sent, self._rewound_at, self._patient = self._acked, now, True
 
     def rewind_if_stalled(self, now: float) -> None:
-        if self._progress_at is None:
-            self._progress_at = now
-        if now - self._progress_at > STALL_S:
-            self._progress_at = now
-            self.rewind()
+        if now - max(self._progress_at, self._rewound_at) > STALL_S:
+            self.rewind(now)
 
     def next_chunk(self, term: int) -> SnapshotChunk | None:
         """The next chunk inside the window, or None."""
         blob, start = self.snapshot.blob, self._sent
-        if start >= len(blob) or start - self._acked >= self._window_bytes:
+        if start >= len(blob) or start - self._acked >= self._window_chunks * self._chunk_bytes:
             return None
         data = blob[start : start + self._chunk_bytes]
         self._sent = start + len(data)

@@ -102,6 +102,9 @@ def open_storage(directory: Path, identity: Identity, disk: Disk) -> tuple[Stora
     disk.sync_directory(directory.parent)
     lock = _lock(directory, disk)
     try:
+        # A killed process may have renamed a file without syncing the directory: the new name is seen
+        # now, yet a loss of power would still undo it, and with it all that is about to be appended.
+        disk.sync_directory(directory)
         wal = Wal(directory, identity, disk)
         recovered = _recover(directory, wal, disk)
     except BaseException:
@@ -147,7 +150,7 @@ def _recover(directory: Path, wal: Wal, disk: Disk) -> Recovered:
     joined = join(image, snapshot, str(directory))
     if joined is not image:
         notes.append(f"the log starts anew at snapshot {joined.anchor_index}")
-        wal.rewrite(joined)
+    wal.rewrite(joined)
     return Recovered(joined, snapshot, notes)
 
 

@@ -3,6 +3,8 @@
 A *segment* file is a header, then batches; one batch is what one turn had to make durable, written
 and fdatasynced as a whole. Compaction writes a new segment that starts from the kept window and
 renames it into place, so the highest segment is always complete by itself and older ones are rubbish.
+A start does the same with what it replays: what a killed process wrote may be in the page cache only,
+and after a failed fsync even a later one would not bring those pages to the disk.
 
 Replay tells a crash from damage: batch n+1 is only ever written after batch n was synced. So a bad
 batch with no good batch behind it is an unfinished write that nobody was promised: it is cut off
@@ -61,8 +63,7 @@ class _Header(msgspec.Struct, frozen=True):
 
 class Replayed(msgspec.Struct):
     image: LogImage
-    salt: int
-    next_sequence: int
+    batches: int
     good_bytes: int
     """Length of the valid part of the segment."""
     cut_bytes: int
@@ -124,7 +125,7 @@ def replay(content: bytes, where: str, identity: Identity) -> Replayed:
     later = _later_batch(content, offset + 1, header.salt, sequence)
     if later is not None:
         raise _damage(where, offset, f"batch {sequence} is damaged, yet an intact one follows")
-    return Replayed(image, header.salt, sequence, offset, len(content) - offset)
+    return Replayed(image, sequence, offset, len(content) - offset)
 
 
 def _damage(where: str, offset: int, what: str) -> StorageCorrupt:
@@ -196,7 +197,10 @@ class Wal:
         self._clean = True
 
     def open(self) -> tuple[LogImage, int] | None:
-        """Replays the newest segment: (image, bytes cut off its end), or None if there is none."""
+        """Replays the newest segment: (image, bytes of an unfinished write), or None if there is none.
+
+        `rewrite` must come next: nothing is ever appended to a segment of an earlier process.
+        """
         numbers = [segment_number(name) for name in self._disk.names(self._directory)]
         found = sorted(number for number in numbers if number is not None)
         if not found:
@@ -204,16 +208,11 @@ class Wal:
         self._number = found[-1]
         path = self._path
         replayed = replay(self._disk.read(path), str(path), self._identity)
-        self._salt, self._sequence = replayed.salt, replayed.next_sequence
-        self._good_bytes = replayed.good_bytes
-        # What replayed may sit in the page cache only: a killed process never synced its last batch.
-        self._clean = False
-        self._make_clean()
-        self._remove_older()
         return replayed.image, replayed.cut_bytes
 
     def append(self, records: list[Record]) -> None:
         """Makes one batch durable. After an OSError nothing of it counts; call again to retry."""
+        assert self._sequence > 0, "rewrite comes first"
         self._make_clean()
         content = encode_batch(self._salt, self._sequence, records)
         descriptor = self._open_descriptor()

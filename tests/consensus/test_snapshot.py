@@ -67,7 +67,7 @@ def test_any_changed_byte_or_cut_is_found(blob: bytes, data: st.DataObject) -> N
 def test_a_transfer_arrives_whole_through_loss_and_disorder(blob: bytes, seed: int) -> None:
     rng = random.Random(seed)
     source = snapshot(blob=blob)
-    outgoing = OutgoingSnapshot(source, chunk_bytes=16, window_chunks=3)
+    outgoing = OutgoingSnapshot(source, chunk_bytes=16, window_chunks=3, now=0.0)
     incoming, now, delivered = IncomingSnapshot(), 0.0, None
     for _ in range(400):
         in_flight = [outgoing.keepalive(5)]
@@ -87,7 +87,9 @@ def test_a_transfer_arrives_whole_through_loss_and_disorder(blob: bytes, seed: i
 
 
 def test_the_window_bounds_what_is_in_flight() -> None:
-    outgoing = OutgoingSnapshot(snapshot(blob=bytes(1000)), chunk_bytes=10, window_chunks=4)
+    outgoing = OutgoingSnapshot(
+        snapshot(blob=bytes(1000)), chunk_bytes=10, window_chunks=4, now=0.0
+    )
     assert len(list(iter(lambda: outgoing.next_chunk(1), None))) == 4
     outgoing.acknowledged(20, 0.0)
     assert len(list(iter(lambda: outgoing.next_chunk(1), None))) == 2
@@ -119,10 +121,14 @@ def test_bytes_without_the_announced_hash_are_thrown_away() -> None:
 
 
 def test_a_follower_that_cannot_use_a_snapshot_is_not_flooded_with_it() -> None:
-    outgoing = OutgoingSnapshot(snapshot(blob=bytes(100)), chunk_bytes=10, window_chunks=100)
+    outgoing = OutgoingSnapshot(
+        snapshot(blob=bytes(100)), chunk_bytes=10, window_chunks=100, now=0.0
+    )
     assert len(list(iter(lambda: outgoing.next_chunk(1), None))) == 10
-    outgoing.acknowledged(0, 0.0)
-    assert outgoing.next_chunk(1) is None
+    for sent_again in (10, 0, 0):  # it may have lost the first chunk, once
+        for _ in range(10):
+            outgoing.acknowledged(0, 0.0)
+        assert len(list(iter(lambda: outgoing.next_chunk(1), None))) == sent_again
     outgoing.rewind_if_stalled(0.0)
     outgoing.rewind_if_stalled(STALL_S * 1.1)
     assert outgoing.next_chunk(1) is not None

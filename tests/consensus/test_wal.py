@@ -88,7 +88,7 @@ def test_replay_at_every_cut_gives_exactly_the_whole_batches(batches: list[list[
         replayed = replay(content[:cut], "log", IDENTITY)
         assert replayed.image == images[whole]
         assert (replayed.good_bytes, replayed.cut_bytes) == (ends[whole], cut - ends[whole])
-        assert replayed.next_sequence == whole + 1
+        assert replayed.batches == whole + 1
 
 
 @settings(max_examples=200)
@@ -157,12 +157,9 @@ def test_a_record_that_cannot_follow_is_refused(record: Record) -> None:
 
 def open_wal(directory: Path, disk: RealDisk | None = None) -> tuple[Wal, LogImage, int]:
     wal = Wal(directory, IDENTITY, disk or RealDisk())
-    opened = wal.open()
-    if opened is None:
-        image = blank_image()
-        wal.rewrite(image)
-        return wal, image, 0
-    return wal, *opened
+    image, cut_bytes = wal.open() or (blank_image(), 0)
+    wal.rewrite(image)
+    return wal, image, cut_bytes
 
 
 def entry(index: int, text: bytes = b"x") -> EntryRecord:

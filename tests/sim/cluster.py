@@ -177,13 +177,16 @@ class Cluster:
         return max(leaders, key=lambda process: process.raft.term, default=None)
 
     def settled(self) -> bool:
-        """A leader exists and everything it has is applied on every node."""
+        """A leader exists, all nodes follow it, and everything it has is applied on every node."""
         leader = self.leader()
         if leader is None or len(self.processes) < len(self.names):
             return False
         last = leader.log.last_index
         return all(
-            process.registered and process.raft.applied_index == last and not process.loop.paused
+            process.registered
+            and process.core.leader == leader.name
+            and process.raft.applied_index == last
+            and not process.loop.paused
             for process in self.processes.values()
         )
 

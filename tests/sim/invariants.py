@@ -92,10 +92,8 @@ class Checker:
         if raft.term < seen.term:
             self._fail(f"{process.name}: term went back from {seen.term} to {raft.term}")
         seen.term = raft.term
+        self._check_commit(process, seen)
         commit = raft.commit_index
-        if commit != seen.commit:
-            self._check_commit(process, seen, commit)
-            seen.commit = commit
         if raft.applied_index > commit or commit > log.last_index:
             self._fail(
                 f"{process.name}: applied {raft.applied_index} <= committed {commit} <= "
@@ -136,8 +134,11 @@ class Checker:
         if known != snapshot.sha256:
             self._fail(f"{process.name}: its snapshot of {snapshot.index} differs from another's")
 
-    def _check_commit(self, process: Process, seen: _Seen, commit: int) -> None:
+    def _check_commit(self, process: Process, seen: _Seen) -> None:
         raft, log = process.core.raft, process.log
+        commit = raft.commit_index
+        if commit == seen.commit:
+            return
         if commit < seen.commit:
             self._fail(f"{process.name}: commit went back from {seen.commit} to {commit}")
         entries, anchor, term_now = log.entries, log.anchor_index, raft.term
@@ -150,6 +151,7 @@ class Checker:
                     f"state machine safety: {process.name} committed {index}/{term}, "
                     f"another had committed {index}/{known[1]}"
                 )
+        seen.commit = commit
 
     def _check_leader(self, process: Process) -> None:
         raft, log = process.core.raft, process.log
@@ -179,6 +181,7 @@ class Checker:
             self._fail(f"state machine safety: {process.name} applies another entry at {index}")
         if seen is None:
             return
+        self._check_commit(process, seen)  # now: this very turn may trim the entry from the log
         restored = max(seen.applied, process.replica.state.index)
         if index <= restored:
             self._fail(f"{process.name} applies {index} again after {restored}")
