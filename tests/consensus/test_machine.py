@@ -266,6 +266,13 @@ class TestExactlyOnce:
         assert log.entry(c.Entry("a", 1, 1, 1, 0.0, submit("job-1"))).outcome.error
         assert log.state.jobs == {}
 
+    def test_a_proposal_of_an_earlier_life_has_no_effect_however_late_it_comes(self) -> None:
+        log = Log()
+        log.entry(c.Entry("a", 2, 1, 1, 0.0, node("a", incarnation=2)))
+        late = log.entry(c.Entry("a", 1, 99, 99, 0.0, submit("job-1")))
+        assert late.outcome.error == "stale-proposer"
+        assert log.state.jobs == {}
+
     def test_memory_of_results_is_bounded(self) -> None:
         log = Log()
         for sequence in range(1, state.MAX_OUTSTANDING + 50):
