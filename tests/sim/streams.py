@@ -208,9 +208,11 @@ class Stream(asyncio.Transport):
         self._told = False
 
     def open(self, factory: Callable[[], Any]) -> None:
-        if not self.gone:
-            self.protocol = factory()
-            self.protocol.connection_made(self)
+        """The connection is there; it may have ended already, which the protocol then hears next."""
+        self.protocol = factory()
+        self.protocol.connection_made(self)
+        if self.gone:
+            self._lose(None)
 
     def receive(self, data: bytes) -> None:
         if not self.gone and self.protocol is not None:
