@@ -201,6 +201,16 @@ class AsyncClient:
         """Who leads: ``{"leader": name or None, "term": ...}``."""
         return await self._transport.call("GET", "/api/cluster/leader")
 
+    async def transfer_leadership(self, node: str | None = None) -> Json:
+        """Hand leadership to ``node``, by default to any other voter; answers like ``leader``.
+
+        Raises:
+            NotFound: there is no such node.
+            Conflict: it does not vote, or did not take over in time.
+        """
+        body = msgspec.json.encode({"node": node})
+        return await self._transport.call("POST", "/api/cluster/leader", body=body)
+
     async def health(self) -> Json:
         """Health of the node that answers."""
         return await self._transport.call("GET", "/health")
@@ -339,6 +349,10 @@ class Client:
     def leader(self) -> Json:
         """See ``AsyncClient.leader``."""
         return self._run(self._client.leader())
+
+    def transfer_leadership(self, node: str | None = None) -> Json:
+        """See ``AsyncClient.transfer_leadership``."""
+        return self._run(self._client.transfer_leadership(node))
 
     def health(self) -> Json:
         """See ``AsyncClient.health``."""

@@ -21,7 +21,7 @@ from distroml.consensus.raft import RaftNode
 from distroml.consensus.raft_types import NotLeader, RaftStatus
 from distroml.consensus.replica import Replica
 from distroml.consensus.state import ClusterState
-from distroml.errors import InvalidRequest, Unavailable
+from distroml.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from distroml.http.job_events import JobEvents
 from distroml.http.limits import HttpSettings
 from distroml.http.services import Counter, HistoryBatch, LogLine, MetricPoint, Series
@@ -207,6 +207,28 @@ class NodeServices:
                 "No leader with a majority could confirm that this read is up to date; try again, "
                 "or read with consistency=local."
             ) from None
+
+    async def transfer_leadership(self, target: str | None, timeout_s: float) -> str:
+        raft = self._parts.raft
+        if target is not None and target not in raft.voters:
+            if target in self.state().nodes:
+                raise Conflict(
+                    f"Node '{target}' does not vote, so it cannot lead; the voters are "
+                    f"{', '.join(raft.voters)}.",
+                    field="node",
+                )
+            raise NotFound(f"There is no node '{target}'.", field="node")
+        try:
+            leader = await raft.transfer_leadership(target, timeout_s)
+        except NotLeader:
+            raise Unavailable("Nobody leads now; leadership cannot be handed over.") from None
+        if leader is None:
+            who = f"Node '{target}'" if target else "No other node"
+            raise Conflict(
+                f"{who} did not take over within {timeout_s:g} s (it is down, cut off or far behind); "
+                f"'{raft.leader or 'nobody'}' leads on."
+            )
+        return leader
 
     def caught_up(self) -> bool:
         """True from the moment on that this node applied its own registration: all that was acknowledged

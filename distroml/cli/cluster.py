@@ -47,6 +47,26 @@ def cluster(*, ctx: Ctx) -> int:
     return 0
 
 
+def leader(node: str | None = None, /, *, ctx: Ctx) -> int:
+    """Show the leader, or hand leadership to another node.
+
+    Args:
+        node: voter that shall lead from now on; training goes on meanwhile.
+    """
+    if node is None:
+        answer = ctx.run(AsyncClient.leader)
+    else:
+        answer = ctx.run(lambda client: client.transfer_leadership(node))
+    if ctx.json:
+        print_json(answer)
+        return 0
+    console().print(
+        f"{answer['leader'] or 'none (an election runs)'}, term {answer['term']}"
+        + (f", {answer['url']}" if answer["url"] else "")
+    )
+    return 0
+
+
 def print_nodes(page: Json) -> None:
     """The table of nodes."""
     print_table(

@@ -63,6 +63,7 @@ _COMMANDS = {
     "jobs:rm": "Forget a finished job.",
     "cluster:nodes": "List the nodes and what each offers.",
     "cluster:cluster": "Show the leader, the nodes and how much is in use.",
+    "cluster:leader": "Show the leader, or hand leadership to another node.",
     "specdoc:spec": "Show the fields of a job specification with defaults and ranges.",
     "certs:certs": "Make and show a cluster's certificates and keys.",
 }

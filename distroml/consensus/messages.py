@@ -120,6 +120,12 @@ class ReadReply(msgspec.Struct, frozen=True, array_like=True, tag=13):
     index: Number
 
 
+class TransferRequest(msgspec.Struct, frozen=True, array_like=True, tag=14):
+    """Another voter asks the leader to hand leadership to `target`, or to whom it likes."""
+
+    target: str | None
+
+
 Message = (
     PreVote
     | VoteReply
@@ -134,6 +140,7 @@ Message = (
     | ReadEcho
     | ReadRequest
     | ReadReply
+    | TransferRequest
 )
 
 _encoder = msgspec.msgpack.Encoder()

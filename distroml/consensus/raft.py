@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Final
 
 from distroml.consensus.disk import Disk, RealDisk
+from distroml.consensus.handover import Handover
 from distroml.consensus.messages import BadMessage, decode, encode
 from distroml.consensus.peers import Channel, PeerLinks
-from distroml.consensus.raft_core import RaftCore, Turn
+from distroml.consensus.raft_core import TRANSFER_LIMIT_S, RaftCore, Turn
 from distroml.consensus.raft_types import (
     NotLeader,
     Overloaded,
@@ -98,7 +99,7 @@ class RaftNode:
         self._stopping = asyncio.Event()
         self._reads = ReadBarriers()
         self._role_handlers: list[Callable[[RaftStatus], None]] = []
-        self._role_waiters: list[asyncio.Future[None]] = []
+        self._handover = Handover(self, links, self._post)
         self._published: tuple[object, ...] = ()
         self._failure = ""
         self.notes: list[str] = []
@@ -166,6 +167,11 @@ class RaftNode:
     @property
     def leader(self) -> str | None:
         return None if self._core is None or self._trouble else self._core.leader
+
+    @property
+    def voters(self) -> tuple[str, ...]:
+        """Who elects, this node or not; fixed."""
+        return self._voters
 
     @property
     def term(self) -> int:
@@ -261,42 +267,14 @@ class RaftNode:
                 self._post(partial(self._core.cancel_read, token))
 
     async def transfer_leadership(
-        self, target: str | None = None, timeout_s: float = 2.0
+        self, target: str | None = None, timeout_s: float = TRANSFER_LIMIT_S
     ) -> str | None:
-        """Hands leadership to `target`, by default to the most advanced connected voter.
+        """Has leadership handed to `target`, by default to the most advanced connected voter.
 
-        Nothing is accepted meanwhile. Returns the new leader, or None if the transfer did not happen
-        in time; this node then leads on. Raises NotLeader.
+        Any node may ask; the leader accepts nothing meanwhile. Returns the new leader, or None if it did
+        not change in time: the old one then leads on. Raises NotLeader where no leader is known.
         """
-        core = self.core
-        if not self.is_leader:
-            raise NotLeader(self.leader)
-        chosen: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
-
-        def begin() -> None:
-            try:
-                successor = core.transfer(target)
-            except NotLeader:
-                successor = None
-            if not chosen.done():
-                chosen.set_result(successor)
-
-        self._post(begin)
-        try:
-            async with asyncio.timeout(timeout_s):
-                if await chosen is None:
-                    return None
-                while core.role is Role.LEADER or self.leader in (None, self.name):
-                    await self._role_change()
-                return self.leader
-        except TimeoutError:
-            self._post(core.cancel_transfer)
-            return None
-
-    async def _role_change(self) -> None:
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._role_waiters.append(waiter)
-        await waiter
+        return await self._handover.run(target, timeout_s)
 
     # ------------------------------------------------------------------ inputs
 
@@ -401,10 +379,7 @@ class RaftNode:
             return
         self._published = facts
         status = self.status()
-        waiters, self._role_waiters = self._role_waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+        self._handover.on_role_change()
         for handler in self._role_handlers:
             try:
                 handler(status)

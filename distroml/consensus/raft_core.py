@@ -25,6 +25,7 @@ from distroml.consensus.messages import (
     ReadReply,
     ReadRequest,
     TimeoutNow,
+    TransferRequest,
 )
 from distroml.consensus.raft_log import DiskOp
 from distroml.consensus.raft_types import (
@@ -38,6 +39,8 @@ from distroml.consensus.storage import Recovered
 
 MAX_READS: Final = 4_096
 """Reads that wait for confirmation on one node, its followers' included."""
+TRANSFER_LIMIT_S: Final = 2.0
+"""A successor that does not take over within this time is given up; nothing is accepted meanwhile."""
 _ROLES: Final = {FOLLOWER: Role.FOLLOWER, CANDIDATE: Role.CANDIDATE, LEADER: Role.LEADER}
 
 
@@ -97,6 +100,7 @@ class RaftCore:
         self._probe_at = float("-inf")
         self._successor: str | None = None
         self._successor_told = False
+        self._successor_until = 0.0
 
     # ------------------------------------------------------------------ facts
 
@@ -127,6 +131,9 @@ class RaftCore:
                     self.raft.refused += 1
                     return
                 self._receive_read(peer, message)
+            case TransferRequest(target=target):
+                if peer in self.raft.voters and self.raft.role == LEADER and not self.handing_over:
+                    self.transfer(target)
             case _:
                 self.raft.receive(peer, message)
 
@@ -178,6 +185,7 @@ class RaftCore:
             return None
         best = max(connected, key=lambda node: raft.match_index[node])
         self._successor, self._successor_told = str(best.id), False
+        self._successor_until = raft.now + TRANSFER_LIMIT_S
         raft.send_needed = True
         return self._successor
 
@@ -310,7 +318,12 @@ class RaftCore:
     def _advance_transfer(self) -> None:
         """Raft dissertation, 3.10: once the successor has the whole log, it may campaign at once."""
         raft = self.raft
-        if self._successor is None or self._successor_told:
+        if self._successor is None:
+            return
+        if raft.now > self._successor_until:
+            self._successor = None
+            return
+        if self._successor_told:
             return
         node = raft.nodes[self._successor]
         if raft.match_index[node] == raft.log.last_index and node in raft.connected:

@@ -168,6 +168,16 @@ class Services(Protocol):
         """
         ...
 
+    async def transfer_leadership(self, target: str | None, timeout_s: float) -> str:
+        """Have leadership handed to ``target`` (None: to the most advanced voter); who leads then.
+
+        Raises:
+            NotFound: there is no such node.
+            Conflict: it cannot lead, or did not take over in time; the old leader leads on.
+            Unavailable: nobody leads now.
+        """
+        ...
+
     def caught_up(self) -> bool:
         """False after a start, until all that was acknowledged before is part of ``state``; then always true."""
         ...

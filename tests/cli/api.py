@@ -53,6 +53,9 @@ class Api:
                     return _missing(job_id)
                 return await self._job(request, self.jobs[job_id], more)
             case "cluster", [part]:
+                if request.method == "POST":
+                    wanted = (await request.json())["node"]
+                    return web.json_response({"leader": wanted, "term": 5, "url": None})
                 return web.json_response(_CLUSTER[part])
         return _missing(request.path)
 
@@ -114,6 +117,6 @@ _NODE = {
 }  # fmt: skip
 _CLUSTER: dict[str, dict[str, Any]] = {
     "nodes": {"nodes": [_NODE]},
-    "leader": {"leader": "a", "term": 4},
+    "leader": {"leader": "a", "term": 4, "url": "http://a:1"},
     "resources": {"slots": {"total": 2, "used": 1, "free": 1}, "jobs": {"RUNNING": 1}, "nodes": []},
 }

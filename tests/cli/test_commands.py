@@ -37,6 +37,8 @@ def lines(text: str) -> list[object]:
         (["incidents", "job-1"], ["worker 2 exited by SIGKILL", "200.25", "1 → 2"]),
         (["nodes"], ["leader", "1/2", "http://a:1", "12%"]),
         (["cluster"], ["a, term 4", "1 of 1 alive", "1 of 2 in use", "1 RUNNING"]),
+        (["leader"], ["a, term 4, http://a:1"]),
+        (["leader", "b"], ["b, term 5"]),
         (["cancel", "job-1"], ["job-1 (alpha) is cancelled"]),
         (["stop", "job-1"], ["job-1 (alpha) stops"]),
     ],

@@ -25,7 +25,7 @@ from distroml.commands import (
 )
 from distroml.consensus.replica import Replica
 from distroml.consensus.state import ClusterState
-from distroml.errors import InvalidSpec, Unavailable
+from distroml.errors import InvalidSpec, NotFound, Unavailable
 from distroml.http.app import HttpServer
 from distroml.http.job_events import JobEvents
 from distroml.http.limits import HttpSettings
@@ -161,6 +161,12 @@ class MemoryNode:
         self.barriers += 1
         if self.raft_view.leader is None:
             raise Unavailable("no leader confirmed the read")
+
+    async def transfer_leadership(self, target: str | None, timeout_s: float) -> str:
+        if target not in (None, "a", "b"):
+            raise NotFound(f"There is no node '{target}'.", field="node")
+        self.raft_view = replace(self.raft_view, leader=target or "b")
+        return target or "b"
 
     def caught_up(self) -> bool:
         return self.knows_all

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import msgspec
 from aiohttp import web
+from msgspec import Struct
 
+from distroml.errors import (
+    UNDECODABLE,
+    BodyTooLarge,
+    Conflict,
+    InvalidRequest,
+    NotFound,
+    Unavailable,
+    UnsupportedMedia,
+)
 from distroml.http import cluster_views as views
-from distroml.http.limits import Read
+from distroml.http import limits
+from distroml.http.limits import Query, Read
 from distroml.http.table import Answer, Call, Route, json_response
 
 
@@ -33,7 +45,27 @@ async def get_leader(call: Call, query: Read) -> web.StreamResponse:
     return json_response(views.leader_view(services.state(), services.raft(), services.name))
 
 
-ROUTES = tuple(
+class LeaderRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """Who shall lead."""
+
+    node: str | None = None
+    """Null: any other voter; the leader takes the one that knows most."""
+
+
+async def post_leader(call: Call, query: Query) -> web.StreamResponse:
+    """Hand leadership over; asking for the node that leads already changes nothing."""
+    body = await limits.read_body(call.request, call.settings)
+    try:
+        wish = msgspec.json.decode(body or b"{}", type=LeaderRequest)
+    except UNDECODABLE as error:
+        raise InvalidRequest(
+            f'The body is not {{"node": "name"}}: {error}.', field="node"
+        ) from None
+    await call.services.transfer_leadership(wish.node, call.settings.write_timeout_s)
+    return await get_leader(call, Read())
+
+
+_READS = tuple(
     Route(
         method="GET",
         path=f"/api/cluster/{noun}",
@@ -50,4 +82,19 @@ ROUTES = tuple(
         ("nodes", "All nodes, their status and last heartbeat", get_nodes, views.NodeList),
         ("leader", "The leader, its term and address", get_leader, views.LeaderView),
     )
+)
+
+ROUTES = (
+    *_READS,
+    Route(
+        method="POST",
+        path="/api/cluster/leader",
+        name="transferLeadership",
+        summary="Hand leadership to another voter, at any node",
+        tag="cluster",
+        handler=post_leader,
+        body=LeaderRequest,
+        answers=(Answer(200, "The leader, its term and address", views.LeaderView),),
+        errors=(NotFound, Conflict, Unavailable, BodyTooLarge, UnsupportedMedia),
+    ),
 )
