@@ -53,10 +53,25 @@ class NodeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             "--listen, host:port,...; empty: a complete one-node cluster"
         ),
     ] = ""
+    join: Annotated[
+        str,
+        Meta(
+            description="instead of --peers: the voters, in the same notation; this node follows them as a "
+            "learner: it serves and runs workers, but never votes"
+        ),
+    ] = ""
     listen: Annotated[
         str,
         Meta(
-            description="host:port for the other nodes (default: this node's own entry in --peers)"
+            description="host:port for the other nodes (default: this node's own entry in --peers; "
+            "needed with --join)"
+        ),
+    ] = ""
+    advertise: Annotated[
+        str,
+        Meta(
+            description="host:port at which the voters reach this learner (default: --listen; needed where "
+            "that is a wildcard)"
         ),
     ] = ""
     http: Annotated[str, Meta(description="host:port of the API and dashboard")] = "127.0.0.1:8101"
@@ -134,7 +149,9 @@ class NodeConfig(Struct, frozen=True, kw_only=True):
 
     name: str
     voters: dict[str, Address]
-    """All voters by name, this node included; one entry for a one-node cluster."""
+    """All voters by name, this node included unless it is a learner; one entry for a one-node cluster."""
+    advertise: Address | None
+    """Where the voters reach this learner; None: this node is a voter."""
     listen: Address | None
     """None: no other nodes, nothing listens for them."""
     http: Address
@@ -151,7 +168,7 @@ class NodeConfig(Struct, frozen=True, kw_only=True):
 
         The one in ``peers``: ``listen`` may be a wildcard such as 0.0.0.0, which leads nowhere from elsewhere.
         """
-        return self.voters[self.name].host
+        return (self.advertise or self.voters[self.name]).host
 
 
 def raft_settings(settings: NodeSettings) -> RaftSettings:
@@ -255,7 +272,9 @@ def resolve(settings: NodeSettings) -> NodeConfig:
             f"node_timeout_ms ({settings.node_timeout_ms}), or a late report makes a node lost.",
             field="report_interval_ms",
         )
-    name, voters, listen = _resolve_peers(settings)
+    resolved = _resolve_learner(settings) if settings.join else _resolve_peers(settings)
+    name, voters, listen, advertise = resolved
+    own = advertise or voters[name]
     http = _address(settings.http, "http")
     security = load_link_security(
         name=name,
@@ -270,9 +289,10 @@ def resolve(settings: NodeSettings) -> NodeConfig:
     return NodeConfig(
         name=name,
         voters=voters,
+        advertise=advertise,
         listen=listen,
         http=http,
-        http_url=settings.http_url or f"http://{_reachable(http, voters[name].host)}",
+        http_url=settings.http_url or f"http://{_reachable(http, own.host)}",
         data_dir=_directory(settings.data_dir or _HOME / name.replace(":", "_"), "data_dir"),
         store_dir=_directory(settings.store_dir or _HOME / "store", "store_dir"),
         slots=settings.slots if settings.slots >= 0 else os.cpu_count() or 1,
@@ -285,36 +305,87 @@ def _path(value: str) -> Path | None:
     return Path(value).expanduser() if value else None
 
 
-def _resolve_peers(settings: NodeSettings) -> tuple[str, dict[str, Address], Address | None]:
-    entries = [entry.strip() for entry in settings.peers.split(",") if entry.strip()]
-    if not entries:
+_Resolved = tuple[str, dict[str, Address], Address | None, Address | None]
+"""Name, voters, where to listen, and where the voters reach a learner."""
+
+
+def _resolve_peers(settings: NodeSettings) -> _Resolved:
+    if settings.advertise:
+        raise ConfigError(
+            "advertise is for learners (--join); a voter is reached at its entry in peers.",
+            field="advertise",
+        )
+    voters, named = _voters(settings.peers, "peers")
+    if not voters:
         name = _checked_name(settings.name or socket.gethostname().split(".")[0] or "node")
         if settings.listen:
             raise ConfigError(
                 "listen is for other nodes, but peers names none; leave it out for a one-node cluster.",
                 field="listen",
             )
-        return name, {name: Address("127.0.0.1", 0)}, None
+        return name, {name: Address("127.0.0.1", 0)}, None, None
+    me = _own_name(settings, voters, named=named)
+    _check_number(voters, "peers")
+    listen = _address(settings.listen, "listen") if settings.listen else voters[me]
+    return me, dict(sorted(voters.items())), listen, None
+
+
+def _resolve_learner(settings: NodeSettings) -> _Resolved:
+    if settings.peers:
+        raise ConfigError(
+            "peers makes a node a voter and join makes it a learner; set one of them.", field="join"
+        )
+    voters, _ = _voters(settings.join, "join")
+    _check_number(voters, "join")
+    if not settings.listen:
+        raise ConfigError(
+            "join needs --listen host:port: the voters connect back to a learner.", field="listen"
+        )
+    listen = _address(settings.listen, "listen")
+    advertise = _address(settings.advertise, "advertise") if settings.advertise else listen
+    if _reachable(advertise, "") != advertise:
+        raise ConfigError(
+            f"{advertise} is a wildcard, which leads nowhere from elsewhere; set --advertise to an "
+            "address at which the voters reach this node.",
+            field="advertise",
+        )
+    name = _checked_name(settings.name or socket.gethostname().split(".")[0] or "node")
+    if name in voters or advertise in voters.values():
+        raise ConfigError(
+            f"'{name}' at {advertise} is one of the voters that join lists; a voter is started with "
+            "--peers, and a learner needs a name and an address of its own.",
+            field="name" if name in voters else "listen",
+        )
+    return name, dict(sorted(voters.items())), listen, advertise
+
+
+def _voters(text: str, field: str) -> tuple[dict[str, Address], bool]:
+    """Addresses by name, and whether the names are given rather than made of the addresses."""
+    entries = [entry.strip() for entry in text.split(",") if entry.strip()]
     named = ["=" in entry for entry in entries]
     if any(named) and not all(named):
         raise ConfigError(
-            "peers mixes name=host:port and host:port entries; use one form for all.", field="peers"
+            f"{field} mixes name=host:port and host:port entries; use one form for all.",
+            field=field,
         )
     voters: dict[str, Address] = {}
     for entry in entries:
         name, _, address = entry.rpartition("=")
-        parsed = _address(address, "peers")
+        parsed = _address(address, field)
         name = _checked_name(name or str(parsed))
         if name in voters or parsed in voters.values():
-            raise ConfigError(f"peers lists '{entry}' twice.", field="peers")
+            raise ConfigError(f"{field} lists '{entry}' twice.", field=field)
         voters[name] = parsed
-    me = _own_name(settings, voters, named=all(named))
+    return voters, all(named)
+
+
+def _check_number(voters: dict[str, Address], field: str) -> None:
     if len(voters) > MAX_VOTERS:
         raise ConfigError(
-            f"peers lists {len(voters)} voters; at most {MAX_VOTERS} can vote.", field="peers"
+            f"{field} lists {len(voters)} voters; at most {MAX_VOTERS} can vote. Further hosts join "
+            "as learners (--join).",
+            field=field,
         )
-    listen = _address(settings.listen, "listen") if settings.listen else voters[me]
-    return me, dict(sorted(voters.items())), listen
 
 
 def _own_name(settings: NodeSettings, voters: dict[str, Address], *, named: bool) -> str:

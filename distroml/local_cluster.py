@@ -33,8 +33,12 @@ _PORTS = range(20_000, 32_000)
 class LocalNode:
     """One node's process, its addresses and its files; survives restarts of the process."""
 
-    def __init__(self, name: str, directory: Path, arguments: list[str], http: str) -> None:
+    def __init__(
+        self, name: str, directory: Path, arguments: list[str], http: str, peer_address: str
+    ) -> None:
         self.name = name
+        self.peer_address = peer_address
+        """Where other nodes reach it."""
         self.data_dir = directory / name
         self.log_path = directory / f"{name}.log"
         self.url = f"http://{http}"
@@ -109,7 +113,8 @@ class LocalCluster:
     """``async with LocalCluster(directory, nodes=3, slots=2) as cluster: ...``
 
     Args:
-        slots: of each node, or one number per node.
+        slots: of each node, or one number per node, learners last.
+        learners: further nodes that join the voters; named l1, l2, …
         arguments: further flags of every node.
     """
 
@@ -118,6 +123,7 @@ class LocalCluster:
         directory: Path,
         *,
         nodes: int = 3,
+        learners: int = 0,
         slots: int | Iterable[int] = 2,
         arguments: Iterable[str] = (),
         environ: Mapping[str, str] | None = None,
@@ -126,20 +132,24 @@ class LocalCluster:
         self.directory = directory
         self.store_dir = directory / "store"
         self._environ = {**os.environ, "OMP_NUM_THREADS": "1", **(environ or {})}
-        names = [chr(ord("a") + number) for number in range(nodes)]
-        every = [slots] * nodes if isinstance(slots, int) else list(slots)
-        ports = free_ports(2 * nodes)
-        peers = ",".join(
-            f"{n}=127.0.0.1:{port}" for n, port in zip(names, ports[:nodes], strict=True)
-        )
+        voters = [chr(ord("a") + number) for number in range(nodes)]
+        names = voters + [f"l{number + 1}" for number in range(learners)]
+        every = [slots] * len(names) if isinstance(slots, int) else list(slots)
+        ports = free_ports(2 * len(names))
+        addresses = [f"127.0.0.1:{port}" for port in ports[: len(names)]]
+        peers = ",".join(f"{n}={at}" for n, at in zip(voters, addresses, strict=False))
         self.nodes: dict[str, LocalNode] = {}
-        for name, http_port, own in zip(names, ports[nodes:], every, strict=True):
+        for name, at, http_port, own in zip(
+            names, addresses, ports[len(names) :], every, strict=True
+        ):
             http = f"127.0.0.1:{http_port}"
             flags = ["--name", name, "--http", http, "--slots", str(own)]
             flags += ["--data-dir", str(directory / name), "--store-dir", str(self.store_dir)]
-            if nodes > 1:
+            if name not in voters:
+                flags += ["--join", peers, "--listen", at]
+            elif len(names) > 1:
                 flags += ["--peers", peers]
-            self.nodes[name] = LocalNode(name, directory, [*flags, *arguments], http)
+            self.nodes[name] = LocalNode(name, directory, [*flags, *arguments], http, at)
 
     @property
     def urls(self) -> list[str]:

@@ -49,6 +49,7 @@ from distroml.runtime.facts import ReconcilerSettings
 from distroml.runtime.history_sink import HistoryWriter
 from distroml.runtime.identity import DataDirectory, unusable
 from distroml.runtime.observations import Observations
+from distroml.runtime.report_relay import ReportRelay
 from distroml.runtime.reporter import Reporter, ReporterSources
 from distroml.runtime.store.history import HistoryStore
 from distroml.runtime.store.replication import HistoryReplicator
@@ -90,6 +91,7 @@ class Node:
         self.incarnation = incarnation
         settings = config.settings
         others = {name: at for name, at in config.voters.items() if name != config.name}
+        learns = config.advertise is not None
         self.links = PeerLinks(
             name=config.name,
             incarnation=incarnation,
@@ -97,6 +99,7 @@ class Node:
             security=config.security,
             listen=config.listen or Address("127.0.0.1", 0),
             peers=others,
+            advertise=config.advertise,
         )
         self.replica = Replica()
         self.raft = RaftNode(
@@ -114,7 +117,17 @@ class Node:
             links=self.links,
             refusal=(NotLeader, Overloaded, EntryTooLarge),
         )
-        self.observations = Observations(name=config.name, monotonic=time.monotonic)
+        self.observations = Observations(
+            name=config.name,
+            monotonic=time.monotonic,
+            relays=frozenset(others) if learns else frozenset(),
+        )
+        self.relay = ReportRelay(
+            links=self.links,
+            learners=lambda: [name for name in self.links.peers if name in self.links.learners],
+            leads=lambda: self.raft.is_leader,
+            monotonic=time.monotonic,
+        )
         self.history = HistoryStore(
             config.data_dir / "history",
             active=lambda: {job.job_id for job in self.replica.state.active_jobs()},
@@ -124,7 +137,7 @@ class Node:
             config.name,
             self.history,
             self.links,
-            peers=lambda: others.keys(),
+            peers=self.links.peers.keys,
             known_jobs=lambda: self.replica.state.jobs.keys(),
         )
         self.supervisor = Supervisor(
@@ -143,7 +156,7 @@ class Node:
             node=config.name,
             incarnation=incarnation,
             slots=config.slots,
-            peers=others,
+            peers=self.links.peers.keys,
             links=self.links,
             sources=ReporterSources(
                 workers=self.supervisor.facts,
@@ -299,6 +312,8 @@ class Node:
                     _log.info("not registered yet: %s", told or "no answer from the leader")
                 await asyncio.sleep(REGISTER_PAUSE_S)
                 continue
+            if outcome.error == TooManyRequests.slug:
+                raise ConfigError(f"The cluster does not take this node in: {outcome.detail}")
             if outcome.error:
                 raise Reincarnate(max(self._known_incarnation(), self.incarnation) + 1)
             self.registered = self.proposer.registered = True
@@ -389,6 +404,7 @@ class Node:
     def _take_report(self, peer: str, body: bytes) -> None:
         report = self.observations.receive(peer, body)
         if report is not None:
+            self.relay.take(report, body)
             self.supervisor.take_peer_report(report)
             self.coordinator.kick()
 

@@ -74,6 +74,17 @@ def test_every_setting_is_a_flag_a_variable_and_a_key(tmp_path: Path) -> None:
         (["--peers", THREE], "name", "not in peers (a, b, c)"),
         (["--peers", f"{THREE},d=127.0.0.1:7101", "--name", "a"], "peers", "twice"),
         (["--peers", f"{THREE},127.0.0.1:9", "--name", "a"], "peers", "one form for all"),
+        (["--peers", THREE, "--name", "a", "--join", THREE], "join", "set one of them"),
+        (["--peers", THREE, "--name", "a", "--advertise", "h:1"], "advertise", "for learners"),
+        (["--join", THREE, "--name", "d"], "listen", "connect back"),
+        (["--join", THREE, "--name", "a", "--listen", "127.0.0.1:9"], "name", "one of the voters"),
+        (["--join", THREE, "--name", "d", "--listen", "127.0.0.1:7101"], "listen", "of its own"),
+        (
+            ["--join", THREE, "--name", "d", "--listen", "0.0.0.0:9", "--insecure"],
+            "advertise",
+            "wildcard",
+        ),
+        (["--join", "nowhere", "--name", "d", "--listen", "127.0.0.1:9"], "join", "host:port"),
         (["--peers", "127.0.0.1:1,127.0.0.1:2"], "listen", "--listen"),
         (["--peers", "a=nowhere", "--name", "a"], "peers", "host:port"),
         (["--peers", "a=127.0.0.1:0", "--name", "a"], "peers", "no fixed port"),
@@ -153,6 +164,14 @@ def test_peers_without_names_are_named_by_their_address() -> None:
         assert set(made.voters) == {own, "localhost:7102"}
         assert made.host == host
         assert ":" not in made.data_dir.name
+
+
+def test_a_learner_is_reached_where_it_says_and_is_no_voter() -> None:
+    argv = ["--join", THREE, "--name", "d", "--listen", "0.0.0.0:9", "--insecure"]
+    made = config(*argv, "--advertise", "10.0.0.4:9", "--http", "0.0.0.0:8")
+    assert (made.name, sorted(made.voters), made.host) == ("d", ["a", "b", "c"], "10.0.0.4")
+    assert (str(made.listen), str(made.advertise)) == ("0.0.0.0:9", "10.0.0.4:9")
+    assert made.http_url == "http://10.0.0.4:8"
 
 
 def test_workers_are_reached_at_the_address_in_peers_not_at_a_wildcard() -> None:

@@ -75,7 +75,7 @@ def print_nodes(page: Json) -> None:
             (
                 row["name"],
                 row["status"],
-                "leader" if row["leader"] else "",
+                "leader" if row["leader"] else row["role"],
                 f"{row['slots_used']}/{row['slots']}",
                 row["incarnation"],
                 _percent(row["cpu_percent"]),

@@ -37,18 +37,18 @@ class Elections(LibraryFields):
     def _may_campaign(self) -> bool:
         """A voter whose directory was emptied has forgotten its votes: it must not elect itself
         with what it has, except in a cluster where all is new."""
-        return self.log.proven or self.log.blank
+        return not self.learner and (self.log.proven or self.log.blank)
 
     def seek_election(self) -> None:
+        if self.peers and self.now - self.heard_leader_at > self.settings.election_max_s:
+            self.leader_node = (
+                None  # earlier it may only be late, and nobody has asked for votes yet
+            )
         if not self._may_campaign():
             return
         if not self.peers:
             self.campaign(transfer=False)
             return
-        if self.now - self.heard_leader_at > self.settings.election_max_s:
-            self.leader_node = (
-                None  # earlier it may only be late, and nobody has asked for votes yet
-            )
         self.pre_vote_term, self.pre_vote_at = self.term + 1, self.now
         self.supporters = {self.name}
         question = PreVote(self.pre_vote_term, self.log.last_index, self.log.last_term)
@@ -75,7 +75,7 @@ class Elections(LibraryFields):
         window_s = self.settings.election_min_s * _STICKY_SHARE
         if self.role != LEADER:
             return self.now - self.heard_leader_at < window_s
-        answered = sum(self.now - at < window_s for at in self.last_response_at.values())
+        answered = sum(self.now - self.last_response_at[node] < window_s for node in self.peers)
         return self._majority(answered + 1)
 
     def _refuses_as_forgetful(self, question: PreVote | RequestVote) -> bool:

@@ -116,6 +116,8 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """Grows with each connection that this process dials, so that an older one can be told."""
     lane: Lane
     nonce: Nonce
+    learner_at: Text | None = None
+    """Address at which a learner listens; None: the dialer is one of the known peers."""
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=2):
@@ -230,12 +232,14 @@ def transcript(hello: Hello, welcome: Welcome) -> bytes:
 
 
 def hello_refusal(hello: Hello, *, name: str, cluster_id: str, peers: frozenset[str]) -> str | None:
-    """Why a dialer is not let in, as a counter's name, or None."""
+    """Why a dialer is not let in, as a counter's name, or None. `peers`: who may dial, learners aside."""
     if hello.version != PROTOCOL_VERSION:
         return "version"
     if hello.cluster_id != cluster_id:
         return "cluster"
-    if hello.name not in peers:
+    if hello.learner_at and (hello.name in peers or hello.name == name):
+        return "name_taken"
+    if hello.name not in peers and not hello.learner_at:
         return "unknown_peer"
     if hello.target != name:
         return "wrong_target"

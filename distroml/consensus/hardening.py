@@ -140,8 +140,8 @@ def adopt_library() -> None:
 
 
 class _Peer(Node):  # type: ignore[misc]
-    """A voter. The hash is its place in the sorted voter list: the library iterates over sets, and
-    with string hashes the order of messages would differ from run to run."""
+    """A voter or learner. The hash is its place in the sorted voter list, or behind it: the library
+    iterates over sets, and with string hashes the order of messages would differ from run to run."""
 
     def __init__(self, name: str, place: int) -> None:
         super().__init__(name)
@@ -194,7 +194,7 @@ class _Outbox(Transport):  # type: ignore[misc]
 
 
 class HardenedRaft(Elections, Following, Replication, library.SyncObj):  # type: ignore[misc]
-    """One voter. Input methods change state and fill `outbox`; `turn` runs the library's tick.
+    """One voter or, where its name is not among the voters, a learner. Input methods change state and fill `outbox`; `turn` runs the library's tick.
 
     The caller sets `now` (through `begin`) before any input, performs `log.take_ops()` after the
     turn, and only then lets the outbox leave.
@@ -213,12 +213,17 @@ class HardenedRaft(Elections, Following, Replication, library.SyncObj):  # type:
         now: float,
     ) -> None:
         adopt_library()
-        check_voters(name, voters)
+        check_voters(voters)
         self.name, self.voters, self.settings, self.machine = name, voters, settings, machine
         self.snapshot, self.rng = snapshot, rng
         self.outbox: list[tuple[str, Message]] = []
         self.submissions: list[bytes] = []
         self.nodes = {voter: _Peer(voter, place) for place, voter in enumerate(sorted(voters))}
+        self.learner = name not in voters
+        if self.learner:
+            self.nodes[name] = _Peer(name, len(voters))
+        self.learners: dict[str, Any] = {}
+        self._learners_met = 0
         self.progress: dict[Any, Progress] = {}
         self.send_needed = False
         self.appends: dict[tuple[int, int], Append] = {}
@@ -261,21 +266,26 @@ class HardenedRaft(Elections, Following, Replication, library.SyncObj):  # type:
         _ambient.rng = self.rng
 
     def receive(self, peer: str, message: Message) -> None:
-        # Hazards S8, X2: only the other voters are heard at all.
+        # Hazards S8, X2: only the other voters are heard at all, and learners where they acknowledge.
+        handlers = self._HANDLERS
+        if peer in self.learners:
+            handlers = self._HANDLERS_OF_LEARNERS
+        elif self.learner:
+            handlers = self._HANDLERS_ON_LEARNERS
         node = self.nodes.get(peer)
-        if node is None or node not in self.peers:
+        handler = handlers.get(type(message))
+        if node is None or peer == self.name or handler is None:
             self.refused += 1
             return
-        handler = self._HANDLERS.get(type(message))
-        if handler is None:
-            self.refused += 1
-        else:
-            handler(self, node, message)
+        handler(self, node, message)
 
     def set_link(self, peer: str, up: bool) -> None:
-        node = self.nodes.get(peer)
-        if node is None or node not in self.peers:
+        if peer == self.name:
             return
+        if peer not in self.voters:
+            self._set_learner(peer, up)
+            return
+        node = self.nodes[peer]
         self.lost_contact(node)
         if up:
             self.connected.add(node)
@@ -288,6 +298,25 @@ class HardenedRaft(Elections, Following, Replication, library.SyncObj):  # type:
             self.heard_leader_at = float("-inf")
             soon = self.now + self.rng.uniform(0, self.settings.link_loss_election_s)
             self.election_deadline = min(self.election_deadline, soon)
+
+    def _set_learner(self, name: str, up: bool) -> None:
+        """A learner exists for as long as its connection does: whatever it is sent starts anew with that."""
+        if self.learner:
+            return  # learners follow voters only
+        known = self.learners.pop(name, None)
+        if known is not None:
+            del self.nodes[name]
+            self.connected.discard(known)
+            for table in (self.progress, self.next_index, self.match_index, self.last_response_at):
+                table.pop(known, None)
+        if up:
+            self._learners_met += 1
+            node = _Peer(name, len(self.voters) + self._learners_met)
+            self.nodes[name] = self.learners[name] = node
+            self.connected.add(node)
+            self.progress[node] = Progress()
+            self.next_index[node], self.match_index[node] = self.log.last_index + 1, 0
+            self.send_needed = True
 
     def turn(self) -> None:
         self._onTick(0.0)
@@ -327,6 +356,8 @@ class HardenedRaft(Elections, Following, Replication, library.SyncObj):  # type:
         self.log.set_proven()
         self.incoming.discard()
         self.heartbeat_at = self.now
+        for node in self.learners.values():
+            self.next_index[node], self.match_index[node] = self.log.last_index + 1, 0
         super()._SyncObj__onBecomeLeader()
 
     def _SyncObj__applyLogEntries(self) -> bool:  # noqa: N802
@@ -393,4 +424,12 @@ class HardenedRaft(Elections, Following, Replication, library.SyncObj):  # type:
         SnapshotChunk: Following.on_snapshot_chunk,
         SnapshotReply: Replication.on_snapshot_reply,
         TimeoutNow: Elections.on_timeout_now,
+    }
+    _HANDLERS_OF_LEARNERS: ClassVar[dict[type, Callable[..., None]]] = {
+        AppendReply: Replication.on_append_reply,
+        SnapshotReply: Replication.on_snapshot_reply,
+    }
+    _HANDLERS_ON_LEARNERS: ClassVar[dict[type, Callable[..., None]]] = {
+        Append: Following.on_append,
+        SnapshotChunk: Following.on_snapshot_chunk,
     }

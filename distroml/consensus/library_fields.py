@@ -59,6 +59,10 @@ class LibraryFields:
     """Monotonic seconds, read once per turn."""
     snapshot: Snapshot | None
     """The newest snapshot, durable or about to be in this very turn."""
+    learner: bool
+    """This node follows and never votes."""
+    learners: dict[str, Any]
+    """Connected learners, on a voter. They are in none of the library's sets that elect or commit."""
     outbox: list[tuple[str, Message]]
     refused: int
     """Messages that no correct peer sends, or that came from a stranger."""
@@ -66,6 +70,10 @@ class LibraryFields:
     def emit(self, node: Any, message: Message) -> None:
         """Puts a message into the turn's outbox; it leaves once the turn is on disk."""
         self.outbox.append((node.id, message))
+
+    def followers_in_order(self) -> list[Any]:
+        """Everyone that the leader replicates to: voters in name order, then learners."""
+        return [*self.peers_in_order(), *self.learners.values()]
 
     def peers_in_order(self) -> list[Any]:
         """The other voters in name order, so that a run can be repeated exactly."""

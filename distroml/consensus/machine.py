@@ -20,6 +20,7 @@ from distroml.consensus.state import (
     MAX_INCIDENTS,
     MAX_JOBS,
     MAX_KEYS,
+    MAX_NODES,
     MAX_OUTSTANDING,
     ClusterState,
     KeyRecord,
@@ -238,6 +239,11 @@ def _register_node(state: ClusterState, context: _Context, command: c.RegisterNo
     known = state.nodes.get(command.name)
     if known is not None and known.incarnation > command.incarnation:
         raise _Refused("stale-proposer", f"{command.name} has a newer incarnation")
+    nodes, proposers = state.nodes, state.proposers
+    if known is None and len(nodes) >= MAX_NODES:
+        gone = _longest_gone(state)
+        nodes = {name: node for name, node in nodes.items() if name != gone}
+        proposers = {name: record for name, record in proposers.items() if name != gone}
     node = Node(
         name=command.name,
         incarnation=command.incarnation,
@@ -248,7 +254,29 @@ def _register_node(state: ClusterState, context: _Context, command: c.RegisterNo
         changed_at=context.at,
     )
     event = _event(context, "node", node=node.name, status=node.status.value, reason=node.reason)
-    return _Change(replace(state, nodes={**state.nodes, node.name: node}), (event,))
+    changed = replace(state, nodes={**nodes, node.name: node}, proposers=proposers)
+    return _Change(changed, (event,))
+
+
+def _longest_gone(state: ClusterState) -> str:
+    """The node to forget: it is not alive, has no rank, and has been so for longest."""
+    members = {
+        member.node
+        for job in state.active_jobs()
+        if job.generation is not None
+        for member in job.generation.members
+    }
+    gone = [
+        node
+        for node in state.nodes.values()
+        if node.status is not NodeStatus.ALIVE and node.name not in members
+    ]
+    if not gone:
+        raise _Refused(
+            "too-many-requests",
+            f"the cluster has {MAX_NODES} nodes, and none that is gone can be forgotten.",
+        )
+    return min(gone, key=lambda node: (node.changed_at, node.name)).name
 
 
 def _set_node_status(state: ClusterState, context: _Context, command: c.SetNodeStatus) -> _Change:

@@ -29,6 +29,7 @@ from distroml.consensus.frames import (
     LinkLimits,
     hello_refusal,
 )
+from distroml.consensus.learner_table import LearnerTable
 
 __all__ = ["Address", "Channel", "Lane", "LinkLimits", "LinkSecurity", "PeerLinks"]
 
@@ -52,6 +53,7 @@ class PeerLinks:
         cluster_id: str,
         listen: Address,
         peers: Mapping[str, Address],
+        advertise: Address | None = None,
         limits: LinkLimits | None = None,
         security: LinkSecurity | None = None,
         rng: random.Random | None = None,
@@ -60,6 +62,8 @@ class PeerLinks:
         self.incarnation = incarnation
         self.cluster_id = cluster_id
         self.listen = listen
+        self._advertise = advertise
+        """Where the peers reach this learner; None: they know this node from their settings."""
         self.peers = {peer: address for peer, address in peers.items() if peer != name}
         self.limits = limits or LinkLimits()
         self.security = security or LinkSecurity()
@@ -70,12 +74,14 @@ class PeerLinks:
         self._handlers: dict[int, FrameHandler] = {}
         self._link_handlers: list[LinkHandler] = []
         self._server: asyncio.Server | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: dict[tuple[str, Lane], asyncio.Task[None]] = {}
+        self._watching: asyncio.Task[None] | None = None
         self._pending: set[Inbound] = set()
         self._inbound: dict[tuple[str, Lane], Inbound] = {}
         self._outbound: dict[tuple[str, Lane], Outbound] = {}
         self._nudges: dict[tuple[str, Lane], asyncio.Event] = {}
         self._up: set[str] = set()
+        self.learners = LearnerTable(self.connected)
         self._warned: dict[tuple[str, str], tuple[int, float]] = {}
         self._closed = False
 
@@ -124,20 +130,18 @@ class PeerLinks:
             bound = self._server.sockets[0].getsockname()
             self.listen = Address(self.listen.host, bound[1])
         for peer in sorted(self.peers):
-            for lane in Lane:
-                self._nudges[peer, lane] = asyncio.Event()
-                dialing = self._dial_always(peer, lane)
-                self._tasks.append(asyncio.create_task(dialing, name=f"dial-{peer}-{lane.name}"))
-        self._tasks.append(asyncio.create_task(self._watch(), name="links-watch"))
+            self._begin_to_dial(peer)
+        self._watching = asyncio.create_task(self._watch(), name="links-watch")
 
     async def close(self) -> None:
         """Closes everything at once; unsent frames are lost, as they would be in a crash."""
         self._closed = True
         if self._server is not None:
             self._server.close()
-        for task in self._tasks:
+        tasks = [*self._tasks.values(), *([self._watching] if self._watching else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         connections = [*self._pending, *self._inbound.values(), *self._outbound.values()]
         for connection in connections:
             connection.abort()
@@ -161,6 +165,21 @@ class PeerLinks:
 
     # ------------------------------------------------------------------ dialing
 
+    def _begin_to_dial(self, peer: str) -> None:
+        for lane in Lane:
+            self._nudges[peer, lane] = asyncio.Event()
+            dialing = self._dial_always(peer, lane)
+            self._tasks[peer, lane] = asyncio.create_task(dialing, name=f"dial-{peer}-{lane.name}")
+
+    def _cease_to_dial(self, peer: str) -> None:
+        for lane in Lane:
+            self._tasks.pop((peer, lane)).cancel()
+            del self._nudges[peer, lane]
+            outbound = self._outbound.pop((peer, lane), None)
+            if outbound is not None:
+                outbound.abort()
+        self._refresh(peer)
+
     async def _dial_always(self, peer: str, lane: Lane) -> None:
         nudge = self._nudges[peer, lane]
         backoff_s = self.limits.backoff_min_s
@@ -171,7 +190,7 @@ class PeerLinks:
                 self._outbound[peer, lane] = connection
                 self._refresh(peer)
                 await asyncio.shield(connection.closed)
-                del self._outbound[peer, lane]
+                self._outbound.pop((peer, lane), None)
                 self._refresh(peer)
             # A peer that has just connected to us is surely up: it nudges, and we do not wait.
             nudge.clear()
@@ -186,6 +205,7 @@ class PeerLinks:
         """One attempt: an established connection, or None."""
         self._epoch += 1
         address = self.peers[peer]
+        at = str(self._advertise) if self._advertise else None
         hello = Hello(
             version=PROTOCOL_VERSION,
             cluster_id=self.cluster_id,
@@ -195,6 +215,7 @@ class PeerLinks:
             epoch=self._epoch,
             lane=lane,
             nonce=secrets.token_bytes(NONCE_BYTES),
+            learner_at=at,
         )
         loop = asyncio.get_running_loop()
         connection: Outbound | None = None
@@ -226,9 +247,10 @@ class PeerLinks:
         return connection
 
     def admit(self, connection: Inbound, hello: Hello) -> str | None:
-        reason = hello_refusal(
-            hello, name=self.name, cluster_id=self.cluster_id, peers=frozenset(self.peers)
-        )
+        lasting = frozenset(peer for peer in self.peers if peer not in self.learners)
+        reason = hello_refusal(hello, name=self.name, cluster_id=self.cluster_id, peers=lasting)
+        if reason is None and hello.learner_at:
+            reason = "unknown_peer" if self._advertise else self.learners.refusal(hello)
         if reason is not None:
             return reason
         current = self._inbound.get((hello.name, hello.lane))
@@ -246,6 +268,8 @@ class PeerLinks:
             connection.abort()
             return
         self._pending.discard(connection)
+        if hello.learner_at:
+            self._take_in(hello)
         key = (connection.peer, connection.lane)
         older = self._inbound.get(key)
         self._inbound[key] = connection
@@ -257,6 +281,22 @@ class PeerLinks:
         for lane in Lane:
             self._nudges[connection.peer, lane].set()
         self._refresh(connection.peer)
+
+    def _take_in(self, hello: Hello) -> None:
+        """A learner has proved itself: it is a peer from now on, until it has been away for long."""
+        if not self.learners.enter(hello, asyncio.get_running_loop().time()):
+            return
+        if hello.name in self.peers:
+            self._cease_to_dial(hello.name)
+        self.peers[hello.name] = self.learners.address(hello.name)
+        self._begin_to_dial(hello.name)
+
+    def _forget_learners(self, now: float) -> None:
+        for name in self.learners.forgettable(now):
+            self._cease_to_dial(name)
+            self.learners.forget(name)
+            del self.peers[name]
+            self.count("learners_forgotten")
 
     def _drop_links_to_older_process(self, peer: str, incarnation: int) -> None:
         for lane in Lane:
@@ -320,6 +360,7 @@ class PeerLinks:
             for outbound in list(self._outbound.values()):
                 outbound.ping()
             now = loop.time()
+            self._forget_learners(now)
             for inbound in list(self._inbound.values()):
                 if inbound.last_heard < now - self.limits.idle_timeout_s:
                     self.count("idle_closed")

@@ -52,7 +52,7 @@ STOP_LIMIT_S: Final = 5.0
 
 
 class RaftNode:
-    """One voter of the cluster.
+    """One voter of the cluster or, where its name is not among the voters, a learner.
 
     `machine` is called inside the event loop. `clock` gives monotonic seconds. All methods are to
     be called in the loop that `start` ran in.
@@ -71,7 +71,7 @@ class RaftNode:
         rng: random.Random | None = None,
         disk: Disk | None = None,
     ) -> None:
-        check_voters(name, tuple(voters))
+        check_voters(tuple(voters))
         _check_frames(settings or RaftSettings(), links.limits.frame_bytes)
         self.name = name
         self._voters = tuple(voters)
@@ -214,6 +214,7 @@ class RaftNode:
             role=Role.FOLLOWER if trouble else core.role,
             term=raft.term,
             leader=self.leader,
+            voters=self._voters,
             commit_index=raft.commit_index,
             applied_index=raft.applied_index,
             last_index=raft.log.last_index,
@@ -294,8 +295,7 @@ class RaftNode:
         self._post(partial(self.core.receive, peer, message), len(body))
 
     def _on_link(self, peer: str, up: bool) -> None:
-        if peer in self._voters:
-            self._post(partial(self.core.set_link, peer, up))
+        self._post(partial(self.core.set_link, peer, up))
 
     def _post(self, action: Callable[[], None], size_bytes: int = 0) -> None:
         self._inbox.append((action, size_bytes))

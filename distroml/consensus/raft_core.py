@@ -106,7 +106,7 @@ class RaftCore:
 
     @property
     def role(self) -> Role:
-        return _ROLES[self.raft.role]
+        return Role.LEARNER if self.raft.learner else _ROLES[self.raft.role]
 
     @property
     def leader(self) -> str | None:
@@ -127,12 +127,14 @@ class RaftCore:
     def receive(self, peer: str, message: Message) -> None:
         match message:
             case ReadProbe() | ReadEcho() | ReadRequest() | ReadReply():
-                if peer not in self.raft.voters or peer == self.name:
+                asks = peer in self.raft.learners and isinstance(message, ReadRequest)
+                if peer == self.name or not (asks or peer in self.raft.voters):
                     self.raft.refused += 1
                     return
                 self._receive_read(peer, message)
             case TransferRequest(target=target):
-                if peer in self.raft.voters and self.raft.role == LEADER and not self.handing_over:
+                known = peer in self.raft.nodes
+                if known and self.raft.role == LEADER and not self.handing_over:
                     self.transfer(target)
             case _:
                 self.raft.receive(peer, message)
@@ -294,7 +296,7 @@ class RaftCore:
     def _answer(self, read: _Read) -> None:
         if read.peer is None:
             self._answered.append((read.token, read.index))
-        else:
+        elif read.peer in self.raft.nodes:  # a learner may have gone meanwhile
             self.raft.emit(self.raft.nodes[read.peer], ReadReply(read.token, read.index))
 
     def _refuse_reads(self) -> None:

@@ -63,6 +63,8 @@ class Role(enum.StrEnum):
     FOLLOWER = "follower"
     CANDIDATE = "candidate"
     LEADER = "leader"
+    LEARNER = "learner"
+    """Follows the log and never votes."""
 
 
 class RaftSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,6 +134,7 @@ class RaftStatus(msgspec.Struct, frozen=True, kw_only=True):
     role: Role = Role.FOLLOWER
     term: int = 0
     leader: str | None = None
+    voters: tuple[str, ...] = ()
     commit_index: int = 0
     applied_index: int = 0
     last_index: int = 0
@@ -160,8 +163,8 @@ class StateMachine(Protocol):
         """Replaces the state by `blob`, taken after entry `index`. Raises before changing anything."""
 
 
-def check_voters(name: str, voters: tuple[str, ...]) -> None:
-    """Raises ValueError unless `voters` is a usable, static voter set that contains `name`."""
+def check_voters(voters: tuple[str, ...]) -> None:
+    """Raises ValueError unless `voters` is a usable, static voter set."""
     if not 1 <= len(voters) <= MAX_VOTERS:
         raise ValueError(f"{len(voters)} voters given; a cluster has 1 to {MAX_VOTERS}")
     if len(set(voters)) != len(voters):
@@ -169,5 +172,3 @@ def check_voters(name: str, voters: tuple[str, ...]) -> None:
     for voter in voters:
         if not voter or len(voter.encode()) > MAX_NAME_BYTES:
             raise ValueError(f"voter name {voter!r} must have 1 to {MAX_NAME_BYTES} bytes")
-    if name not in voters:
-        raise ValueError(f"node {name!r} is not among the voters: {', '.join(voters)}")

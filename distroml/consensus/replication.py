@@ -46,7 +46,7 @@ class Replication(LibraryFields):
     """Messages of this round by (first index, limit): followers in step share them, encoded once."""
 
     def reset_progress(self) -> None:
-        self.progress = {node: Progress() for node in self.peers}
+        self.progress = {node: Progress() for node in self.followers_in_order()}
 
     def lost_contact(self, node: Any) -> None:
         """Whatever was in flight to `node` may be gone; find out anew where its log ends.
@@ -67,7 +67,7 @@ class Replication(LibraryFields):
             self.heartbeat_at = self.now + self.settings.heartbeat_s
         self.send_needed = False
         self.appends.clear()
-        for node in self.peers_in_order():
+        for node in self.followers_in_order():
             if node in self.connected:
                 self._send_to(node, due)
 

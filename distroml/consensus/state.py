@@ -16,6 +16,8 @@ from distroml.errors import UNDECODABLE
 from distroml.model import ASSIGNED, TERMINAL, Job, JobStatus, Node
 
 STATE_FORMAT = 1
+MAX_NODES = 1024
+"""Nodes remembered; the one that left or was lost first makes room."""
 MAX_JOBS = 20_000
 """Jobs kept, finished ones included; the oldest finished one makes room for a new one."""
 MAX_KEYS = 20_000

@@ -23,6 +23,7 @@ class NodeView(Struct, frozen=True, kw_only=True):
     incarnation: Annotated[int, Meta(description="restart counter")]
     slots: int
     slots_used: int
+    role: Annotated[str, Meta(description="voter, or learner: it follows the log without a vote")]
     leader: bool
     self: Annotated[bool, Meta(description="true for the node that answers")]
     connected: bool
@@ -122,7 +123,7 @@ class ReadyView(Struct, frozen=True):
 
 
 def node_views(
-    state: ClusterState, observed: Mapping[str, ObservedNode], leader: str | None, self_name: str
+    state: ClusterState, observed: Mapping[str, ObservedNode], raft: RaftView, self_name: str
 ) -> NodeList:
     """All registered nodes by name."""
     used = state.slots_used()
@@ -139,7 +140,8 @@ def node_views(
                 incarnation=node.incarnation,
                 slots=node.slots,
                 slots_used=used.get(name, 0),
-                leader=name == leader,
+                role="voter" if name in raft.voters else "learner",
+                leader=name == raft.leader,
                 self=name == self_name,
                 connected=seen.connected if seen else False,
                 heartbeat_age_s=round(seen.age_s, 3) if seen else None,

@@ -33,8 +33,16 @@ class _Heard(Struct):
 class Observations:
     """Newest reports by node; times are of the local monotonic clock, in seconds."""
 
-    def __init__(self, *, name: str, monotonic: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        *,
+        name: str,
+        monotonic: Callable[[], float],
+        relays: frozenset[str] = frozenset(),
+    ) -> None:
         self._name = name
+        self._relays = relays
+        """Voters, whose word about others a learner takes; nobody's on a voter."""
         self._monotonic = monotonic
         self._heard: dict[str, _Heard] = {}
         self._down_since_s: dict[str, float] = {}
@@ -48,7 +56,8 @@ class Observations:
         except UNDECODABLE:
             self.refused += 1
             return None
-        if report.node != peer:
+        relayed = peer in self._relays and report.node not in self._relays
+        if report.node != peer and (not relayed or report.node == self._name):
             self.refused += 1
             return None
         return report if self.take(report) else None

@@ -49,7 +49,7 @@ class Reporter:
         node: str,
         incarnation: int,
         slots: int,
-        peers: Iterable[str],
+        peers: Callable[[], Iterable[str]],
         links: _Links,
         sources: ReporterSources,
         took: Callable[[NodeReport], None],
@@ -58,7 +58,7 @@ class Reporter:
         self._node = node
         self._incarnation = incarnation
         self._slots = slots
-        self._peers = tuple(peers)
+        self._peers = peers
         self._links = links
         self._sources = sources
         self._took = took
@@ -90,7 +90,7 @@ class Reporter:
         report = self._build()
         self._took(report)
         body = _encoded(report)
-        for peer in self._peers:
+        for peer in tuple(self._peers()):
             self._links.send(peer, Channel.REPORT, body)
 
     async def _run(self) -> None:

@@ -112,7 +112,7 @@ _INCIDENT = {
     "steps_lost": 3, "phases_ms": {"detect": 1.5, "total": 200.25},
 }  # fmt: skip
 _NODE = {
-    "name": "a", "status": "ALIVE", "leader": True, "slots": 2, "slots_used": 1, "incarnation": 3,
+    "name": "a", "status": "ALIVE", "role": "voter", "leader": True, "slots": 2, "slots_used": 1, "incarnation": 3,
     "cpu_percent": 12.0, "memory_bytes": 1048576, "http": "http://a:1", "reason": "",
 }  # fmt: skip
 _CLUSTER: dict[str, dict[str, Any]] = {

@@ -179,6 +179,34 @@ def test_a_restarted_node_supersedes_its_earlier_self() -> None:
     assert log.state.nodes["a"].incarnation == 2
 
 
+class TestManyNodes:
+    def test_the_one_that_has_been_gone_for_longest_makes_room(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(machine, "MAX_NODES", 3)
+        log = Log()
+        for name in "abc":
+            log.ok(node(name))
+        assert log(node("d")).outcome.error == "too-many-requests"
+        for name, status in (("b", NodeStatus.LOST), ("a", NodeStatus.LEFT)):
+            log.ok(c.SetNodeStatus(name=name, incarnation=1, status=status, reason="gone"))
+        log.ok(node("d"))
+        assert sorted(log.state.nodes) == ["a", "c", "d"]
+        log.ok(node("d", incarnation=2))
+        assert sorted(log.state.nodes) == ["a", "c", "d"], "who is known needs no room"
+
+    def test_a_node_whose_rank_may_still_run_is_not_forgotten(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(machine, "MAX_NODES", 1)
+        log = Log()
+        log.ok(node("a"))
+        log.ok(submit("job-1"))
+        log.ok(form("job-1", 1, members("a")))
+        log.ok(c.SetNodeStatus(name="a", incarnation=1, status=NodeStatus.LOST, reason="gone"))
+        assert log(node("b")).outcome.error == "too-many-requests"
+
+
 class TestClientWrites:
     def test_cancel_ends_an_active_job_and_is_idempotent(self) -> None:
         log = running(Log())

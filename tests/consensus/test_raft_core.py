@@ -16,7 +16,7 @@ from distroml.consensus.messages import (
     VoteGranted,
     VoteReply,
 )
-from distroml.consensus.raft_core import Turn
+from distroml.consensus.raft_core import TRANSFER_LIMIT_S, Turn
 from distroml.consensus.raft_types import (
     NotLeader,
     Role,
@@ -96,6 +96,22 @@ def test_transfer_waits_until_the_successor_has_everything() -> None:
         node.core.check_append(b"y")
     node.ack("c")
     assert ("c", TimeoutNow(term)) in node.last.messages
+
+
+def test_a_successor_that_does_not_take_over_is_given_up() -> None:
+    node = Lone()
+    node.lead()
+    node.ack("c")
+    node.turn(lambda: node.core.transfer("c"))
+    with pytest.raises(NotLeader, match="'c'"):
+        node.core.check_append(b"y")
+    end = node.now + TRANSFER_LIMIT_S * 1.1
+    while node.now < end:
+        node.now += node.settings.heartbeat_s
+        node.ack("b")
+        node.ack("c")
+    node.core.check_append(b"y")
+    assert node.core.role is Role.LEADER
 
 
 def test_only_the_current_leader_can_make_a_node_campaign() -> None:

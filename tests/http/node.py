@@ -48,6 +48,7 @@ class Raft(msgspec.Struct, frozen=True, kw_only=True):
     role: str = "leader"
     term: int = 3
     leader: str | None = "a"
+    voters: tuple[str, ...] = ("a", "b")
     commit_index: int = 0
     applied_index: int = 0
     healthy: bool = True

@@ -49,7 +49,7 @@ def alone(tmp_path: Path) -> Iterator[LocalNode]:
     (port,) = free_ports(1)
     file = tmp_path / "node.toml"
     file.write_text(f'http = "127.0.0.1:{port}"\nslots = 7\nlog_level = "info"\n')
-    node = LocalNode("alone", tmp_path, ["--slots", "0"], f"127.0.0.1:{port}")
+    node = LocalNode("alone", tmp_path, ["--slots", "0"], f"127.0.0.1:{port}", "")
     environ = {
         **os.environ,
         "DISTROML_CONFIG": str(file),

@@ -12,6 +12,7 @@ _WAL = "tests/consensus/test_wal.py::"
 _RAFT = "tests/consensus/test_raft.py::"
 _PEERS = "tests/consensus/test_peers.py::"
 _KEYS = "tests/consensus/test_authentication.py::"
+_LEARNERS = "tests/consensus/test_learners.py::"
 _MACHINE = "tests/consensus/test_machine.py::"
 _PROPOSER = "tests/consensus/test_proposer.py::"
 _POWER = "tests/sim/test_power_loss.py::"
@@ -552,8 +553,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "X2",
         "whoever connects takes part in elections",
         "consensus.hardening:HardenedRaft.receive",
-        "if node is None or node not in self.peers:",
-        "node = node or max(self.peers, key=hash)\n    if False:",
+        "if node is None or peer == self.name or handler is None:",
+        "node = node or max(self.peers, key=hash)\n    if handler is None:",
         _ELECTIONS + "test_s8_a_voter_counts_once_and_strangers_never",
     ),
     Mutant(
@@ -648,6 +649,51 @@ MUTANTS: tuple[Mutant, ...] = (
         "if verified >= message.commit_index and log.term_at(message.commit_index) == message.term:",
         "if verified >= message.commit_index:",
         _ELECTIONS + "test_it_votes_again_once_it_holds_what_its_leader_has_committed",
+    ),
+    Mutant(
+        "learner-campaigns",
+        "learner",
+        "a node that is no voter seeks election",
+        "consensus.elections:Elections._may_campaign",
+        "return not self.learner and (",
+        "return (",
+        _LEARNERS + "test_a_learner_never_campaigns_and_knows_no_leader_after_silence",
+    ),
+    Mutant(
+        "learner-answers-candidates",
+        "learner",
+        "a node that is no voter takes part in elections",
+        "consensus.hardening:HardenedRaft.receive",
+        "elif self.learner:",
+        "elif False:",
+        _LEARNERS + "test_a_learner_answers_no_candidate",
+    ),
+    Mutant(
+        "learner-heard-as-a-voter",
+        "learner",
+        "a learner's word elects or deposes",
+        "consensus.hardening:HardenedRaft.receive",
+        "handlers = self._HANDLERS_OF_LEARNERS",
+        "pass",
+        _LEARNERS + "test_what_a_learner_has_no_business_to_say_is_refused",
+    ),
+    Mutant(
+        "learner-counts-for-loyalty",
+        "learner",
+        "a leader without a majority refuses its successor because learners answer",
+        "consensus.elections:Elections._loyal",
+        "for node in self.peers)",
+        "for node in self.last_response_at)",
+        _LEARNERS + "test_learners_do_not_make_a_leader_loyal_to_itself",
+    ),
+    Mutant(
+        "transfer-without-end",
+        "transfer",
+        "a leader whose successor hangs accepts nothing for ever",
+        "consensus.raft_core:RaftCore._advance_transfer",
+        "if raft.now > self._successor_until:",
+        "if False:",
+        _CORE + "test_a_successor_that_does_not_take_over_is_given_up",
     ),
     Mutant(
         "transfer-to-who-is-behind",

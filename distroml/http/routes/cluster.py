@@ -20,6 +20,9 @@ from distroml.http import limits
 from distroml.http.limits import Query, Read
 from distroml.http.table import Answer, Call, Route, json_response
 
+TRANSFER_TIMEOUT_S = 5.0
+"""In which another leader must be seen; shorter than clients wait for an answer."""
+
 
 async def get_workers(call: Call, query: Read) -> web.StreamResponse:
     """All worker processes."""
@@ -34,8 +37,8 @@ async def get_resources(call: Call, query: Read) -> web.StreamResponse:
 async def get_nodes(call: Call, query: Read) -> web.StreamResponse:
     """All nodes."""
     services = call.services
-    leader = services.raft().leader
-    shown = views.node_views(services.state(), services.observed(), leader, services.name)
+    raft = services.raft()
+    shown = views.node_views(services.state(), services.observed(), raft, services.name)
     return json_response(shown)
 
 
@@ -61,7 +64,7 @@ async def post_leader(call: Call, query: Query) -> web.StreamResponse:
         raise InvalidRequest(
             f'The body is not {{"node": "name"}}: {error}.', field="node"
         ) from None
-    await call.services.transfer_leadership(wish.node, call.settings.write_timeout_s)
+    await call.services.transfer_leadership(wish.node, TRANSFER_TIMEOUT_S)
     return await get_leader(call, Read())
 
 
