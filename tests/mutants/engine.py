@@ -70,6 +70,12 @@ def _mutated_source(mutant: Mutant, function: Any) -> str:
     return source.replace(mutant.old, mutant.new)
 
 
+def fits(mutant: Mutant) -> bool:
+    """Whether the mutant still changes the product's source. Raises Stale where it does not."""
+    _, _, function = _locate(mutant.target)
+    return _mutated_source(mutant, function) != ""
+
+
 def apply(mutant: Mutant) -> list[int]:
     """Changes the product in this process for good; the returned list grows with each execution.
 

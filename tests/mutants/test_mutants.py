@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants.engine import Mutant, run
+from tests.mutants.engine import Mutant, fits, run
 from tests.mutants.table import MUTANTS, WITHOUT_MUTANT
 
 ROOT = Path(__file__).parents[2]
@@ -74,3 +74,10 @@ def test_what_does_not_count_as_caught(changes: dict[str, str], why: str) -> Non
         assert why in verdict.why
     else:
         assert verdict.caught
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_each_mutant_fits_the_source_and_names_a_test(mutant: Mutant) -> None:
+    assert fits(mutant)
+    file, _, test = mutant.caught_by.partition("::")
+    assert f"def {test.partition('[')[0]}(" in (ROOT / file).read_text()

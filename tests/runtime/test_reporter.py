@@ -45,7 +45,7 @@ class World:
             node="a",
             incarnation=4,
             slots=2,
-            peers=("b", "c"),
+            peers=lambda: ("b", "c"),
             links=self.links,
             sources=ReporterSources(
                 workers=lambda: self.facts, applied_index=lambda: 17, ready=lambda: True
