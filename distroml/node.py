@@ -27,7 +27,6 @@ from distroml.config import (
     detector_settings,
     load,
     raft_settings,
-    unknown_variables,
 )
 from distroml.consensus.peers import Address, Channel, PeerLinks
 from distroml.consensus.proposer import Proposer
@@ -55,6 +54,7 @@ from distroml.runtime.store.history import HistoryStore
 from distroml.runtime.store.replication import HistoryReplicator
 from distroml.runtime.supervisor import HistorySink, Supervisor
 from distroml.services import NodeServices, Parts
+from distroml.settings import unknown_variables
 
 FAREWELL_TIMEOUT_S = 2.0
 """How long a node that stops tries to tell the cluster before it just goes."""
