@@ -120,9 +120,15 @@ class Generation(Struct, frozen=True, gc=False, kw_only=True):
     formed_at: float
     reason: str
     resume_step: int = 0
-    """Steps already done when it starts; the next step trained is this one (0-based)."""
+    """Steps done when it starts, as far as the coordinator knew; the ranks go on from the furthest among them."""
     checkpoint_step: int | None = None
-    """The committed checkpoint that its state comes from; None: from scratch."""
+    """The committed checkpoint that the ranks read where none of them has a state as new; None: from scratch."""
+    spares: tuple[Member, ...] = ()
+    """Slots with a prepared process that has no rank yet; their ranks follow those of the members."""
+    joining: tuple[int, ...] = ()
+    """Ranks that had no part in the generation before."""
+    planned: bool = False
+    """Not because of a failure: the ranks of the generation before change over after a whole step."""
     running_at: float | None = None
     """When all ranks were training, as the coordinator saw it."""
 
@@ -211,6 +217,8 @@ class Result(Struct, frozen=True, gc=False, kw_only=True):
 
     state_digest: str
     """SHA-256 over the final model and optimizer tensors in name order."""
+    sample_digest: str = ""
+    """Rolling SHA-256 over the sample ids that each step consumed."""
     step: int
     epoch: int
     metrics: dict[str, float]

@@ -18,9 +18,13 @@ class WorkerPhase(StrEnum):
     """What a worker process is doing, in the usual order."""
 
     SPAWNING = "SPAWNING"
+    SPARE = "SPARE"
+    """Prepared, without a rank."""
     CONNECTING = "CONNECTING"
     RESTORING = "RESTORING"
     TRAINING = "TRAINING"
+    PARKED = "PARKED"
+    """It left a generation that is over, and holds its state for the next one."""
     FINISHING = "FINISHING"
     FINISHED = "FINISHED"
     FAILED = "FAILED"
@@ -59,12 +63,47 @@ class WorkerFailure(Struct, frozen=True, gc=False, kw_only=True):
     """For CORRUPT_CHECKPOINT: which one."""
 
 
+class Marks(Struct, frozen=True, gc=False, kw_only=True):
+    """When (Unix seconds) a worker passed the stages of a recovery, in the generation that it reports."""
+
+    left_at: float | None = None
+    """Out of the collectives of the generation before; None for a new process."""
+    met_at: float | None = None
+    """Connected with all ranks."""
+    restored_at: float | None = None
+    """Its state is that of the resume step."""
+    stepped_at: float | None = None
+    """Completed the first step."""
+    resume_step: int | None = None
+    """Steps that were done when it began to train; known once restored."""
+    source: str = ""
+    """Where the state came from: ``rank 2``, ``checkpoint of step 40`` or ``scratch``."""
+
+
+class StepTiming(Struct, frozen=True, gc=False, kw_only=True):
+    """Where a rank's time goes, in seconds per step: moving means over its last steps."""
+
+    step_s: float
+    data_s: float
+    """Getting samples."""
+    compute_s: float
+    """Forward, backward, optimizer."""
+    communication_s: float
+    """In collectives, less what others were late."""
+    idle_s: float
+    """Waiting for slower ranks, checkpoints' copies and evaluation aside."""
+    slowest_s: float = 0.0
+    """The longest of its last steps; what a hang is measured by."""
+
+
 class WorkerOutcome(Struct, frozen=True, gc=False, kw_only=True):
     """A worker trained to its last step or stopped at a step boundary as asked."""
 
     step: int
     epoch: int
     state_digest: str
+    sample_digest: str
+    """Rolling digest of the sample ids that each step consumed; equal for runs that saw the same data."""
     metrics: dict[str, float]
     stopped: bool
     checkpoint_step: int | None
@@ -77,8 +116,11 @@ class WorkerFact(Struct, frozen=True, gc=False, kw_only=True):
     job_id: str
     run_id: str
     generation: int
+    """The one that it joined last; 0 for a spare."""
     rank: int
     phase: WorkerPhase
+    worker: int = 0
+    """Names the process on its node."""
     pid: int | None = None
     step: int = 0
     """Steps completed, those of earlier generations included."""
@@ -95,6 +137,18 @@ class WorkerFact(Struct, frozen=True, gc=False, kw_only=True):
     """As of ``subprocess``: negative for a signal."""
     last_lines: tuple[str, ...] = ()
     started_at: float = 0.0
+    marks: Marks = Marks()
+    timing: StepTiming | None = None
+    parked_at: float | None = None
+    parked_reason: str = ""
+    step_at: float = 0.0
+    """When its last step was heard of (Unix seconds of its agent), or it began to train."""
+    waiting_s: float = 0.0
+    """For how long it has been in its present collective, as it said last."""
+    silent_s: float = 0.0
+    """Since when its control thread has said nothing."""
+    stopped_s: float = 0.0
+    """For how long its process has been stopped (SIGSTOP, a debugger), as its agent sees it."""
     ended_at: float | None = None
 
 

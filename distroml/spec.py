@@ -37,8 +37,30 @@ class Resources(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     """What one run occupies."""
 
     workers: Annotated[
-        int, Meta(ge=1, le=MAX_WORKERS, description="ranks; all start or none (gang)")
+        int,
+        Meta(
+            ge=1,
+            le=MAX_WORKERS,
+            description="ranks, and logical shards of each batch; all start or none (gang) unless min_workers",
+        ),
     ] = 1
+    min_workers: (
+        Annotated[
+            int,
+            Meta(
+                ge=1,
+                le=MAX_WORKERS,
+                description="fewest ranks to go on with where slots are missing; null: workers",
+            ),
+        ]
+        | None
+    ) = None
+    spares: Annotated[
+        int,
+        Meta(
+            ge=0, le=MAX_WORKERS, description="prepared processes that replace a dead rank at once"
+        ),
+    ] = 0
     gpus_per_worker: Annotated[
         int, Meta(ge=0, le=16, description="0; GPUs are not available in this version")
     ] = 0
@@ -52,8 +74,8 @@ class Distributed(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     reduction: Annotated[
         str,
         Meta(
-            description="deterministic (gradients summed in rank order, the same bits after any "
-            "re-formed group) or fast (all-reduce)"
+            description="deterministic (gradients summed in the order of logical shards: the same bits "
+            "whatever fails and however many workers there are) or fast (all-reduce)"
         ),
     ] = "deterministic"
 
@@ -228,6 +250,12 @@ def check(spec: JobSpec) -> None:
             f"hyperparameters.batch_size ({spec.hyperparameters.batch_size}) is the global batch and "
             f"must be at least resources.workers ({spec.resources.workers}), so that each rank has a sample.",
             field="hyperparameters.batch_size",
+        )
+    fewest = spec.resources.min_workers
+    if fewest is not None and fewest > spec.resources.workers:
+        raise InvalidSpec(
+            f"resources.min_workers ({fewest}) must not exceed resources.workers ({spec.resources.workers}).",
+            field="resources.min_workers",
         )
     if spec.entrypoint is not None:
         if not _ENTRYPOINT.match(spec.entrypoint) or len(spec.entrypoint) > 255:

@@ -14,34 +14,51 @@ import msgspec
 from msgspec import Struct
 
 from distroml.model import Checkpoint
-from distroml.reports import ShardFact, WorkerFailure, WorkerOutcome, WorkerPhase
+from distroml.reports import Marks, ShardFact, StepTiming, WorkerFailure, WorkerOutcome, WorkerPhase
 from distroml.spec import JobSpec
 
 MAX_FRAME_BYTES = 4 * 1024 * 1024
 HEADER = struct.Struct(">I")
+PULSE_S = 0.5
+"""A worker whose control thread lives says so at least this often."""
 
 
-class WorkerPlan(Struct, frozen=True, kw_only=True):
-    """All that a worker needs to start."""
+class Join(Struct, frozen=True, tag=True, kw_only=True):
+    """agent -> worker: be this rank of this generation, with the state that you have.
 
-    job_id: str
-    run_id: str
+    The ranks find out among themselves who has gone furthest; ``checkpoint`` is what they read if none of them has
+    a state, or only an older one.
+    """
+
     generation: int
     rank: int
     local_rank: int
     world_size: int
+    checkpoint: Checkpoint | None
+    """The newest committed one; None: from scratch. The same for all ranks of a generation."""
+    at_boundary: bool = False
+    """A planned change: the ranks leave the present generation together after a whole step. Otherwise at once."""
+
+
+class WorkerPlan(Struct, frozen=True, kw_only=True):
+    """All that a worker process needs to start. It outlives generations: ``Join`` moves it to the next one."""
+
+    job_id: str
+    run_id: str
+    worker: int
+    """Names the process on its node, for good; never used twice in a run."""
     node: str
     host: str
     """Address of this node that the other ranks' nodes can reach."""
     spec: JobSpec
     store_dir: str
-    checkpoint: Checkpoint | None
-    """Where the state comes from; None: from scratch."""
     control_path: str
     """Unix socket of the agent."""
     log_path: str
     """stdout and stderr of the worker are appended here."""
     threads: int = 1
+    join: Join | None = None
+    """Its first generation; None: a hot spare, which prepares everything and waits."""
 
 
 class MetricRecord(Struct, frozen=True, array_like=True):
@@ -57,12 +74,16 @@ class MetricRecord(Struct, frozen=True, array_like=True):
 
 
 class Hello(Struct, frozen=True, tag=True, kw_only=True):
-    """First frame of a worker."""
+    """First frame of a worker, and of each of its connections: where it stands, so that an agent that restarted
+    can go on with it."""
 
     run_id: str
-    generation: int
-    rank: int
+    worker: int
     pid: int
+    generation: int
+    """0 before the first one."""
+    rank: int
+    step: int = 0
 
 
 class Rendezvous(Struct, frozen=True, tag=True, kw_only=True):
@@ -73,24 +94,43 @@ class Rendezvous(Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Progress(Struct, frozen=True, tag=True, kw_only=True):
-    """Phase and position, with the metrics since the last one; at most every 100 ms."""
+    """Phase and position in ``generation``, with the metrics since the last one; every 100 ms at most, and every
+    ``PULSE_S`` at least."""
 
+    generation: int
     phase: WorkerPhase
     step: int
     epoch: int
     total_steps: int | None = None
     metrics: tuple[MetricRecord, ...] = ()
+    marks: Marks | None = None
+    """Only with changes of phase."""
+    timing: StepTiming | None = None
+    waiting_s: float = 0.0
+    """For how long it has been in its present collective; 0 outside of one."""
+
+
+class Parked(Struct, frozen=True, tag=True, kw_only=True):
+    """It has left the collectives of ``generation`` and waits, with its state, for the next ``Join``."""
+
+    generation: int
+    step: int
+    at: float
+    reason: str
+    """What broke, or that the agent asked."""
 
 
 class ShardDurable(Struct, frozen=True, tag=True, kw_only=True):
     """This rank's shard of a checkpoint is fsynced under its final name."""
 
+    generation: int
     shard: ShardFact
 
 
 class ShardAbandoned(Struct, frozen=True, tag=True, kw_only=True):
     """This rank could not write its shard after retries; training goes on."""
 
+    generation: int
     step: int
     reason: str
 
@@ -105,10 +145,13 @@ class Failed(Struct, frozen=True, tag=True, kw_only=True):
 class Finished(Struct, frozen=True, tag=True, kw_only=True):
     """The last frame of a worker that is done; its final shard is durable."""
 
+    generation: int
     outcome: WorkerOutcome
 
 
-FromWorker = Hello | Rendezvous | Progress | ShardDurable | ShardAbandoned | Failed | Finished
+FromWorker = (
+    Hello | Rendezvous | Progress | Parked | ShardDurable | ShardAbandoned | Failed | Finished
+)
 
 
 # --- agent -> worker -------------------------------------------------------------------------------------------
@@ -124,7 +167,13 @@ class Stop(Struct, frozen=True, tag=True, kw_only=True):
     """Agree with the other ranks on the next step boundary, save a final checkpoint there, finish."""
 
 
-ToWorker = RendezvousKeys | Stop
+class Abort(Struct, frozen=True, tag=True, kw_only=True):
+    """``generation`` is over: leave its collectives at once, keep the state, wait for a ``Join``."""
+
+    generation: int
+
+
+ToWorker = RendezvousKeys | Stop | Join | Abort
 
 
 # --- agent <-> forkserver --------------------------------------------------------------------------------------
@@ -149,8 +198,7 @@ class Spawned(Struct, frozen=True, tag=True, kw_only=True):
     """forkserver -> agent: the worker runs; it leads the process group ``pid``."""
 
     run_id: str
-    generation: int
-    rank: int
+    worker: int
     pid: int
 
 
@@ -158,8 +206,7 @@ class SpawnFailed(Struct, frozen=True, tag=True, kw_only=True):
     """forkserver -> agent: no process was made for this plan."""
 
     run_id: str
-    generation: int
-    rank: int
+    worker: int
     reason: str
 
 
