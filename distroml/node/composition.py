@@ -40,7 +40,8 @@ from distroml.runtime.report_relay import ReportRelay
 from distroml.runtime.reporter import Reporter, ReporterSources
 from distroml.runtime.store.history import HistoryStore
 from distroml.runtime.store.replication import HistoryReplicator
-from distroml.runtime.supervisor import HistorySink, Supervisor
+from distroml.runtime.supervisor import Supervisor
+from distroml.runtime.worker_output import HistorySink
 from distroml.services import NodeServices, Parts
 
 STOP_LIMIT_S = 12.0
