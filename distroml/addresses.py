@@ -9,10 +9,10 @@ import socket
 from msgspec import Struct
 
 from distroml.consensus.peers import Address
+from distroml.consensus.raft_types import MAX_VOTERS
 from distroml.errors import ConfigError
 from distroml.settings import NodeSettings
 
-MAX_VOTERS = 7
 _NAME = re.compile(r"[A-Za-z0-9\[](?:[A-Za-z0-9._:\[\]-]{0,61}[A-Za-z0-9\]])?\Z")
 _UNGUARDED = {
     "listen": "peers need not prove who they are (set cluster_key_file, or tls_cert, tls_key and tls_ca)",

@@ -124,8 +124,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "acknowledgement-of-any-term",
         "S7",
         "an acknowledgement of an older term counts",
-        "consensus.replication:Replication.on_append_reply",
-        "if reply.term != self.term or self.role != LEADER:",
+        "consensus.replication:Replication._answers_this_term",
+        "if term != self.term or self.role != LEADER:",
         "if self.role != LEADER:",
         _HARDENING + "test_s7_an_acknowledgement_of_another_term_does_not_count",
     ),
@@ -617,8 +617,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "check-quorum",
         "a leader without a majority goes on for ever",
         "consensus.hardening:HardenedRaft.begin",
-        "self.now = _ambient.now = now",
-        "self.now = _ambient.now = now\n"
+        "self.now = ambient.now = now",
+        "self.now = ambient.now = now\n"
         "    if hasattr(self, '_SyncObj__lastResponseTime'):\n"
         "        self.last_response_at.update(dict.fromkeys(self.last_response_at, now))",
         _ELECTIONS + "test_check_quorum_deposes_a_leader_that_nobody_answers",
