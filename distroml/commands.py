@@ -10,7 +10,7 @@ from __future__ import annotations
 import msgspec
 from msgspec import Struct
 
-from distroml.model import Cause, Checkpoint, Generation, JobStatus, NodeStatus, Result
+from distroml.model import Cause, Checkpoint, Generation, JobStatus, Member, NodeStatus, Result
 from distroml.spec import JobSpec
 
 MAX_ENTRY_BYTES = 32 * 1024
@@ -28,10 +28,12 @@ class RegisterNode(Command, frozen=True, gc=False, kw_only=True):
     incarnation: int
     http: str
     slots: int
+    workers_since: int = 0
+    """The incarnation whose agent spawned the workers that still run there; 0: there are none."""
 
 
 class SetNodeStatus(Command, frozen=True, gc=False, kw_only=True):
-    """The coordinator (or the node itself, on SIGTERM) says what became of a node."""
+    """The coordinator, the node itself on SIGTERM, or a client that drains it says what becomes of a node."""
 
     name: str
     incarnation: int
@@ -75,18 +77,24 @@ class RemoveJob(Write, frozen=True, gc=False, kw_only=True):
 
 
 class FormGeneration(Command, frozen=True, gc=False, kw_only=True):
-    """Give a run its next fixed set of ranks."""
+    """Give a run its next fixed set of ranks: its first, the one after a failure, or a planned change."""
 
     job_id: str
     generation: Generation
 
 
 class MarkRunning(Command, frozen=True, gc=False, kw_only=True):
-    """All ranks of a generation are training."""
+    """All ranks of a generation are training. The marks are of the last rank, None where no rank has one."""
 
     job_id: str
     generation: int
     total_steps: int
+    left_at: float | None = None
+    met_at: float | None = None
+    restored_at: float | None = None
+    resume_step: int | None = None
+    """Steps done when they began to train."""
+    source: str = ""
 
 
 class Failure(Command, frozen=True, gc=False, kw_only=True):
@@ -152,6 +160,24 @@ class FinishRun(Failure, frozen=True, gc=False, kw_only=True):
     result: Result | None = None
 
 
+class MarkStepped(Command, frozen=True, gc=False, kw_only=True):
+    """All ranks of a generation that recovers from an incident have completed a step."""
+
+    job_id: str
+    generation: int
+    stepped_at: float
+    """When the last one had."""
+
+
+class PlaceSpares(Command, frozen=True, gc=False, kw_only=True):
+    """The spares of a generation are now these; its ranks stay as they are."""
+
+    job_id: str
+    generation: int
+    spares: tuple[Member, ...]
+    reason: str
+
+
 AnyCommand = (
     RegisterNode
     | SetNodeStatus
@@ -167,6 +193,8 @@ AnyCommand = (
     | AbandonCheckpoint
     | MarkCheckpointCorrupt
     | FinishRun
+    | MarkStepped
+    | PlaceSpares
 )
 
 

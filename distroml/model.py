@@ -76,6 +76,14 @@ class Node(Struct, frozen=True, gc=False, kw_only=True):
     reason: str = ""
     registered_at: float = 0.0
     changed_at: float = 0.0
+    drained: bool = False
+    """It is to have no ranks: asked for, and not taken back since."""
+    workers_since: int = 0
+    """The incarnation whose agent spawned the workers that run there; 0: this one."""
+
+    def holds(self, member: Member) -> bool:
+        """Whether a worker that was given to the node in ``member.incarnation`` may still run there."""
+        return (self.workers_since or self.incarnation) <= member.incarnation <= self.incarnation
 
 
 class Member(Struct, frozen=True, gc=False, array_like=True):
@@ -132,6 +140,11 @@ class Generation(Struct, frozen=True, gc=False, kw_only=True):
     running_at: float | None = None
     """When all ranks were training, as the coordinator saw it."""
 
+    @property
+    def places(self) -> tuple[Member, ...]:
+        """All slots that it has, those of spares last."""
+        return self.members + self.spares
+
 
 class FailureKind(StrEnum):
     """Which signal told of a failure."""
@@ -184,10 +197,20 @@ class Incident(Struct, frozen=True, gc=False, kw_only=True):
     """Steps completed when it failed."""
     next_generation: int | None = None
     formed_at: float | None = None
+    left_at: float | None = None
+    """When the last survivor was out of the collectives of the failed generation."""
+    met_at: float | None = None
+    """When the last rank was connected with all others."""
+    restored_at: float | None = None
+    """When the last rank had the state to go on with."""
     resume_step: int | None = None
+    """Steps done when the next generation began to train; until then as the coordinator expects it."""
+    source: str = ""
+    """Where its state came from, such as ``rank 2``."""
     recovered_at: float | None = None
-    """When all ranks of the next generation were training again."""
+    """When all ranks of the next generation were known to train again."""
     first_step_at: float | None = None
+    """When the last rank completed its first step."""
 
     @property
     def steps_lost(self) -> int | None:
@@ -198,18 +221,28 @@ class Incident(Struct, frozen=True, gc=False, kw_only=True):
 
     @property
     def phases_ms(self) -> dict[str, float]:
-        """Milliseconds of each phase that is over: detect, decide, start, total."""
+        """Milliseconds of each phase that is over, in order, and their total.
+
+        A phase lasts from the end of the one before to its mark. Marks are from clocks of different nodes, and
+        survivors may be out before the next generation is formed: what was over already took no time.
+        """
         marks = {
-            "detect": (self.observed_at, self.decided_at),
-            "form": (self.decided_at, self.formed_at),
-            "start": (self.formed_at, self.recovered_at),
-            "total": (self.observed_at, self.recovered_at),
+            "detect": self.decided_at,
+            "decide": self.formed_at,
+            "abort": self.left_at,
+            "rendezvous": self.met_at,
+            "restore": self.restored_at,
+            "first_step": self.first_step_at,
         }
-        return {
-            name: round(max(0.0, end - begin) * 1000, 1)
-            for name, (begin, end) in marks.items()
-            if begin is not None and end is not None
-        }
+        phases, since = {}, self.observed_at
+        for name, mark in marks.items():
+            if mark is not None:
+                phases[name] = max(0.0, mark - since)
+                since = max(since, mark)
+        over = self.first_step_at or self.recovered_at
+        if over is not None:
+            phases["total"] = max(0.0, max(since, over) - self.observed_at)
+        return {name: round(took_s * 1000, 1) for name, took_s in phases.items()}
 
 
 class Result(Struct, frozen=True, gc=False, kw_only=True):
@@ -242,9 +275,18 @@ class Job(Struct, frozen=True, gc=False, kw_only=True):
     started_at: float | None = None
     finished_at: float | None = None
     generation: Generation | None = None
+    """The newest one."""
+    outgoing: Generation | None = None
+    """The one that trains until the newest one, a planned change, has taken over."""
     restarts: int = 0
+    strikes: int = 0
+    """Failures since the run last got any further; ``max_restarts`` limits them."""
+    first_strike: str = ""
+    """What the first of them was."""
+    highest_step: int = 0
+    """Most steps that were completed when a generation failed."""
     backoff_s: float = 0.0
-    """How long to wait, from the failure, before the next generation is formed."""
+    """How long to wait, from the failure, before the next generation is formed; 0: not at all."""
     total_steps: int | None = None
     checkpoints: tuple[Checkpoint, ...] = ()
     incidents: tuple[Incident, ...] = ()
@@ -259,6 +301,24 @@ class Job(Struct, frozen=True, gc=False, kw_only=True):
     def generation_number(self) -> int:
         """0 before the first generation is formed."""
         return self.generation.number if self.generation else 0
+
+    @property
+    def at_work(self) -> Generation | None:
+        """The generation whose ranks train now, or would."""
+        return self.outgoing or self.generation
+
+    def made_progress(self, highest_step: int) -> bool:
+        """Whether the present generation got further than any before it, given the steps that it completed."""
+        numbers = {one.number for one in (self.generation, self.outgoing) if one is not None}
+        committed = any(one.generation in numbers for one in self.checkpoints)
+        return committed or highest_step > self.highest_step
+
+    def is_to_blame(self, generation: int, rank: int) -> bool:
+        """Whether a rank of ``generation`` is why that one failed, or a planned one that it was to join."""
+        return any(
+            incident.generation >= generation and rank not in incident.collateral
+            for incident in self.incidents
+        )
 
     @property
     def terminal(self) -> bool:

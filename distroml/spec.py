@@ -65,6 +65,11 @@ class Resources(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
         int, Meta(ge=0, le=16, description="0; GPUs are not available in this version")
     ] = 0
 
+    @property
+    def fewest(self) -> int:
+        """Ranks that the run must have at least."""
+        return self.workers if self.min_workers is None else self.min_workers
+
 
 class Distributed(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     """How the ranks work together."""

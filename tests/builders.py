@@ -73,9 +73,8 @@ def form(job_id: str, number: int, where: Iterable[Member], **fields: Any) -> c.
     generation = Generation(
         number=number,
         members=tuple(where),
-        formed_at=0.0,
         reason=f"generation {number}",
-        **fields,
+        **({"formed_at": 0.0} | fields),
     )
     return c.FormGeneration(job_id=job_id, generation=generation)
 

@@ -60,12 +60,18 @@ class ClusterState(Struct, frozen=True, kw_only=True):
         return sorted(active, key=lambda job: job.submit_index)
 
     def slots_used(self, *, but_for: str | None = None) -> dict[str, int]:
-        """Slots that current generations occupy, by node; ``but_for`` leaves one job out."""
+        """Slots that ranks of current generations occupy, by node; ``but_for`` leaves one job out.
+
+        Spares and the survivors of a failed generation occupy none: they make room where ranks need it.
+        """
         used: dict[str, int] = {}
         for job in self.jobs.values():
             if job.status in ASSIGNED and job.generation and job.job_id != but_for:
-                for member in job.generation.members:
-                    used[member.node] = used.get(member.node, 0) + 1
+                places = {(member.node, member.rank) for member in job.generation.members}
+                if job.outgoing is not None:
+                    places |= {(member.node, member.rank) for member in job.outgoing.members}
+                for node, _ in places:
+                    used[node] = used.get(node, 0) + 1
         return used
 
     def counts(self) -> dict[JobStatus, int]:

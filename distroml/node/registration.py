@@ -14,7 +14,7 @@ from distroml.consensus.raft_types import NotLeader, Overloaded
 from distroml.consensus.replica import Replica
 from distroml.errors import ConfigError, TooManyRequests, Unavailable
 from distroml.model import NodeStatus
-from distroml.runtime.assignment import assigned_to
+from distroml.runtime.assignment import ranks_here
 
 FAREWELL_TIMEOUT_S = 2.0
 """How long a node that stops tries to tell the cluster before it just goes."""
@@ -132,6 +132,6 @@ class Registration:
         So they end because this node left, not because its workers were killed.
         """
         async with asyncio.timeout(FAREWELL_TIMEOUT_S):
-            while assigned_to(self._replica.state, self._config.name, self._incarnation):
+            while ranks_here(self._replica.state, self._config.name, self._incarnation):
                 self._applied.clear()
                 await self._applied.wait()

@@ -1,24 +1,33 @@
-"""Which ranks this node should run, and the plan that each of its workers starts with. Pure but for paths."""
+"""Which of this node's processes is which rank: from the replicated state and what runs here to duties. Pure but for paths.
+
+A process outlives generations, so each new one is handed to the processes that are there: who has the rank already
+keeps it, then survivors take their old ranks, then any survivor any rank, then spares; only what is left is forked.
+The order matters: a survivor has the state, a spare has everything imported, a fork has neither.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from msgspec import Struct
 
 from distroml.consensus.state import ClusterState
-from distroml.model import ASSIGNED, CheckpointStatus, Generation, Job, Member
-from distroml.runtime.control import WorkerPlan
+from distroml.model import (
+    ASSIGNED,
+    CheckpointStatus,
+    Generation,
+    Job,
+    JobStatus,
+    Member,
+    Node,
+    NodeStatus,
+)
+from distroml.reports import WorkerPhase
+from distroml.runtime.control import Join, WorkerPlan
 from distroml.runtime.log_tail import log_path
-from distroml.runtime.spawner import WorkerId
 
-
-class Assignment(Struct, frozen=True):
-    """One rank that this node should run."""
-
-    job: Job
-    generation: Generation
-    member: Member
+_AT_WORK = frozenset({WorkerPhase.TRAINING, WorkerPhase.FINISHING})
 
 
 class SupervisorSettings(Struct, frozen=True, kw_only=True):
@@ -36,46 +45,220 @@ class SupervisorSettings(Struct, frozen=True, kw_only=True):
         return self.data_dir / "workers"
 
 
-def assigned_to(state: ClusterState, node: str, incarnation: int) -> dict[WorkerId, Assignment]:
-    """The ranks that ``node`` should be running now."""
-    wanted: dict[WorkerId, Assignment] = {}
-    for job in state.jobs.values():
-        if job.status not in ASSIGNED or job.generation is None:
-            continue
-        for member in job.generation.members:
-            if member.node == node and member.incarnation == incarnation:
-                worker = (job.run_id, job.generation.number, member.rank)
-                wanted[worker] = Assignment(job, job.generation, member)
-    return wanted
+class Process(Struct, frozen=True, kw_only=True):
+    """One process of a run on this node."""
+
+    worker: int
+    told: int
+    """Generation that it was told to join last; 0: a spare."""
+    rank: int
+    """Its rank there."""
+    joined: int
+    """Generation that it is in; behind ``told`` while a planned change lasts."""
+    phase: WorkerPhase
+    alive: bool = True
+    usable: bool = True
+    """False once it has failed, finished or been killed: it will not join anything any more."""
+
+
+class Duties(Struct, frozen=True, kw_only=True):
+    """What becomes of the processes of one run."""
+
+    ranks: dict[int, int | None] = {}
+    """By rank of the newest generation: the process that has it, None where one is to be forked."""
+    spares: tuple[int | None, ...] = ()
+    """Processes that wait without a rank, None for each that is to be forked."""
+    aborted: tuple[int, ...] = ()
+    """Survivors of a failed generation: they are to leave its collectives, and wait."""
+    retired: tuple[int, ...] = ()
+    """Not needed: killed if they live, forgotten once they are gone."""
+
+
+def duties(
+    state: ClusterState, node: str, incarnation: int, processes: Mapping[str, Sequence[Process]]
+) -> dict[str, Duties]:
+    """What this incarnation of ``node`` has to do, by run; ``processes`` are those that it knows, by run.
+
+    Empty until the log tells of this incarnation: what an earlier one left running is not judged before.
+    """
+    own = state.nodes.get(node)
+    if own is None or own.incarnation != incarnation:
+        return {}
+    jobs = {job.run_id: job for job in state.jobs.values() if not job.terminal and job.generation}
+    room = own.slots - state.slots_used().get(node, 0)
+    shares: dict[str, Duties] = {}
+    for run_id in sorted(jobs, key=lambda run_id: _keeping_order(jobs[run_id])):
+        share = _share(jobs[run_id], own, processes.get(run_id, ()), room)
+        room -= len(share.aborted) + len(share.spares)
+        if share != Duties():
+            shares[run_id] = share
+    for run_id, left in processes.items():
+        if run_id not in jobs:
+            shares[run_id] = Duties(retired=tuple(one.worker for one in left))
+    return shares
+
+
+def ranks_here(state: ClusterState, node: str, incarnation: int) -> int:
+    """How many ranks this incarnation of ``node`` should be running, or holds until a planned change is made."""
+    own = state.nodes.get(node)
+    if own is None or own.incarnation != incarnation:
+        return 0
+    return sum(
+        1
+        for job in state.jobs.values()
+        if job.status in ASSIGNED
+        for generation in (job.generation, job.outgoing)
+        for member in (generation.members if generation else ())
+        if member.node == node and own.holds(member)
+    )
+
+
+def next_join(job: Job, rank: int, process: Process | None = None) -> Join:
+    """What a process is told to become this rank of the newest generation.
+
+    Raises:
+        ValueError: the newest generation has no such rank.
+    """
+    generation = job.generation
+    members = generation.members if generation else ()
+    member = next((one for one in members if one.rank == rank), None)
+    if generation is None or member is None:
+        raise ValueError(f"job '{job.job_id}' has no rank {rank}")
+    outgoing = job.outgoing.number if job.outgoing else None
+    trains_on = process is not None and process.joined == outgoing and process.phase in _AT_WORK
+    return Join(
+        generation=generation.number,
+        rank=rank,
+        local_rank=member.local_rank,
+        world_size=len(generation.members),
+        checkpoint=next(
+            (
+                one
+                for one in job.checkpoints
+                if one.step == generation.checkpoint_step
+                and one.status is CheckpointStatus.COMMITTED
+            ),
+            None,
+        ),
+        at_boundary=generation.planned and trains_on,
+    )
 
 
 def worker_plan(
-    assignment: Assignment, settings: SupervisorSettings, control_path: Path
+    job: Job, worker: int, join: Join | None, settings: SupervisorSettings, control_path: Path
 ) -> WorkerPlan:
-    """All that a worker needs to start; ``control_path`` is the agent's socket."""
-    job, generation, member = assignment.job, assignment.generation, assignment.member
-    source = next(
-        (
-            one
-            for one in job.checkpoints
-            if one.step == generation.checkpoint_step and one.status is CheckpointStatus.COMMITTED
-        ),
-        None,
-    )
-    path = log_path(settings.log_dir, job.run_id, generation.number, member.rank)
+    """All that a process needs to start; ``control_path`` is the agent's socket."""
     return WorkerPlan(
         job_id=job.job_id,
         run_id=job.run_id,
-        generation=generation.number,
-        rank=member.rank,
-        local_rank=member.local_rank,
-        world_size=len(generation.members),
+        worker=worker,
         node=settings.node,
         host=settings.host,
         spec=job.spec,
         store_dir=str(settings.store_dir),
-        checkpoint=source,
         control_path=str(control_path),
-        log_path=str(path),
+        log_path=str(log_path(settings.log_dir, job.run_id, worker)),
         threads=settings.worker_threads,
+        join=join,
     )
+
+
+# --- one run ---------------------------------------------------------------------------------------------------
+
+
+def _keeping_order(job: Job) -> tuple[int, int, str]:
+    """Whose survivors and spares stay where not all of them can."""
+    return (-job.spec.priority, job.submit_index, job.run_id)
+
+
+def _share(job: Job, own: Node, processes: Sequence[Process], room: int) -> Duties:
+    assert job.generation is not None  # only such jobs are looked at
+    if job.status is JobStatus.RECOVERING:
+        return _between_generations(job, own, processes, room)
+    if job.status not in ASSIGNED:
+        return Duties(retired=tuple(one.worker for one in processes))
+    generation = job.generation
+    mine = [m for m in generation.members if m.node == own.name and own.holds(m)]
+    ranks = _ranks(job, generation, mine, processes)
+    taken = {worker for worker in ranks.values() if worker is not None}
+    left = [one for one in processes if one.worker not in taken]
+    wanted = sum(1 for m in generation.spares if m.node == own.name and own.holds(m))
+    waiting = [one.worker for one in left if one.told == 0 and one.usable]
+    spares: tuple[int | None, ...] = (*waiting, *[None] * wanted)[: max(0, min(wanted, room))]
+    return Duties(
+        ranks=ranks,
+        spares=spares,
+        retired=tuple(
+            one.worker for one in left if one.worker not in spares and not _leaves_later(job, one)
+        ),
+    )
+
+
+def _between_generations(job: Job, own: Node, processes: Sequence[Process], room: int) -> Duties:
+    """The job is RECOVERING: those with the state stay, as far as nobody else was given their slots."""
+    staying = [
+        one.worker
+        for one in sorted(processes, key=lambda one: (one.told == 0, one.rank, one.worker))
+        if one.usable and own.status is not NodeStatus.LOST and not _blamed(job, one)
+    ][: max(0, room)]
+    return Duties(
+        aborted=tuple(staying),
+        retired=tuple(one.worker for one in processes if one.worker not in staying),
+    )
+
+
+def _blamed(job: Job, process: Process) -> bool:
+    return process.told > 0 and job.is_to_blame(process.told, process.rank)
+
+
+def _ranks(
+    job: Job, generation: Generation, mine: Iterable[Member], processes: Sequence[Process]
+) -> dict[int, int | None]:
+    number = generation.number
+    ranks: dict[int, int | None] = dict.fromkeys((member.rank for member in mine), None)
+    # A dead process keeps its rank, and the one before a planned change too: the coordinator decides what follows.
+    since = job.outgoing.number if job.outgoing and generation.planned else number
+    for one in sorted(processes, key=lambda one: (one.told, one.usable)):
+        joins_anew = one.rank in generation.joining and one.told < number
+        if one.told >= since and one.rank in ranks and not joins_anew:
+            ranks[one.rank] = one.worker
+    able = [one for one in processes if one.usable and one.told < number]
+    if generation.planned and job.outgoing:
+        before = job.outgoing.number
+        # Who has to take another rank because there are fewer, and who was made for the change or for none.
+        moving = [one for one in able if one.told == before and one.rank >= len(generation.members)]
+        new = [one for one in able if one.told == 0 or one.told > before]
+        staying = {rank: one for rank, one in ranks.items() if rank not in generation.joining}
+        joining = {rank: one for rank, one in ranks.items() if rank in generation.joining}
+        return _filled(staying, moving) | _filled(joining, new)
+    return _filled(ranks, [one for one in able if not _blamed(job, one)])
+
+
+def _filled(ranks: Mapping[int, int | None], able: Sequence[Process]) -> dict[int, int | None]:
+    """Hand the ranks that nobody has to those who are able, each to the best one."""
+    filled = dict(ranks)
+    left = {one.worker: one for one in able if one.worker not in ranks.values()}
+    for one in sorted(left.values(), key=lambda one: (-one.told, one.worker)):
+        if one.told > 0 and filled.get(one.rank, one.worker) is None and one.rank in filled:
+            filled[one.rank] = one.worker
+            del left[one.worker]
+    others = sorted(left.values(), key=_worth)
+    for rank in sorted(rank for rank, worker in filled.items() if worker is None):
+        if others:
+            filled[rank] = others.pop(0).worker
+    return filled
+
+
+def _worth(process: Process) -> tuple[bool, bool, int, int]:
+    """Survivors first, by former rank; then spares, those that are prepared first."""
+    spare = process.told == 0
+    unprepared = spare and process.phase is not WorkerPhase.SPARE
+    return (spare, unprepared, process.rank, process.worker)
+
+
+def _leaves_later(job: Job, process: Process) -> bool:
+    """Whether a process without a rank in a planned generation has, or had, its part in the outgoing one.
+
+    It trains until all leave after the same step, and is kept until the others train again: it has the state.
+    """
+    return job.outgoing is not None and process.told == job.outgoing.number

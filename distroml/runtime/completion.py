@@ -38,7 +38,7 @@ def finish(
     reason = clip(reason, MAX_REASON_BYTES)
     command = FinishRun(
         job_id=run.job.job_id,
-        generation=run.generation.number,
+        generation=run.job.generation_number,
         status=status,
         reason=reason,
         result=result,
@@ -64,6 +64,7 @@ def conclude(
         return None
     result = Result(
         state_digest=first.state_digest,
+        sample_digest=first.sample_digest,
         step=first.step,
         epoch=first.epoch,
         metrics=first.metrics,

@@ -7,9 +7,9 @@ from msgspec import Struct
 from distroml.commands import AnyCommand
 from distroml.model import Generation, Job
 from distroml.reports import ShardFact, WorkerFact
-from distroml.runtime.facts import Facts, Now, ReconcilerSettings, members_facts
+from distroml.runtime.facts import Facts, Now, ReconcilerSettings, members_facts, ranks_of
 from distroml.runtime.node_survey import Survey
-from distroml.runtime.scheduler import Schedule
+from distroml.runtime.scheduler import Placement, Schedule
 
 
 class WriteManifest(Struct, frozen=True, kw_only=True):
@@ -44,6 +44,8 @@ class Turn(Struct, frozen=True, kw_only=True):
     settings: ReconcilerSettings
     survey: Survey
     schedule: Schedule
+    changes: dict[str, Placement] = {}
+    """Where ranks and spares of running jobs are to be, for those that are to change."""
 
 
 class Running(Struct, frozen=True, kw_only=True):
@@ -62,6 +64,18 @@ class Running(Struct, frozen=True, kw_only=True):
         """Most steps that any rank completed."""
         steps = (fact.step for fact in self.ranks.values())
         return max(steps, default=self.generation.resume_step)
+
+
+def at_work(job: Job, facts: Facts) -> Running:
+    """The job with the facts of the generation that trains until a planned change is made, or else of the newest.
+
+    Raises:
+        ValueError: the job has no generation.
+    """
+    if job.outgoing is None:
+        return running(job, facts)
+    ranks = ranks_of(job, job.outgoing, facts)
+    return Running(job=job, generation=job.outgoing, ranks=ranks)
 
 
 def running(job: Job, facts: Facts) -> Running:

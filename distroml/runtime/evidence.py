@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from distroml.model import Cause, FailureKind, Generation, Job, Member
-from distroml.reports import WorkerFact
-from distroml.runtime.facts import Facts, ReconcilerSettings, has_failed, members_facts, sighting_of
+from distroml.reports import WorkerFact, WorkerPhase
+from distroml.runtime.facts import (
+    Facts,
+    ReconcilerSettings,
+    is_out,
+    members_facts,
+    ranks_of,
+    sighting_of,
+)
 from distroml.runtime.node_survey import GoneNode, Survey
 
 MAX_ERROR_BYTES = 1024
@@ -44,6 +52,8 @@ class Evidence(Struct, frozen=True, kw_only=True):
     echo: bool = False
     of_node: bool = False
     """True where the node is to blame: all its ranks go with it."""
+    joins: bool = False
+    """True of a rank that a planned change would add: those that train do not need it."""
     fact: WorkerFact | None = None
 
 
@@ -65,38 +75,87 @@ def gather(
     facts: Facts,
     survey: Survey,
     settings: ReconcilerSettings,
+    *,
+    may_move: bool = False,
 ) -> list[Evidence]:
-    """All that speaks against the ranks of ``generation``, by rank."""
+    """All that speaks against the ranks of ``generation``, by rank; while a planned change lasts, also those before.
+
+    Args:
+        may_move: whether ranks on nodes that shut down are about to be moved.
+    """
     known = members_facts(job, facts)
+    before = ranks_of(job, job.outgoing, facts) if job.outgoing else {}
+    scene = _Scene(job, generation, facts, survey, settings, may_move)
     found: list[Evidence] = []
     for member in generation.members:
+        joins = job.outgoing is not None and member.rank in generation.joining
         fact = known.get(member.rank)
-        if fact is not None and fact.outcome is not None:
-            continue  # its work is done and its last shard durable, whatever became of it since
-        node_gone = survey.gone(member)
-        evidence: Evidence | None = None
-        # A node that announced its end explains how its workers ended.
-        left = node_gone is not None and node_gone.kind is FailureKind.NODE_LEFT
-        if fact is not None and has_failed(fact) and not left:
-            evidence = _of_worker(member, fact)
-        elif node_gone is not None:
-            evidence = _of_node(member, node_gone, generation, facts)
-        elif fact is None:
-            evidence = _of_absence(job, member, generation, facts, settings)
+        if fact is None and not joins:
+            fact = _before_change(job, member, before)
+        evidence = _against(scene, member, fact)
         if evidence is not None:
-            found.append(evidence)
+            found.append(replace(evidence, joins=joins))
+    for member in job.outgoing.members if job.outgoing else ():
+        fact = before.get(member.rank)
+        stays = (member.rank, member.node) in {(m.rank, m.node) for m in generation.members}
+        # Who has left the generation after the last step is not needed any more.
+        if not stays and fact is not None and fact.parked_at is None:
+            evidence = _against(scene, member, fact)
+            if evidence is not None:
+                found.append(evidence)
     return found
 
 
-def blame(evidence: Sequence[Evidence], generation: Generation, wall_s: float) -> Blame:
+class _Scene(Struct, frozen=True):
+    job: Job
+    generation: Generation
+    facts: Facts
+    survey: Survey
+    settings: ReconcilerSettings
+    may_move: bool
+
+
+def _before_change(job: Job, member: Member, before: Mapping[int, WorkerFact]) -> WorkerFact | None:
+    """The process that stays, in the generation that it has yet to leave; its rank there may be another one."""
+    places = {m.rank: m.node for m in job.outgoing.members} if job.outgoing else {}
+    if places.get(member.rank) == member.node:
+        return before.get(member.rank)
+    renumbered = [rank for rank, node in places.items() if node == member.node]
+    return next((before[rank] for rank in renumbered if rank in before), None)
+
+
+def _against(scene: _Scene, member: Member, fact: WorkerFact | None) -> Evidence | None:
+    if fact is not None and fact.outcome is not None:
+        return None  # its work is done and its last shard durable, whatever became of it since
+    node_gone = scene.survey.gone(member)
+    # A node that announced its end explains how its workers ended.
+    left = node_gone is not None and node_gone.kind is FailureKind.NODE_LEFT
+    if fact is not None and is_out(fact):
+        if not left:
+            return _of_worker(member, fact)
+    elif scene.may_move:
+        node_gone = scene.survey.gone(member, may_move=True)
+    if node_gone is not None:
+        return _of_node(member, node_gone, scene.generation, scene.facts)
+    if fact is None:
+        return _of_absence(scene.job, member, scene.generation, scene.facts, scene.settings)
+    return None
+
+
+def blame(
+    evidence: Sequence[Evidence],
+    generation: Generation,
+    wall_s: float,
+    outgoing: Generation | None = None,
+) -> Blame:
     """Choose the root cause among at least one piece of evidence.
 
     Genuine before echo, then the earliest, then the lowest rank.
     """
     root = min(evidence, key=lambda e: (e.echo, e.at, e.rank))
-    own_fault = {e.rank for e in evidence if not e.echo}
+    own_fault = {e.rank for e in evidence if not e.echo and not (e.joins and not root.joins)}
     together = [e.rank for e in evidence if root.of_node and e.of_node and e.node == root.node]
-    ranks = [member.rank for member in generation.members]
+    ranks = all_ranks(generation, outgoing)
     return Blame(
         cause=_cause(root, alone=len(together) <= 1),
         collateral=tuple(rank for rank in ranks if rank not in own_fault and rank != root.rank),
@@ -106,11 +165,19 @@ def blame(evidence: Sequence[Evidence], generation: Generation, wall_s: float) -
     )
 
 
+def all_ranks(generation: Generation, outgoing: Generation | None) -> list[int]:
+    """The ranks of a generation and of the one that it is to relieve."""
+    both = generation.members + (outgoing.members if outgoing else ())
+    return sorted({member.rank for member in both})
+
+
 def describe_end(fact: WorkerFact) -> str:
     """How a worker ended, such as ``killed by SIGKILL``."""
     if fact.failure is not None:
         error = clip(fact.failure.error, MAX_ERROR_BYTES)
         return f"lost its peers: {error}" if _is_echo(fact) else f"failed: {error}"
+    if fact.exit_code is None and fact.phase is WorkerPhase.PARKED:
+        return f"lost its peers: {clip(fact.parked_reason, MAX_ERROR_BYTES)}"
     if fact.exit_code is None:
         return "failed without saying why"
     if fact.exit_code < 0:
@@ -143,11 +210,11 @@ def ranks_text(ranks: Sequence[int]) -> str:
 
 def _of_worker(member: Member, fact: WorkerFact) -> Evidence:
     failure = fact.failure
-    ended_at = fact.ended_at if fact.ended_at is not None else fact.started_at
+    ended_at = fact.ended_at or fact.parked_at or fact.started_at
     return Evidence(
         rank=member.rank,
         node=member.node,
-        kind=failure.kind if failure else FailureKind.EXIT,
+        kind=failure.kind if failure else _kind_of_end(fact),
         said=describe_end(fact),
         at=failure.at if failure else ended_at,
         echo=_is_echo(fact),
@@ -155,9 +222,15 @@ def _of_worker(member: Member, fact: WorkerFact) -> Evidence:
     )
 
 
+def _kind_of_end(fact: WorkerFact) -> FailureKind:
+    return FailureKind.ERROR if fact.phase is WorkerPhase.PARKED else FailureKind.EXIT
+
+
 def _is_echo(fact: WorkerFact) -> bool:
     failure = fact.failure
-    if failure is None or failure.kind is FailureKind.CORRUPT_CHECKPOINT:
+    if failure is None:
+        return fact.phase is WorkerPhase.PARKED
+    if failure.kind is FailureKind.CORRUPT_CHECKPOINT:
         return False
     return failure.collateral or _ECHO.search(failure.error) is not None
 
@@ -186,7 +259,7 @@ def _of_absence(
     """An agent that knows of the generation but lists no such worker."""
     node = facts.nodes.get(member.node)
     report = node.report if node else None
-    if report is None or report.incarnation != member.incarnation:
+    if node is None or report is None or not node.holds(member):
         return None
     sighting = sighting_of(job, facts)
     if report.applied_index < sighting.index:

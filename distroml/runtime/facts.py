@@ -13,9 +13,10 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from distroml.consensus.state import ClusterState
-from distroml.model import Job, JobStatus
+from distroml.model import Generation, Job, JobStatus, Member
 from distroml.reports import NodeReport, WorkerFact, WorkerPhase
 from distroml.runtime.failure_detector import Health
+from distroml.runtime.hang import HangSettings
 
 
 class Now(Struct, frozen=True, gc=False):
@@ -42,10 +43,8 @@ class ReconcilerSettings(Struct, frozen=True, gc=False, kw_only=True):
     """How long an agent may leave out a worker that trained before it counts as gone."""
     unspawned_wait_s: float = 20.0
     """The same for a worker that was never seen."""
-    leftover_wait_s: float = 10.0
-    """How long a recovery waits for the processes of the failed generation to end."""
     commit_wait_s: float = 5.0
-    """How long a recovery waits for the commit of a checkpoint that was whole when its generation failed."""
+    """How long a recovery without survivors waits for the commit of a checkpoint that was whole before."""
     final_checkpoint_wait_s: float = 60.0
     """How long a finished run waits for the commit of its final checkpoint."""
     checkpoint_deadline_s: float = 600.0
@@ -55,10 +54,13 @@ class ReconcilerSettings(Struct, frozen=True, gc=False, kw_only=True):
     return_wait_s: float = 60.0
     """How long a lost node's slots keep a job's place at the head of the queue (wall clock)."""
     backoff_base_s: float = 0.1
-    """Pause before the first restart; doubles with each failure that follows without progress."""
+    """Pause before the first restart of a run that got no further; doubles with each that follows, also without."""
     backoff_limit_s: float = 30.0
-    progress_s: float = 60.0
-    """A generation that trained this long made progress: the pause starts at its base again (wall clock)."""
+    grow_pause_s: float = 3.0
+    """How long a generation is left alone before it grows (wall clock)."""
+    regrow_pause_s: float = 30.0
+    """The same where a planned change failed or took ranks away."""
+    hang: HangSettings = HangSettings()
 
 
 class NodeFacts(Struct, frozen=True, gc=False, kw_only=True):
@@ -72,6 +74,15 @@ class NodeFacts(Struct, frozen=True, gc=False, kw_only=True):
     """The newest one, kept after the node was lost."""
     heard_at: float | None = None
     """When its last report came, in Unix seconds of this leader's clock."""
+    workers_since: int = 0
+    """The incarnation whose agent spawned the workers that it reports; 0: its own."""
+
+    def holds(self, member: Member) -> bool:
+        """Whether its report speaks of a worker that was given to ``member.incarnation`` of the node."""
+        if self.report is None:
+            return False
+        now = self.report.incarnation
+        return (self.workers_since or now) <= member.incarnation <= now
 
 
 class Sighting(Struct, frozen=True, gc=False, kw_only=True):
@@ -81,8 +92,6 @@ class Sighting(Struct, frozen=True, gc=False, kw_only=True):
     generation: int
     since_s: float
     """First sight of this status in this generation."""
-    status_index: int
-    """Log index of the job's last change at that time."""
     generation_since_s: float
     index: int
     """Log index of the job's last change when the generation was first seen."""
@@ -90,6 +99,10 @@ class Sighting(Struct, frozen=True, gc=False, kw_only=True):
     """First sight of a failed worker of this generation."""
     finished_since_s: float | None = None
     """First sight of outcomes of all its ranks."""
+    steps: int = 0
+    """Sum of the steps of all ranks; grows while they train."""
+    still_since_s: float = 0.0
+    """First sight of ``steps`` as they are."""
     shards_since_s: dict[int, float] = {}
     """First sight of a durable shard, by checkpoint step."""
     abandoned_since_s: dict[int, float] = {}
@@ -148,19 +161,21 @@ def sighting_of(job: Job, facts: Facts) -> Sighting:
 
 def members_facts(job: Job, facts: Facts) -> dict[int, WorkerFact]:
     """What the agents know of the ranks of the job's newest generation, by rank; stale reports are left out."""
-    if job.generation is None:
-        return {}
-    wanted = (job.job_id, job.run_id, job.generation.number)
-    places = {member.rank: member for member in job.generation.members}
+    return ranks_of(job, job.generation, facts) if job.generation else {}
+
+
+def ranks_of(job: Job, generation: Generation, facts: Facts) -> dict[int, WorkerFact]:
+    """The same of any generation of the job."""
+    wanted = (job.job_id, job.run_id, generation.number)
+    places = {member.rank: member for member in generation.members}
     found: dict[int, WorkerFact] = {}
-    for name in sorted({member.node for member in job.generation.members}):
+    for name in sorted({member.node for member in generation.members}):
         node = facts.nodes.get(name)
-        report = node.report if node else None
-        for fact in report.workers if report else ():
-            if (fact.job_id, fact.run_id, fact.generation) != wanted or report is None:
+        for fact in node.report.workers if node and node.report else ():
+            if (fact.job_id, fact.run_id, fact.generation) != wanted:
                 continue
             place = places.get(fact.rank)
-            if place and (place.node, place.incarnation) == (name, report.incarnation):
+            if node and place and place.node == name and node.holds(place):
                 found[fact.rank] = fact
     return dict(sorted(found.items()))
 
@@ -182,37 +197,46 @@ def has_failed(fact: WorkerFact) -> bool:
     return ended or fact.failure is not None
 
 
+def is_out(fact: WorkerFact) -> bool:
+    """Whether a worker takes no part in its generation any more, without having done its work."""
+    return has_failed(fact) or fact.phase is WorkerPhase.PARKED
+
+
 def _sighting(before: Sighting | None, job: Job, facts: Facts, now_s: float) -> Sighting:
     if before is None or before.generation != job.generation_number:
         before = Sighting(
             status=job.status,
             generation=job.generation_number,
             since_s=now_s,
-            status_index=job.change_index,
             generation_since_s=now_s,
             index=job.change_index,
+            still_since_s=now_s,
         )
     same = before.status is job.status
-    ranks = members_facts(job, facts)
-    failing = any(has_failed(fact) for fact in ranks.values())
-    finished = (
-        job.generation is not None
-        and len(ranks) == len(job.generation.members)
-        and all(fact.outcome is not None for fact in ranks.values())
+    generations = [one for one in (job.generation, job.outgoing) if one is not None]
+    by_generation = [ranks_of(job, one, facts) for one in generations]
+    seen = [fact for ranks in by_generation for fact in ranks.values()]
+    failing = any(is_out(fact) for fact in seen)
+    finished = any(
+        len(ranks) == len(one.members) and all(fact.outcome for fact in ranks.values())
+        for one, ranks in zip(generations, by_generation, strict=True)
     )
-    durable = {shard.step for fact in ranks.values() for shard in fact.shards}
-    abandoned = {step for fact in ranks.values() for step, _ in fact.abandoned}
+    durable = {shard.step for fact in seen for shard in fact.shards}
+    abandoned = {step for fact in seen for step, _ in fact.abandoned}
+    numbers = {one.number for one in generations}
+    steps = sum(fact.step for fact in seen)
     abandoned |= {
         step
         for job_id, number, step in facts.write_failures
-        if (job_id, number) == (job.job_id, job.generation_number)
+        if job_id == job.job_id and number in numbers
     }
     return replace(
         before,
         status=job.status,
         since_s=before.since_s if same else now_s,
-        status_index=before.status_index if same else job.change_index,
         failing_since_s=_first(before.failing_since_s, failing, now_s),
+        steps=steps,
+        still_since_s=before.still_since_s if same and steps == before.steps else now_s,
         finished_since_s=_first(before.finished_since_s, finished, now_s),
         shards_since_s=_firsts(before.shards_since_s, durable, now_s),
         abandoned_since_s=_firsts(before.abandoned_since_s, abandoned, now_s),

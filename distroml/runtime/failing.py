@@ -17,39 +17,49 @@ from distroml.model import (
     Checkpoint,
     CheckpointStatus,
     FailureKind,
+    Job,
     JobStatus,
     Member,
 )
 from distroml.reports import WorkerFact, WorkerPhase
 from distroml.runtime.completion import finish
-from distroml.runtime.decisions import Decision, Running, Turn
+from distroml.runtime.decisions import Decision, Running, Turn, at_work
 from distroml.runtime.evidence import (
     MAX_ERROR_BYTES,
     MAX_REASON_BYTES,
     Blame,
     Evidence,
+    all_ranks,
     blame,
     clip,
     gather,
     ranks_text,
 )
 from distroml.runtime.facts import sighting_of
+from distroml.runtime.failure_detector import Health
+from distroml.runtime.hang import find_hang
 
 _BEYOND_START = frozenset({WorkerPhase.TRAINING, WorkerPhase.FINISHING, WorkerPhase.FINISHED})
+_ON_THE_WAY = (WorkerPhase.CONNECTING, WorkerPhase.RESTORING)
 
 
-def evidence_of(turn: Turn, run: Running) -> list[Evidence]:
-    """All that speaks against the ranks of the generation."""
-    return gather(run.job, run.generation, turn.facts, turn.survey, turn.settings)
+def evidence_of(turn: Turn, run: Running, *, may_move: bool = False) -> list[Evidence]:
+    """All that speaks against the ranks of the generation, and of the one that it is to relieve."""
+    return gather(
+        run.job, run.generation, turn.facts, turn.survey, turn.settings, may_move=may_move
+    )
 
 
 def verdict_on(turn: Turn, run: Running, evidence: list[Evidence]) -> Blame | None:
     """Who is to blame; None while only echoes are seen and the root cause may still show up."""
-    verdict = blame(evidence, run.generation, turn.now.wall_s)
+    outgoing = run.job.outgoing
+    verdict = blame(evidence, run.generation, turn.now.wall_s, outgoing)
     failing_s = sighting_of(run.job, turn.facts).failing_since_s
     if verdict.echoes_only and failing_s is not None:
         suspect = turn.survey.suspects(run.generation.members)
-        wait_s = turn.settings.suspect_echo_wait_s if suspect else turn.settings.echo_wait_s
+        # Ranks that change over stand between two generations for a moment, which is no failure.
+        longer = suspect or outgoing is not None
+        wait_s = turn.settings.suspect_echo_wait_s if longer else turn.settings.echo_wait_s
         if turn.now.monotonic_s - failing_s < wait_s:
             return None
     return verdict
@@ -68,33 +78,40 @@ def fail_generation(
     job, number = run.job, run.generation.number
     marks = _corrupt_marks(run, evidence)
     verdict = _checked(run, verdict)
-    spares = verdict.cause.kind in BLAMELESS
+    blameless = verdict.cause.kind in BLAMELESS
     reason = clip(f"generation {number}: {verdict.reason}", MAX_REASON_BYTES)
-    if job.restarts >= job.spec.max_restarts and not spares:
-        restarts = f"{job.restarts} restart{'s'[: job.restarts != 1]}"
-        told = f"gave up after {restarts}: {reason}"
-        return [*marks, finish(run, JobStatus.FAILED, told, because=verdict)]
+    highest_step = max(run.highest_step, at_work(job, turn.facts).highest_step)
+    strikes = 0 if job.made_progress(highest_step) else job.strikes
+    if strikes >= job.spec.max_restarts and not blameless:
+        return [*marks, _give_up(run, strikes, reason, verdict)]
     command = FailGeneration(
         job_id=job.job_id,
         generation=number,
         cause=verdict.cause,
         collateral=verdict.collateral,
         observed_at=verdict.observed_at,
-        highest_step=run.highest_step,
+        highest_step=highest_step,
         reason=reason,
-        backoff_s=_backoff_s(turn, run, fresh=spares),
+        backoff_s=0.0 if blameless else _backoff_s(turn, job, highest_step),
     )
     return [*marks, Decision(action=command, reason=reason)]
 
 
-def _backoff_s(turn: Turn, run: Running, *, fresh: bool) -> float:
-    """Doubles with every failure until a generation gets something done."""
-    settings, generation = turn.settings, run.generation
-    committed = any(c.generation == generation.number for c in run.job.checkpoints)
-    trained_s = turn.now.wall_s - (generation.running_at or turn.now.wall_s)
-    if fresh or committed or trained_s > settings.progress_s or run.job.backoff_s <= 0:
-        return settings.backoff_base_s
-    return min(settings.backoff_limit_s, run.job.backoff_s * 2)
+def _give_up(run: Running, strikes: int, reason: str, verdict: Blame) -> Decision:
+    first = run.job.first_strike if strikes else ""
+    told = f"gave up after {strikes} restart{'s'[: strikes != 1]} without progress: {reason}"
+    if first:
+        half = MAX_REASON_BYTES // 2  # each of the two errors keeps its beginning
+        told = f"{clip(told, half)}; the first time: {clip(first, half)}"
+    return finish(run, JobStatus.FAILED, told, because=verdict)
+
+
+def _backoff_s(turn: Turn, job: Job, highest_step: int) -> float:
+    """None after progress; else it doubles with every failure."""
+    settings = turn.settings
+    if job.made_progress(highest_step):
+        return 0.0
+    return min(settings.backoff_limit_s, max(settings.backoff_base_s, job.backoff_s * 2))
 
 
 def _corrupt_marks(run: Running, evidence: Iterable[Evidence]) -> list[Decision]:
@@ -127,9 +144,16 @@ def _source(run: Running) -> Checkpoint | None:
 
 
 def late_start(turn: Turn, run: Running) -> Blame | None:
-    """The blame for a generation that is not training in time; None while it has time left."""
+    """The blame for a generation that is not training in time; None while it has time left.
+
+    Those furthest behind keep the others waiting.
+    """
     waited_s = turn.now.monotonic_s - sighting_of(run.job, turn.facts).since_s
-    late = [m for m in run.generation.members if not _started(run, m)]
+    late = [
+        member
+        for member in run.generation.members
+        if (fact := run.ranks.get(member.rank)) is None or not is_beyond_start(fact)
+    ]
     if waited_s < turn.settings.start_deadline_s or not late:
         return None
     where = [
@@ -137,12 +161,49 @@ def late_start(turn: Turn, run: Running) -> Blame | None:
         for m in late
     ]
     reason = f"not all workers train after {waited_s:.0f} s: {', '.join(where)}"
-    return _made_up(turn, run, FailureKind.START_TIMEOUT, reason, late)
+    came = {m.rank: _came_to(run.ranks.get(m.rank)) for m in late}
+    behind = [m for m in late if came[m.rank] == min(came.values())]
+    return _made_up(turn, run, FailureKind.START_TIMEOUT, reason, behind)
 
 
-def _started(run: Running, member: Member) -> bool:
-    fact = run.ranks.get(member.rank)
-    return fact is not None and is_beyond_start(fact)
+def _came_to(fact: WorkerFact | None) -> int:
+    """How far a rank has come that does not train yet."""
+    if fact is None or fact.phase not in _ON_THE_WAY:
+        return 0
+    return 1 + _ON_THE_WAY.index(fact.phase) + (len(fact.rendezvous) > 0)
+
+
+def hanging(turn: Turn, run: Running) -> Blame | None:
+    """The blame for a rank that keeps the others waiting; None while none does."""
+    speaking = turn.survey.views
+    seen = {
+        member.rank: run.ranks[member.rank]
+        for member in run.generation.members
+        if member.rank in run.ranks
+        and (view := speaking.get(member.node)) is not None
+        and view.health is Health.ALIVE
+    }
+    sighting = sighting_of(run.job, turn.facts)
+    still_s = turn.now.monotonic_s - max(sighting.still_since_s, sighting.since_s)
+    if len(seen) < len(run.generation.members):
+        still_s = 0.0  # those that are not heard may be why: the failure detector is at it
+    found = find_hang(seen, still_s, turn.settings.hang)
+    if found is None:
+        return None
+    culprit = next(m for m in run.generation.members if m.rank == found.rank)
+    reason = f"worker {culprit.rank} on node {culprit.node} {found.said}"
+    verdict = _made_up(turn, run, FailureKind.HANG, reason, [culprit])
+    return replace(verdict, observed_at=turn.now.wall_s - found.since_s)
+
+
+def stranded(turn: Turn, run: Running) -> Blame | None:
+    """The end of a run of one rank that has to go elsewhere: nobody could take its state over from it."""
+    (member, *others) = run.generation.members
+    room = any(host.free > 0 and not host.closed for host in turn.schedule.left.values())
+    if others or run.job.outgoing or not turn.survey.to_move(member) or not room:
+        return None
+    reason = f"node {member.node} is drained; rank {member.rank} goes elsewhere"
+    return _made_up(turn, run, FailureKind.NODE_LEFT, reason, [member])
 
 
 def unasked_stop(turn: Turn, run: Running) -> Blame:
@@ -162,9 +223,12 @@ def _made_up(
             kind=kind,
             rank=guilty[0].rank,
             node=guilty[0].node,
+            pid=run.ranks[guilty[0].rank].pid if guilty[0].rank in run.ranks else None,
             error=clip(reason, MAX_ERROR_BYTES),
         ),
-        collateral=tuple(m.rank for m in run.generation.members if m.rank not in ranks),
+        collateral=tuple(
+            rank for rank in all_ranks(run.generation, run.job.outgoing) if rank not in ranks
+        ),
         observed_at=turn.now.wall_s,
         reason=reason,
         echoes_only=False,

@@ -6,12 +6,25 @@ it knows. Level-triggered like all reports: a key that was lost or came too earl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 MAX_KEYS = 4 * 1024
 """Keys kept of one generation; Gloo publishes one per rank."""
 
 RunGeneration = tuple[str, int]
+_GENERATION = re.compile(r"g([1-9][0-9]{0,17})/")
+
+
+def generation_of(key: str) -> int | None:
+    """The generation that a key belongs to; None where it is no rendezvous key."""
+    found = _GENERATION.match(key)
+    return int(found[1]) if found else None
+
+
+def have_joined(keys: Mapping[str, bytes], generation: int, ranks: Iterable[int]) -> bool:
+    """Whether each of these ranks has published where it is to be met (see ``worker.rendezvous``)."""
+    return all(f"g{generation}/0/{rank}" in keys for rank in ranks)
 
 
 class KeyExchange:

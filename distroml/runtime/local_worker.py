@@ -13,9 +13,11 @@ from pathlib import Path
 import msgspec
 
 from distroml.model import FailureKind
-from distroml.reports import WorkerFact, WorkerFailure, WorkerOutcome, WorkerPhase
+from distroml.reports import Marks, WorkerFact, WorkerFailure, WorkerOutcome, WorkerPhase
 from distroml.runtime import control
-from distroml.runtime.control import FromWorker
+from distroml.runtime.assignment import Process
+from distroml.runtime.control import FromWorker, Join
+from distroml.runtime.key_exchange import generation_of
 from distroml.runtime.log_tail import LogTail
 from distroml.runtime.worker_server import WorkerLink
 
@@ -24,6 +26,8 @@ MAX_SHARDS = 64
 MAX_ABANDONED = 4
 """Abandoned checkpoint steps that a fact carries."""
 MAX_REASON_CHARS = 400
+KEPT_RANKS = 4
+"""Generations whose rank is remembered: a worker's last metrics of one may come late."""
 MAX_RENDEZVOUS_BYTES = 1024 * 1024
 """Keys and values that one rank may publish; Gloo's take about 150 bytes per other rank."""
 MAX_OUTCOME_METRICS = 64
@@ -39,9 +43,12 @@ class LocalWorker:
 
     Args:
         now_s: monotonic seconds at its spawn.
+        join: what it was spawned to become; None for a spare.
     """
 
-    def __init__(self, fact: WorkerFact, log_path: Path, now_s: float) -> None:
+    def __init__(
+        self, fact: WorkerFact, log_path: Path, now_s: float, join: Join | None = None
+    ) -> None:
         self.fact = fact
         self.tail = LogTail(log_path)
         self.spawned_s = now_s
@@ -55,6 +62,15 @@ class LocalWorker:
         """Why it ended, where the agent knows and the worker itself could not say."""
         self.patience_ends_s: float | None = None
         """When the supervisor stops waiting for what should follow (last frames, or the exit)."""
+        self.heard_s = now_s
+        """When it last said anything."""
+        self.stopped_since_s: float | None = None
+        """Since when its process was seen to be stopped."""
+        self.stale_frames = 0
+        """Frames of another generation than those that it may speak for."""
+        self._told = join
+        self._ranks = {fact.generation: fact.rank}
+        self._aborted = 0
         self._keys_sent: set[str] = set()
 
     @property
@@ -67,6 +83,42 @@ class LocalWorker:
         """Whether its pid still names its process group: known, and not reaped as far as this agent knows."""
         return self.alive and self.fact.pid is not None and self.exit_code is None
 
+    @property
+    def told(self) -> int:
+        """Generation that it was told to join last; 0 for a spare."""
+        return self._told.generation if self._told else 0
+
+    @property
+    def process(self) -> Process:
+        """What the assignment needs to know of it."""
+        fact, told = self.fact, self._told
+        ending = self.exit_code is not None or self.killed_at_s is not None
+        return Process(
+            worker=fact.worker,
+            told=self.told,
+            rank=told.rank if told else fact.rank,
+            joined=fact.generation,
+            phase=fact.phase,
+            alive=self.alive,
+            usable=self.alive and not ending and fact.failure is None and fact.outcome is None,
+        )
+
+    def observed(self, now_s: float) -> WorkerFact:
+        """The fact with what only time tells."""
+        if not self.alive:
+            return self.fact
+        stopped = 0.0 if self.stopped_since_s is None else now_s - self.stopped_since_s
+        return msgspec.structs.replace(self.fact, silent_s=now_s - self.heard_s, stopped_s=stopped)
+
+    def stopped_at(self, now_s: float | None) -> None:
+        """Its process was seen to be stopped; None: it runs, or is thought to."""
+        if now_s is None or self.stopped_since_s is None:
+            self.stopped_since_s = now_s
+
+    def rank_in(self, generation: int) -> int | None:
+        """Which rank it had, or has, in one of its last generations."""
+        return self._ranks.get(generation)
+
     def update(self, **changes: object) -> None:
         """Change the fact."""
         self.fact = msgspec.structs.replace(self.fact, **changes)
@@ -76,12 +128,22 @@ class LocalWorker:
     def take(self, message: FromWorker) -> bool:
         """Take a message; returns whether others should hear of it soon.
 
+        What is of another generation than the one that it is in, or was told to join, is counted and dropped.
+
         Raises:
             Misbehaved: it is out of all bounds.
         """
+        generation = generation_in(message)
+        if generation is not None and generation != self.fact.generation:
+            if self._told is None or generation != self._told.generation:
+                self.stale_frames += 1
+                return False
+            self._enter(self._told)
         match message:
             case control.Progress():
                 return self._on_progress(message)
+            case control.Parked():
+                return self._on_parked(message)
             case control.Rendezvous(key=key, value=value):
                 keys = {**self.fact.rendezvous, key: value}
                 if sum(len(k) + len(v) for k, v in keys.items()) > MAX_RENDEZVOUS_BYTES:
@@ -104,20 +166,87 @@ class LocalWorker:
         return True
 
     def _on_progress(self, message: control.Progress) -> bool:
-        entered = message.phase is not self.fact.phase
+        fact = self.fact
+        entered = message.phase is not fact.phase
+        at_work = message.phase is WorkerPhase.TRAINING
+        stepped = message.step != fact.step or (entered and at_work)
         self.update(
             phase=message.phase,
             step=message.step,
             epoch=message.epoch,
-            total_steps=message.total_steps or self.fact.total_steps,
-            rendezvous={} if message.phase is WorkerPhase.TRAINING else self.fact.rendezvous,
+            total_steps=message.total_steps or fact.total_steps,
+            rendezvous={} if at_work else fact.rendezvous,
+            marks=message.marks or fact.marks,
+            timing=message.timing or fact.timing,
+            waiting_s=message.waiting_s,
+            step_at=time.time() if stepped else fact.step_at,
         )
-        return entered
+        return entered or message.marks is not None
+
+    def _on_parked(self, message: control.Parked) -> bool:
+        fact = self.fact
+        step = max(fact.step, message.step)
+        if message.generation == fact.generation:
+            self.update(
+                phase=WorkerPhase.PARKED,
+                step=step,
+                parked_at=message.at,
+                parked_reason=message.reason[:MAX_REASON_CHARS],
+                rendezvous={},
+                waiting_s=0.0,
+            )
+            return True
+        if fact.marks.left_at is None:
+            marks = msgspec.structs.replace(fact.marks, left_at=message.at)
+            self.update(step=step, marks=marks)
+        return False
+
+    def _enter(self, join: Join) -> None:
+        """It belongs to another generation now; nothing that it said of the former one counts any more."""
+        self._keys_sent.clear()
+        self._ranks[join.generation] = join.rank
+        while len(self._ranks) > KEPT_RANKS:
+            del self._ranks[next(iter(self._ranks))]
+        self.update(
+            generation=join.generation,
+            rank=join.rank,
+            phase=WorkerPhase.CONNECTING,
+            marks=Marks(left_at=self.fact.parked_at),
+            timing=None,
+            parked_at=None,
+            parked_reason="",
+            shards=(),
+            abandoned=(),
+            rendezvous={},
+            waiting_s=0.0,
+        )
 
     # --- what it is told ---
 
+    def tell(self, join: Join) -> bool:
+        """Have it become that rank of that generation, unless it is so already; returns whether it was told now."""
+        told = self._told
+        if (self.fact.generation, self.fact.rank) == (join.generation, join.rank):
+            return False
+        known = told and (told.generation, told.rank, told.at_boundary)
+        if self.link is None or known == (join.generation, join.rank, join.at_boundary):
+            return False
+        self._told = join
+        self.link.send(join)
+        if not join.at_boundary:
+            self._enter(join)
+        return True
+
+    def abort(self) -> None:
+        """Have it leave the collectives of all that it was told to join, once."""
+        told = max(self.told, self.fact.generation)
+        parked = self.fact.phase is WorkerPhase.PARKED and self.told == self.fact.generation
+        if self.link is not None and self._aborted < told and not parked:
+            self._aborted = told
+            self.link.send(control.Abort(generation=told))
+
     def send_keys(self, keys: Mapping[str, bytes]) -> None:
-        """Pass on rendezvous keys that it does not have yet."""
+        """Pass on rendezvous keys that it does not have yet, of the generation that it was told to join."""
         new = {
             key: value
             for key, value in keys.items()
@@ -161,6 +290,23 @@ class LocalWorker:
             last_lines=self.tail.last_lines,
             rendezvous={},
         )
+
+
+def generation_in(message: FromWorker) -> int | None:
+    """The generation that a message is about; None for one that is taken whatever it says.
+
+    Raises:
+        Misbehaved: a rendezvous key names no generation.
+    """
+    match message:
+        case control.Rendezvous(key=key):
+            generation = generation_of(key)
+            if generation is None:
+                raise Misbehaved(f"its rendezvous key '{key[:80]}' names no generation")
+            return generation
+        case control.Hello() | control.Parked() | control.Failed():
+            return None
+    return message.generation
 
 
 def failure_of(error: str) -> WorkerFailure:

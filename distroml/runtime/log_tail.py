@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 MAX_READ_BYTES = 256 * 1024
@@ -24,8 +23,8 @@ MAX_FILE_BYTES = 64 * 1024 * 1024
 """A longer file is cut to nothing once it was read."""
 LAST_LINES = 20
 LAST_LINE_CHARS = 300
-KEPT_GENERATIONS = 4
-"""Directories of newest generations that are kept of each run."""
+KEPT_FILES = 16
+"""Files of workers that have ended which are kept of each run, the newest ones."""
 KEPT_RUNS = 64
 """Directories of runs that are kept, the most recently written ones first."""
 
@@ -93,47 +92,50 @@ class LogTail:
             self._last.append(f"[log over {MAX_FILE_BYTES} bytes: file was cut]")
 
 
-def log_path(root: Path, run_id: str, generation: int, rank: int) -> Path:
-    """Where the output of one rank goes."""
-    return root / run_id / f"generation-{generation}" / f"rank-{rank}.log"
+def log_path(root: Path, run_id: str, worker: int) -> Path:
+    """Where the output of one worker process goes."""
+    return root / run_id / f"worker-{worker}.log"
 
 
-def stale_logs(
-    root: Path, runs: Mapping[str, int], busy: Collection[tuple[str, int]]
-) -> list[Path]:
-    """Directories of generations that can go: of runs that are gone, and all but the newest ones of the others.
+def stale_logs(root: Path, runs: Collection[str], busy: Collection[tuple[str, int]]) -> list[Path]:
+    """Files that can go: of runs that are gone, and all but the newest ones of the others.
 
     Args:
-        runs: the generation number of each run that exists.
-        busy: (run, generation) of processes that live; their files stay.
+        runs: those that exist.
+        busy: (run, worker) of processes that live; their files stay.
     """
     stale: list[Path] = []
     quiet: list[tuple[float, list[Path]]] = []
     for run in _directories(root):
-        used = {generation for run_id, generation in busy if run_id == run.name}
-        found = {_number(path): path for path in _directories(run)}
-        idle = {number: path for number, path in found.items() if number not in used}
-        oldest = runs[run.name] - KEPT_GENERATIONS if run.name in runs else max(found, default=0)
-        stale += [path for number, path in idle.items() if 0 < number <= oldest]
-        kept = [path for number, path in idle.items() if number > oldest]
+        used = {worker for run_id, worker in busy if run_id == run.name}
+        idle = {worker: path for path in _files(run) if 0 < (worker := _number(path)) not in used}
+        kept = sorted(idle)[-KEPT_FILES:] if run.name in runs else []
+        stale += [path for worker, path in sorted(idle.items()) if worker not in kept]
         if not used:
-            quiet.append((_written_at(run), kept))
+            quiet.append((_written_at(run), [idle[worker] for worker in kept]))
     quiet.sort(key=lambda one: one[0], reverse=True)
     return stale + [path for _, paths in quiet[KEPT_RUNS:] for path in paths]
 
 
-def remove_logs(directories: Iterable[Path]) -> None:
-    """Remove directories of generations, and those of runs that are empty then. Blocks on the disk."""
-    for directory in directories:
-        shutil.rmtree(directory, ignore_errors=True)
+def remove_logs(files: Iterable[Path]) -> None:
+    """Remove files, and the directories of runs that are empty then. Blocks on the disk."""
+    for file in files:
+        with contextlib.suppress(OSError):
+            file.unlink()
         with contextlib.suppress(OSError):  # others are left, or a new one was made just now
-            directory.parent.rmdir()
+            file.parent.rmdir()
 
 
-def _number(directory: Path) -> int:
-    """Generation that a directory belongs to; 0 for one that is not ours."""
-    number = directory.name.removeprefix("generation-")
+def _number(file: Path) -> int:
+    """The worker that a file belongs to; 0 for one that is not ours."""
+    number = file.name.removeprefix("worker-").removesuffix(".log")
     return int(number) if number.isdecimal() and number.isascii() else 0
+
+
+def _files(path: Path) -> list[Path]:
+    with contextlib.suppress(OSError):
+        return [entry for entry in path.iterdir() if entry.is_file() and not entry.is_symlink()]
+    return []
 
 
 def _directories(path: Path) -> list[Path]:

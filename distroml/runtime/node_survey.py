@@ -10,9 +10,9 @@ from msgspec import Struct
 
 from distroml.commands import SetNodeStatus
 from distroml.consensus.state import ClusterState
-from distroml.model import ASSIGNED, FailureKind, Job, Member, Node, NodeStatus
+from distroml.model import FailureKind, Member, Node, NodeStatus
 from distroml.reports import NodeReport
-from distroml.runtime.facts import Facts, NodeFacts, Now, ReconcilerSettings, sighting_of
+from distroml.runtime.facts import Facts, NodeFacts, Now, ReconcilerSettings
 from distroml.runtime.failure_detector import Health
 from distroml.runtime.scheduler import Host, leftover_workers, possible_workers
 
@@ -40,6 +40,12 @@ class NodeView(Struct, frozen=True, kw_only=True):
     @property
     def changed(self) -> bool:
         return self.status is not self.node.status
+
+    @property
+    def leaving(self) -> bool:
+        """Whether the node shuts down: what runs there will end in seconds."""
+        draining = self.report is not None and self.report.draining
+        return draining and self.status is NodeStatus.DRAINING
 
     @property
     def speaks(self) -> bool:
@@ -71,21 +77,29 @@ class Survey(Struct, frozen=True, kw_only=True):
             if view.changed
         ]
 
-    def gone(self, member: Member) -> GoneNode | None:
-        """Why the node of ``member`` cannot hold it any more; None if it can."""
+    def gone(self, member: Member, *, may_move: bool = False) -> GoneNode | None:
+        """Why the node of ``member`` cannot hold it any more; None if it can.
+
+        With ``may_move`` a node that shuts down holds it until the planned change is made.
+        """
         view = self.views.get(member.node)
         if view is None:
             return GoneNode(FailureKind.NODE_LOST, "is not registered")
-        if view.incarnation > member.incarnation:
+        if view.incarnation > view.node.incarnation or not view.node.holds(member):
             said = f"restarted (incarnation {view.incarnation}, was {member.incarnation})"
             return GoneNode(FailureKind.NODE_RESTARTED, said)
         if view.status is NodeStatus.LOST:
             return GoneNode(FailureKind.NODE_LOST, f"lost ({view.reason})")
         if view.status is NodeStatus.LEFT:
             return GoneNode(FailureKind.NODE_LEFT, f"left ({view.reason})")
-        if view.status is NodeStatus.DRAINING:
+        if view.leaving and not may_move:
             return GoneNode(FailureKind.NODE_LEFT, f"is draining ({view.reason})")
         return None
+
+    def to_move(self, member: Member) -> bool:
+        """Whether the rank is to go to another node as soon as there is room."""
+        view = self.views.get(member.node)
+        return view is not None and view.status is NodeStatus.DRAINING
 
     def suspects(self, members: tuple[Member, ...]) -> bool:
         """Whether the detector is still undecided about a node of ``members``."""
@@ -99,8 +113,8 @@ def survey(state: ClusterState, facts: Facts, now: Now, settings: ReconcilerSett
         name: _view(state.nodes[name], facts.nodes.get(name), now, settings)
         for name in sorted(state.nodes)
     }
-    hosts = _hosts(state, facts, views)
-    hosting = {host.node for host in hosts}
+    hosts = _hosts(state, views)
+    hosting = {host.node for host in hosts if not host.closed}
     absent = {name: view for name, view in views.items() if name not in hosting}
     return Survey(
         views=views,
@@ -110,19 +124,14 @@ def survey(state: ClusterState, facts: Facts, now: Now, settings: ReconcilerSett
     )
 
 
-def released_index(job: Job, facts: Facts) -> int:
-    """The log index, or one soon after, at which a job that is not assigned any more released its slots."""
-    return job.change_index if job.terminal else sighting_of(job, facts).status_index
-
-
-def _hosts(state: ClusterState, facts: Facts, views: dict[str, NodeView]) -> tuple[Host, ...]:
+def _hosts(state: ClusterState, views: dict[str, NodeView]) -> tuple[Host, ...]:
     used = state.slots_used()
     reports = {name: view.report for name, view in views.items() if view.report and _may_host(view)}
     oldest = min((report.applied_index for report in reports.values()), default=state.index)
     released = {
-        job_id: released_index(job, facts)
+        job_id: job.change_index
         for job_id, job in state.jobs.items()
-        if job.change_index > oldest and job.generation and job.status not in ASSIGNED
+        if job.change_index > oldest and job.generation and job.terminal
     }
     hosts = []
     for name, report in reports.items():
@@ -136,6 +145,7 @@ def _hosts(state: ClusterState, facts: Facts, views: dict[str, NodeView]) -> tup
                 slots=node.slots,
                 free=node.slots - taken,
                 ready=report.ready,
+                closed=views[name].status is NodeStatus.DRAINING,
             )
         )
     return tuple(hosts)
@@ -167,7 +177,7 @@ def _next_status(
         fresh = now.wall_s - node.registered_at < settings.settle_s and not speaks
         return kept if fresh or node.status is NodeStatus.LOST else (NodeStatus.LOST, seen.reason)
     if node.status is NodeStatus.LOST and seen.health is Health.ALIVE and speaks:
-        return NodeStatus.ALIVE, "heard again"
+        return (NodeStatus.DRAINING if node.drained else NodeStatus.ALIVE), "heard again"
     if node.status is NodeStatus.ALIVE and speaks and seen.report and seen.report.draining:
         return NodeStatus.DRAINING, "it is shutting down"
     return kept
@@ -175,7 +185,7 @@ def _next_status(
 
 def _may_host(view: NodeView) -> bool:
     return (
-        view.status is NodeStatus.ALIVE
+        view.status in (NodeStatus.ALIVE, NodeStatus.DRAINING)
         and view.health is Health.ALIVE
         and view.report is not None
         and not view.report.draining

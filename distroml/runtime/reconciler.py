@@ -12,34 +12,40 @@ The story of a job is the ``_HANDLERS`` table: one function per status. The part
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
-from distroml.commands import FailGeneration, FormGeneration, MarkRunning
+from msgspec.structs import replace
+
+from distroml.commands import (
+    FailGeneration,
+    FormGeneration,
+    MarkRunning,
+    MarkStepped,
+    PlaceSpares,
+)
 from distroml.consensus.state import ClusterState
 from distroml.model import Generation, Job, JobStatus, Member
+from distroml.reports import WorkerFact, WorkerPhase
 from distroml.runtime.checkpoint_progress import checkpoint_decisions, progress, write_decisions
 from distroml.runtime.completion import conclude, outcomes_of, stopped_by_failure
-from distroml.runtime.decisions import Decision, Running, Turn, WriteManifest, running
+from distroml.runtime.decisions import Decision, Running, Turn, WriteManifest, at_work, running
+from distroml.runtime.evidence import MAX_REASON_BYTES, Evidence, clip
 from distroml.runtime.facts import Facts, Now, ReconcilerSettings, sighting_of, workers_of
 from distroml.runtime.failing import (
     evidence_of,
     fail_generation,
     fail_when_known,
+    hanging,
     is_beyond_start,
     late_start,
+    stranded,
     unasked_stop,
     verdict_on,
 )
-from distroml.runtime.node_survey import Survey, released_index, survey
-from distroml.runtime.scheduler import (
-    Request,
-    Schedule,
-    describe,
-    is_alive,
-    possible_workers,
-    schedule,
-)
+from distroml.runtime.node_survey import Survey, survey
+from distroml.runtime.resizing import changes
+from distroml.runtime.scheduler import Placement, Request, Schedule, describe, may_go_on, schedule
 
 __all__ = [
     "Decision",
@@ -89,7 +95,8 @@ def _turn(state: ClusterState, facts: Facts, now: Now, settings: ReconcilerSetti
         plan = Schedule(placements={}, waiting={r.job_id: reason for r in requests})
     else:
         plan = schedule(requests, seen.hosts, returning_slots=seen.returning_slots)
-    return Turn(active=active, facts=facts, now=now, settings=settings, survey=seen, schedule=plan)
+    turn = Turn(active=active, facts=facts, now=now, settings=settings, survey=seen, schedule=plan)
+    return replace(turn, changes={} if seen.unheard else changes(turn))
 
 
 # --- waiting for slots -----------------------------------------------------------------------------------------
@@ -101,68 +108,158 @@ def _request(
     job: Job, facts: Facts, now: Now, settings: ReconcilerSettings, seen: Survey
 ) -> Request:
     recovering = job.status is JobStatus.RECOVERING
+    resources = job.spec.resources
+    left = _left_of(job, facts, seen) if recovering else ()
     return Request(
         job_id=job.job_id,
-        workers=job.spec.resources.workers,
+        workers=resources.workers,
+        fewest=resources.fewest,
+        spares=resources.spares,
         priority=job.spec.priority,
         submit_index=job.submit_index,
         recovering=recovering,
-        held=_held(job, facts, now, settings, seen) if recovering else "",
+        survivors=tuple(member for member, fact in left if fact.generation > 0),
+        prepared=tuple(member.node for member, fact in left if fact.generation == 0),
+        held=_held(job, facts, now, settings, left) if recovering else "",
     )
 
 
-def _held(job: Job, facts: Facts, now: Now, settings: ReconcilerSettings, seen: Survey) -> str:
+_Left = tuple[tuple[Member, WorkerFact], ...]
+
+
+def _left_of(job: Job, facts: Facts, seen: Survey) -> _Left:
+    """What a failed generation left on nodes that can tell: survivors with their former ranks, and spares."""
+    return tuple(
+        (Member(fact.rank, 0, name, view.node.incarnation), fact)
+        for name, fact in workers_of(job, facts)
+        if (view := seen.views.get(name)) is not None and view.speaks and may_go_on(fact, job)
+    )
+
+
+def _survivors_step(left: _Left) -> int | None:
+    """Most steps that a survivor completed; None where none has a state."""
+    return max(
+        (fact.step for _, fact in left if fact.generation > 0 and fact.phase in _HAS_STATE),
+        default=None,
+    )
+
+
+_HAS_STATE = frozenset({WorkerPhase.TRAINING, WorkerPhase.PARKED, WorkerPhase.FINISHING})
+
+
+def _held(job: Job, facts: Facts, now: Now, settings: ReconcilerSettings, left: _Left) -> str:
     """Why a recovering job may not start yet although there may be slots; empty if it may."""
     waited_s = now.monotonic_s - sighting_of(job, facts).since_s
     if waited_s < job.backoff_s:
         return f"restart in {job.backoff_s - waited_s:.1f} s"
-    ending = _still_ending(job, facts, seen)
-    if ending and waited_s < settings.leftover_wait_s:
-        return f"{ending} worker{'s'[: ending != 1]} of generation {job.generation_number} still ending"
     committing = [
         step for j, g, step in facts.writing if (j, g) == (job.job_id, job.generation_number)
     ]
-    if committing and waited_s < settings.commit_wait_s:
-        return f"checkpoint of step {max(committing)} is being committed"
+    # Survivors go on from their own steps; the commit may come when they do (see the state machine).
+    done = _survivors_step(left)
+    awaited = [step for step in committing if done is None or done < step]
+    if awaited and waited_s < settings.commit_wait_s:
+        return f"checkpoint of step {max(awaited)} is being committed"
     return ""
 
 
-def _still_ending(job: Job, facts: Facts, seen: Survey) -> int:
-    """Workers of the job that live, or may live, on nodes that can tell."""
-    speaking = {name: view.report for name, view in seen.views.items() if view.speaks}
-    alive = sum(1 for name, fact in workers_of(job, facts) if name in speaking and is_alive(fact))
-    released, jobs = {job.job_id: released_index(job, facts)}, {job.job_id: job}
-    return alive + sum(possible_workers(r, released, jobs) for r in speaking.values() if r)
-
-
 def _on_waiting(turn: Turn, job: Job) -> list[Decision]:
-    """QUEUED and RECOVERING: form the next generation once the scheduler found slots for all ranks."""
-    members = turn.schedule.placements.get(job.job_id)
-    return [_form(turn, job, members)] if members else []
+    """QUEUED and RECOVERING: form the next generation once the scheduler found slots for its ranks."""
+    placement = turn.schedule.placements.get(job.job_id)
+    return [_form(turn, job, placement)] if placement else []
 
 
 def _on_recovering(turn: Turn, job: Job) -> list[Decision]:
-    """RECOVERING: what was whole when the generation failed is still committed, and then resumed from."""
+    """RECOVERING: what was whole when the generation failed is still committed."""
     run = running(job, turn.facts)
-    return write_decisions(turn, run, progress(turn, run).whole) or _on_waiting(turn, job)
+    writing = write_decisions(turn, run, progress(turn, run).whole)
+    forming = _on_waiting(turn, job)
+    if writing and _survivors_step(_left_of(job, turn.facts, turn.survey)) is None:
+        return writing  # and then resumed from
+    return [*writing, *forming]
 
 
-def _form(turn: Turn, job: Job, members: tuple[Member, ...]) -> Decision:
+def _form(turn: Turn, job: Job, placement: Placement) -> Decision:
     newest = job.newest_checkpoint()
     number = job.generation_number + 1
+    saved = newest.step if newest else 0
+    done = _survivors_step(_left_of(job, turn.facts, turn.survey)) if number > 1 else None
     source = ""
-    if number > 1:
-        source = f" from the checkpoint of step {newest.step}" if newest else " from scratch"
-    reason = f"generation {number}: {describe(members)}{source}"
+    if done is not None and done >= saved:
+        source = f" from the {done} steps that its survivors have"
+    elif number > 1:
+        source = f" from the checkpoint of step {saved}" if newest else " from scratch"
+    reason = f"generation {number}: {describe(placement.members)}{source}"
     generation = Generation(
         number=number,
-        members=members,
+        members=placement.members,
+        joining=placement.joining if number > 1 else (),
+        spares=placement.spares,
         formed_at=turn.now.wall_s,
         reason=reason,
-        resume_step=newest.step if newest else 0,
+        resume_step=max(saved, done or 0),
         checkpoint_step=newest.step if newest else None,
     )
     return Decision(action=FormGeneration(job_id=job.job_id, generation=generation), reason=reason)
+
+
+# --- planned changes -------------------------------------------------------------------------------------------
+
+
+def _change(turn: Turn, run: Running) -> list[Decision]:
+    """Ranks or spares of a run at work are to be elsewhere, and there is room for it."""
+    job, placement = run.job, turn.changes.get(run.job.job_id)
+    if placement is None:
+        return []
+    if placement.members == run.generation.members:
+        reason = f"{describe(placement.spares)} as spares" if placement.spares else "no spares"
+        command = PlaceSpares(
+            job_id=job.job_id,
+            generation=run.generation.number,
+            spares=placement.spares,
+            reason=reason,
+        )
+        return [Decision(action=command, reason=reason)]
+    before, after = len(run.generation.members), len(placement.members)
+    verb = "moves to" if after == before else "grows to" if after > before else "shrinks to"
+    return [_plan(turn, run, placement, f"{verb} {describe(placement.members)}")]
+
+
+def _undo(turn: Turn, run: Running, why: str) -> list[Decision]:
+    """A planned change that nobody has made yet fails: those that train go on as they are."""
+    outgoing = run.job.outgoing
+    if outgoing is None:
+        return []
+    placement = Placement(outgoing.members, spares=outgoing.spares)
+    return [_plan(turn, run, placement, clip(f"stays as it was: {why}", MAX_REASON_BYTES))]
+
+
+def _plan(turn: Turn, run: Running, placement: Placement, what: str) -> Decision:
+    newest = run.job.newest_checkpoint()
+    number = run.job.generation_number + 1
+    reason = f"generation {number} {what}"
+    generation = Generation(
+        number=number,
+        members=placement.members,
+        joining=placement.joining,
+        spares=placement.spares,
+        planned=True,
+        formed_at=turn.now.wall_s,
+        reason=reason,
+        resume_step=at_work(run.job, turn.facts).highest_step,
+        checkpoint_step=newest.step if newest else None,
+    )
+    command = FormGeneration(job_id=run.job.job_id, generation=generation)
+    return Decision(action=command, reason=reason)
+
+
+def _nobody_changed_over(run: Running) -> bool:
+    """Whether all ranks that were there before a planned change still train as before."""
+    return run.job.outgoing is not None and set(run.ranks) <= set(run.generation.joining)
+
+
+def _only_joining(evidence: list[Evidence]) -> bool:
+    return all(one.joins for one in evidence)
 
 
 # --- a generation at work --------------------------------------------------------------------------------------
@@ -173,48 +270,74 @@ def _on_starting(turn: Turn, job: Job) -> list[Decision]:
     evidence = evidence_of(turn, run)
     if evidence:
         return fail_when_known(turn, run, evidence)
-    late = late_start(turn, run)
-    if late is not None:
-        return fail_generation(turn, run, late, [])
+    blamed = hanging(turn, run) or late_start(turn, run)
+    if blamed is not None:
+        return fail_generation(turn, run, blamed, [])
     return _mark_running(run)
 
 
 def _on_running(turn: Turn, job: Job) -> list[Decision]:
     """RUNNING and CHECKPOINTING."""
-    run = running(job, turn.facts)
-    at = progress(turn, run)
-    evidence = evidence_of(turn, run)
+    run, work = running(job, turn.facts), at_work(job, turn.facts)
+    at = progress(turn, work)
+    may_move = job.outgoing is not None or job.job_id in turn.changes
+    evidence = evidence_of(turn, run, may_move=may_move)
+    if evidence and _only_joining(evidence) and _nobody_changed_over(run):
+        return _undo(turn, run, f"worker {evidence[0].rank} {evidence[0].said}")
     failing = fail_when_known(turn, run, evidence) if evidence else []
     if failing:
         recovers = isinstance(failing[-1].action, FailGeneration)
-        return [*failing, *(write_decisions(turn, run, at.whole) if recovers else [])]
-    outcomes = outcomes_of(run)
-    if outcomes is not None:
-        if any(o.stopped for o in outcomes.values()) and not job.stop_requested:
-            return fail_generation(turn, run, unasked_stop(turn, run), [])
-        ending = conclude(turn, run, outcomes, at)
-        if ending is not None:
-            return [ending]
-    return checkpoint_decisions(turn, run, at)
+        return [*failing, *(write_decisions(turn, work, at.whole) if recovers else [])]
+    for done in (run, work):
+        outcomes = outcomes_of(done)
+        if outcomes is not None:
+            if any(o.stopped for o in outcomes.values()) and not job.stop_requested:
+                return fail_generation(turn, run, unasked_stop(turn, run), [])
+            ending = conclude(turn, done, outcomes, progress(turn, done))
+            if ending is not None:
+                return [ending]
+    return _go_on(turn, run, work) + checkpoint_decisions(turn, work, at)
+
+
+def _go_on(turn: Turn, run: Running, work: Running) -> list[Decision]:
+    """Nobody failed or finished: does somebody hang, has a change been made, is there one to make?"""
+    job = run.job
+    blamed = hanging(turn, work)
+    if blamed is None and job.outgoing is not None:
+        blamed = late_start(turn, run)
+        if blamed is not None and _nobody_changed_over(run):
+            return _undo(turn, run, blamed.reason)
+    if blamed is None and job.status is JobStatus.RUNNING:
+        blamed = stranded(turn, run)
+    if blamed is not None:
+        return fail_generation(turn, run, blamed, [])
+    if run.generation.running_at is None:
+        return _mark_running(run)
+    if _steps_are_due(run):
+        return _mark_stepped(run)
+    settled = job.status is JobStatus.RUNNING and not progress(turn, work).open
+    return _change(turn, run) if settled else []
 
 
 def _on_stopping(turn: Turn, job: Job) -> list[Decision]:
-    run = running(job, turn.facts)
-    at = progress(turn, run)
-    outcomes = outcomes_of(run)
-    if outcomes is not None:
-        ending = conclude(turn, run, outcomes, at)
-        return [ending] if ending else checkpoint_decisions(turn, run, at)
+    run, work = running(job, turn.facts), at_work(job, turn.facts)
+    at = progress(turn, work)
+    for done in (run, work):
+        outcomes = outcomes_of(done)
+        if outcomes is not None:
+            at = progress(turn, done)
+            ending = conclude(turn, done, outcomes, at)
+            return [ending] if ending else checkpoint_decisions(turn, done, at)
     waited_s = turn.now.monotonic_s - sighting_of(job, turn.facts).since_s
     if waited_s >= turn.settings.stop_deadline_s:
         return [stopped_by_failure(run, f"its workers did not stop within {waited_s:.0f} s")]
-    evidence = evidence_of(turn, run)
-    verdict = verdict_on(turn, run, evidence) if evidence else None
+    evidence = [e for e in evidence_of(turn, run) if not e.joins or not _nobody_changed_over(run)]
+    verdict = verdict_on(turn, run, evidence) if evidence else hanging(turn, work)
     if verdict is not None and not at.whole:
         why = f"generation {run.generation.number}: {verdict.reason}"
         return [stopped_by_failure(run, why, verdict)]
     starting = _mark_running(run) if run.generation.running_at is None else []
-    return [*starting, *checkpoint_decisions(turn, run, at)]
+    return [*starting, *checkpoint_decisions(turn, work, at)]
 
 
 def _mark_running(run: Running) -> list[Decision]:
@@ -223,12 +346,44 @@ def _mark_running(run: Running) -> list[Decision]:
     if not all(is_beyond_start(fact) for fact in run.ranks.values()):
         return []
     totals = [f.total_steps for f in run.ranks.values() if f.total_steps is not None]
+    marks = [fact.marks for _, fact in sorted(run.ranks.items())]
     command = MarkRunning(
         job_id=run.job.job_id,
         generation=run.generation.number,
         total_steps=totals[0] if totals else run.job.spec.steps or run.highest_step,
+        left_at=_last(one.left_at for one in marks),
+        met_at=_last(one.met_at for one in marks),
+        restored_at=_last(one.restored_at for one in marks),
+        resume_step=next((m.resume_step for m in marks if m.resume_step is not None), None),
+        source=next((m.source for m in marks if m.source), ""),
     )
     reason = f"generation {run.generation.number}: all {len(run.ranks)} ranks train"
+    return [Decision(action=command, reason=reason)]
+
+
+def _last(marks: Iterable[float | None]) -> float | None:
+    return max((mark for mark in marks if mark is not None), default=None)
+
+
+def _steps_are_due(run: Running) -> bool:
+    """Whether the recovery's last phase can be told: each rank has completed a step since."""
+    last = run.job.incidents[-1] if run.job.incidents else None
+    return (
+        last is not None
+        and last.next_generation == run.generation.number
+        and last.first_step_at is None
+        and len(run.ranks) == len(run.generation.members)
+        and all(fact.marks.stepped_at is not None for fact in run.ranks.values())
+    )
+
+
+def _mark_stepped(run: Running) -> list[Decision]:
+    command = MarkStepped(
+        job_id=run.job.job_id,
+        generation=run.generation.number,
+        stepped_at=_last(fact.marks.stepped_at for fact in run.ranks.values()) or 0.0,
+    )
+    reason = f"generation {run.generation.number}: all {len(run.ranks)} ranks completed a step"
     return [Decision(action=command, reason=reason)]
 
 

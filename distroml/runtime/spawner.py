@@ -40,8 +40,8 @@ STOP_TIMEOUT_S = 0.5
 
 _log = logging.getLogger(__name__)
 
-WorkerId = tuple[str, int, int]
-"""(run_id, generation, rank): names a worker process for ever."""
+WorkerId = tuple[str, int]
+"""(run_id, worker): names a worker process on its node for ever."""
 
 
 class SpawnEvents(msgspec.Struct, frozen=True, kw_only=True):
@@ -159,10 +159,10 @@ class Spawner:
             case Ready():
                 self.ready = True
                 self._events.ready()
-            case Spawned(run_id=run_id, generation=generation, rank=rank, pid=pid):
-                self._events.spawned((run_id, generation, rank), pid)
-            case SpawnFailed(run_id=run_id, generation=generation, rank=rank, reason=reason):
-                self._events.failed((run_id, generation, rank), reason)
+            case Spawned(run_id=run_id, worker=worker, pid=pid):
+                self._events.spawned((run_id, worker), pid)
+            case SpawnFailed(run_id=run_id, worker=worker, reason=reason):
+                self._events.failed((run_id, worker), reason)
             case Exited(pid=pid, status=status):
                 self._events.exited(pid, status)
 

@@ -1,7 +1,8 @@
 """The agent's duty: make this node's workers what the replicated assignment says, and report the facts.
 
-``converge`` compares the members of current generations with the local processes and spawns or kills the
-difference; it may be called at any time and any number of times. Everything observed ends up in ``facts``.
+``converge`` compares the members of current generations with the local processes (``assignment`` says which of them
+is which rank) and tells each what to join, spawns what is missing and kills what is left over; it may be called at
+any time and any number of times. Everything observed ends up in ``facts``.
 
 A worker speaks through two wires that are not ordered with each other: its own socket (last words) and the
 forkserver (its exit). So an exit is settled only when the socket has been read to its end, or patience has.
@@ -15,22 +16,26 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import msgspec
 
 from distroml.consensus.state import ClusterState
 from distroml.model import TERMINAL, CheckpointStatus, Job, JobStatus
 from distroml.reports import NodeReport, WorkerFact, WorkerPhase
 from distroml.runtime import control
 from distroml.runtime.assignment import (
-    Assignment,
+    Process,
     SupervisorSettings,
-    assigned_to,
+    duties,
+    next_join,
     worker_plan,
 )
-from distroml.runtime.control import FromWorker
-from distroml.runtime.key_exchange import KeyExchange
+from distroml.runtime.control import PULSE_S, FromWorker, Join
+from distroml.runtime.key_exchange import KeyExchange, have_joined
 from distroml.runtime.local_worker import LocalWorker, failure_of
+from distroml.runtime.process_state import is_stopped
 from distroml.runtime.spawner import Spawner, SpawnEvents, WorkerId
 from distroml.runtime.worker_output import HistorySink, WorkerOutput
 from distroml.runtime.worker_server import WorkerLink, WorkerServer, socket_path
@@ -46,6 +51,8 @@ LINK_LOST_S = 2.0
 """How long a worker may live on without its control connection; it would train, but nobody could tell."""
 SPAWN_TIMEOUT_S = 120.0
 """A forkserver that has not answered a spawn for this long hangs: it is replaced, and its workers with it."""
+WORKERS_PER_INCARNATION = 1_000_000
+"""Names of workers never repeat: each life of an agent has so many of its own."""
 
 _log = logging.getLogger(__name__)
 
@@ -78,6 +85,9 @@ class Supervisor:
         self._keys = KeyExchange()
         self._tending: asyncio.Task[None] | None = None
         self._stopping = False
+        self._spawns = 0
+        self._converging = False
+        self._changed_meanwhile = False
         self._server = WorkerServer(
             socket_path(settings.data_dir),
             connected=self._on_connected,
@@ -143,17 +153,31 @@ class Supervisor:
     def converge(self, state: ClusterState) -> None:
         """Bring the local workers in line with ``state``."""
         self._state = state
-        if self._stopping:
+        self._changed_meanwhile = True
+        if self._converging or self._stopping:
             return
-        wanted = assigned_to(state, self._settings.node, self._settings.incarnation)
-        for worker in [w for w in self._workers if w not in wanted]:
-            self._retire(worker)
-        for worker, assignment in wanted.items():
-            local = self._workers.get(worker)
-            if local is None:
-                self._spawn(worker, assignment)
-            else:
-                self._settle(local, assignment.job)
+        self._converging = True
+        try:
+            while self._changed_meanwhile:  # a spawn that fails, for one, is looked at once more
+                self._changed_meanwhile = False
+                self._converge_once(self._state)
+        finally:
+            self._converging = False
+
+    def _converge_once(self, state: ClusterState) -> None:
+        jobs = {job.run_id: job for job in state.jobs.values() if not job.terminal}
+        shares = duties(state, self._settings.node, self._settings.incarnation, self._processes())
+        for run_id, share in shares.items():  # before anything is spawned on their slots
+            for worker in share.retired:
+                self._retire((run_id, worker))
+        for run_id, share in shares.items():
+            for worker in share.aborted:
+                self._workers[run_id, worker].abort()
+            for rank, worker_or_none in share.ranks.items():
+                self._assign(jobs[run_id], rank, worker_or_none)
+            for spare in share.spares:
+                if spare is None:
+                    self._spawn(jobs[run_id], None)
         if len(self._keys):
             self._keys.forget(
                 {
@@ -165,7 +189,14 @@ class Supervisor:
 
     def facts(self) -> tuple[WorkerFact, ...]:
         """Everything known of the local workers, those of ended generations too while they live."""
-        return tuple(local.fact for _, local in sorted(self._workers.items()))
+        now_s = self._monotonic()
+        return tuple(local.observed(now_s) for _, local in sorted(self._workers.items()))
+
+    def _processes(self) -> dict[str, list[Process]]:
+        found: dict[str, list[Process]] = {}
+        for (run_id, _), local in self._workers.items():
+            found.setdefault(run_id, []).append(local.process)
+        return found
 
     def take_peer_report(self, report: NodeReport) -> None:
         """Pass on rendezvous keys that other nodes' ranks published."""
@@ -173,39 +204,58 @@ class Supervisor:
             if fact.rendezvous:
                 self._share_keys(fact.run_id, fact.generation, fact.rendezvous)
 
-    def _spawn(self, worker: WorkerId, assignment: Assignment) -> None:
-        if not self._spawner.ready:
+    def _assign(self, job: Job, rank: int, worker: int | None) -> None:
+        """Have a process be this rank of the job's newest generation."""
+        if worker is None:
+            self._spawn(job, next_join(job, rank))
             return
-        plan = worker_plan(assignment, self._settings, self._server.path)
-        fact = WorkerFact(
-            job_id=plan.job_id,
-            run_id=plan.run_id,
-            generation=plan.generation,
-            rank=plan.rank,
-            phase=WorkerPhase.SPAWNING,
-            step=assignment.generation.resume_step,
-            started_at=time.time(),
-        )
-        path = Path(plan.log_path)
-        local = self._workers[worker] = LocalWorker(fact, path, self._monotonic())
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # An earlier life of this node may have left one, whose lines are no news.
-            path.unlink(missing_ok=True)
-            self._spawner.spawn(plan)
-        except (OSError, ValueError) as error:
-            local.excuse = f"the worker could not be started: {error}"
-            self._end(local, exit_code=1)
-        self._changed()
-
-    def _settle(self, local: LocalWorker, job: Job) -> None:
-        """Tell a wanted worker what changed for it; forget shards that are committed."""
+        local = self._workers[job.run_id, worker]
+        join = next_join(job, rank, local.process)
+        keys = self._keys.known(job.run_id, join.generation)
+        # Nobody leaves a generation that trains for one whose other ranks are still starting.
+        joining = job.generation.joining if job.generation else ()
+        if not join.at_boundary or have_joined(keys, join.generation, joining):
+            self._tell(local, join, keys)
         if job.status is JobStatus.STOPPING:
             local.send_stop()
         if local.fact.shards:
             local.forget_shards(
                 {c.step for c in job.checkpoints if c.status is CheckpointStatus.COMMITTED}
             )
+
+    def _tell(self, local: LocalWorker, join: Join, keys: Mapping[str, bytes]) -> None:
+        if local.told != join.generation:
+            self._output.ship_log(local)  # what it wrote so far is of the generation before
+        if local.tell(join):
+            local.send_keys(keys)
+            self._changed()
+
+    def _spawn(self, job: Job, join: Join | None) -> None:
+        if not self._spawner.ready:
+            return
+        self._spawns += 1
+        worker = self._settings.incarnation * WORKERS_PER_INCARNATION + self._spawns
+        plan = worker_plan(job, worker, join, self._settings, self._server.path)
+        fact = WorkerFact(
+            job_id=plan.job_id,
+            run_id=plan.run_id,
+            worker=worker,
+            generation=join.generation if join else 0,
+            rank=join.rank if join else 0,
+            phase=WorkerPhase.SPAWNING,
+            step=job.generation.resume_step if job.generation and join else 0,
+            started_at=time.time(),
+        )
+        path = Path(plan.log_path)
+        local = LocalWorker(fact, path, self._monotonic(), join)
+        self._workers[plan.run_id, worker] = local
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._spawner.spawn(plan)
+        except (OSError, ValueError) as error:
+            local.excuse = f"the worker could not be started: {error}"
+            self._end(local, exit_code=1)
+        self._changed()
 
     def _retire(self, worker: WorkerId) -> None:
         """A worker that is not wanted: killed if it lives, forgotten once it is gone."""
@@ -291,10 +341,11 @@ class Supervisor:
             return False
         local.link = link
         local.said_hello = True
-        local.update(phase=WorkerPhase.CONNECTING)
+        if local.told:
+            local.update(phase=WorkerPhase.CONNECTING)
         if local.exit_code is not None:
             local.patience_ends_s = self._monotonic() + LAST_FRAMES_S
-        local.send_keys(self._keys.known(*link.worker[:2]))
+        local.send_keys(self._keys.known(link.worker[0], local.told))
         self.converge(self._state)
         self._changed()
         return True
@@ -321,24 +372,33 @@ class Supervisor:
         local = self._workers.get(worker)
         if local is None or not local.alive:
             return
+        local.heard_s = self._monotonic()
+        phase = local.fact.phase
         told = local.take(message)
         match message:
-            case control.Progress(metrics=metrics) if metrics:
-                self._output.ship_metrics(local.fact, metrics)
-            case control.Rendezvous(key=key, value=value):
-                self._share_keys(worker[0], worker[1], {key: value})
+            case control.Progress(generation=generation, metrics=metrics) if metrics:
+                # True of its steps even if it has another generation by now.
+                rank = local.rank_in(generation)
+                if rank is not None:
+                    fact = msgspec.structs.replace(local.fact, generation=generation, rank=rank)
+                    self._output.ship_metrics(fact, metrics)
+            case control.Rendezvous(key=key, value=value) if told:
+                self._share_keys(worker[0], local.fact.generation, {key: value})
             case control.Failed():
                 self._output.ship_log(local)
                 local.update(last_lines=local.tail.last_lines)
+        if local.fact.phase is not phase:
+            self.converge(self._state)  # what it is told may depend on it
         if told:
             self._changed()
 
     def _share_keys(self, run_id: str, generation: int, keys: dict[str, bytes]) -> None:
         if self._keys.learn(run_id, generation, keys):
             known = self._keys.known(run_id, generation)
-            for (run, number, _), local in self._workers.items():
-                if (run, number) == (run_id, generation):
+            for (run, _), local in self._workers.items():
+                if (run, local.told) == (run_id, generation):
                     local.send_keys(known)
+            self.converge(self._state)  # a planned change may have waited for them
 
     def _give_up(self, local: LocalWorker, error: str) -> None:
         """End a worker that cannot be worked with, and say why in its place."""
@@ -368,6 +428,10 @@ class Supervisor:
         if not local.alive:
             return
         self._output.ship_log(local)
+        silent = now_s - local.heard_s > 2 * PULSE_S
+        local.stopped_at(
+            now_s if silent and local.fact.pid and is_stopped(local.fact.pid) else None
+        )
         if local.patience_ends_s is not None and now_s >= local.patience_ends_s:
             if local.exit_code is not None:
                 self._end(local)
@@ -385,8 +449,8 @@ class Supervisor:
     def _prune_when_due(self) -> None:
         if self._output.prune_due and self._knows_the_log():
             self._output.prune(
-                {job.run_id: job.generation_number for job in self._state.jobs.values()},
-                {worker[:2] for worker, local in self._workers.items() if local.alive},
+                {job.run_id for job in self._state.jobs.values()},
+                {worker for worker, local in self._workers.items() if local.alive},
             )
 
 

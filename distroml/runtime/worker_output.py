@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from msgspec import Struct
@@ -52,7 +52,12 @@ class WorkerOutput:
             self._sink.metrics(fact, metrics)
 
     def ship_log(self, local: LocalWorker, *, final: bool = False) -> None:
-        """New lines of a worker's log; with ``final`` all that is left of it."""
+        """New lines of a worker's log; with ``final`` all that is left of it.
+
+        Those of a spare wait until it has a rank, under which they are kept.
+        """
+        if local.told == 0:
+            return
         try:
             lines = local.tail.poll(final=final)
         except OSError as error:
@@ -68,7 +73,7 @@ class WorkerOutput:
         busy = self._pruning is not None and not self._pruning.done()
         return not busy and self._monotonic() >= self._prune_due_s
 
-    def prune(self, runs: Mapping[str, int], busy: Collection[tuple[str, int]]) -> None:
+    def prune(self, runs: Collection[str], busy: Collection[tuple[str, int]]) -> None:
         """Remove log files in the background; ``runs`` and ``busy`` as in ``log_tail.stale_logs``."""
         self._prune_due_s = self._monotonic() + PRUNE_S
         # Looked up here and now, removed in a thread: what begins meanwhile is not on the list.

@@ -134,7 +134,7 @@ class WorkerServer:
             hello = await anext(messages)
         if not isinstance(hello, Hello):
             raise BadFrame(f"expected Hello, got {type(hello).__name__}")
-        link = WorkerLink((hello.run_id, hello.generation, hello.rank), hello.pid, writer)
+        link = WorkerLink((hello.run_id, hello.worker), hello.pid, writer)
         if self._connected(link):
             return link
         _log.info("worker %s (pid %d) is not wanted here any more", link.worker, link.pid)

@@ -74,11 +74,99 @@ def test_a_failure_becomes_an_incident_with_its_phases() -> None:
     log.ok(fail("job-1", 1, observed_at=99.9, highest_step=10), at=100.0)
     assert (log.job().status, log.job().restarts) == (JobStatus.RECOVERING, 1)
     log.ok(form("job-1", 2, members("a", "a"), resume_step=8, checkpoint_step=8), at=100.2)
-    log.ok(c.MarkRunning(job_id="job-1", generation=2, total_steps=100), at=100.5)
+    assert log.job().incidents[-1].steps_lost == 2, "as far as was known when it was formed"
+    marks = {"left_at": 100.1, "met_at": 100.3, "restored_at": 100.4}
+    log.ok(
+        c.MarkRunning(
+            job_id="job-1", generation=2, total_steps=100, resume_step=10, source="rank 1", **marks
+        ),
+        at=100.5,
+    )
+    log.ok(c.MarkStepped(job_id="job-1", generation=2, stepped_at=100.7), at=100.8)
     incident = log.job().incidents[-1]
-    assert incident.steps_lost == 2
-    assert incident.phases_ms == {"detect": 100.0, "form": 200.0, "start": 300.0, "total": 600.0}
+    assert (incident.steps_lost, incident.source) == (0, "rank 1")
+    assert incident.phases_ms == {
+        "detect": 100.0,
+        "decide": 200.0,
+        "abort": 0.0,
+        "rendezvous": 100.0,
+        "restore": 100.0,
+        "first_step": 300.0,
+        "total": 800.0,
+    }
     assert incident.next_generation == 2
+
+
+def test_strikes_count_failures_without_progress_and_keep_the_first_one() -> None:
+    log = running(Log())
+    log.ok(fail("job-1", 1, highest_step=10, reason="the first"))
+    assert (log.job().strikes, log.job().first_strike) == (1, "the first")
+    log.ok(form("job-1", 2, members("a", "b")))
+    log.ok(fail("job-1", 2, highest_step=10, reason="the second"))
+    assert (log.job().strikes, log.job().first_strike) == (2, "the first")
+    log.ok(form("job-1", 3, members("a", "b")))
+    log.ok(fail("job-1", 3, highest_step=11, reason="the third"))
+    assert (log.job().strikes, log.job().first_strike) == (1, "the third")
+    log.ok(form("job-1", 4, members("a", "b")))
+    log.ok(c.CommitCheckpoint(job_id="job-1", generation=4, checkpoint=checkpoint(9, 4)))
+    log.ok(fail("job-1", 4, highest_step=9, reason="the fourth"))
+    assert (log.job().strikes, log.job().restarts) == (1, 4)
+
+
+def test_a_planned_change_leaves_the_job_running_until_it_is_made() -> None:
+    log = running(Log())
+    planned = form("job-1", 2, members("a", "b", "b"), planned=True, joining=(2,))
+    log.ok(planned)
+    job = log.job()
+    assert (job.status, job.generation.number, job.at_work.number) == (JobStatus.RUNNING, 2, 1)
+    log.ok(c.CommitCheckpoint(job_id="job-1", generation=1, checkpoint=checkpoint(9)))
+    log.ok(c.MarkRunning(job_id="job-1", generation=2, total_steps=100))
+    job = log.job()
+    assert (job.outgoing, job.restarts, job.incidents) == (None, 0, ())
+    assert log(c.CommitCheckpoint(job_id="job-1", generation=1, checkpoint=checkpoint(12)))
+    assert log.job().newest_checkpoint().step == 9, "that generation is over"
+
+
+def test_a_planned_change_may_be_superseded_and_a_failure_ends_both() -> None:
+    log = running(Log())
+    log.ok(form("job-1", 2, members("a", "b", "b"), planned=True, joining=(2,)))
+    log.ok(form("job-1", 3, members("a", "b"), planned=True))
+    assert log.job().outgoing.number == 1
+    assert log.state.slots_used() == {"a": 1, "b": 1}
+    log.ok(fail("job-1", 3))
+    assert (log.job().status, log.job().outgoing) == (JobStatus.RECOVERING, None)
+
+
+def test_the_slots_of_ranks_that_leave_are_held_until_the_change_is_made() -> None:
+    log = running(Log())
+    log.ok(form("job-1", 2, members("a", "a"), planned=True, joining=(1,)))
+    assert log.state.slots_used() == {"a": 2, "b": 1}
+    log.ok(c.MarkRunning(job_id="job-1", generation=2, total_steps=100))
+    assert log.state.slots_used() == {"a": 2}
+
+
+def test_a_drained_node_keeps_what_it_has_and_gets_nothing_new() -> None:
+    log = running(Log())
+    drain = c.SetNodeStatus(name="b", incarnation=1, status=NodeStatus.DRAINING, reason="asked")
+    log.ok(drain)
+    assert log.state.nodes["b"].drained
+    log.ok(submit("job-2", workers=1))
+    assert log(form("job-2", 1, members("b"))).outcome.error == "stale-node"
+    log.ok(form("job-1", 2, members("a", "b", "a"), planned=True, joining=(2,)))
+    lost = c.SetNodeStatus(name="b", incarnation=1, status=NodeStatus.LOST, reason="silent")
+    log.ok(lost)
+    assert log.state.nodes["b"].drained, "it is drained still when it is heard again"
+
+
+def test_the_commit_of_a_failed_generation_may_come_when_its_survivors_went_on() -> None:
+    log = running(Log())
+    log.ok(fail("job-1", 1))
+    log.ok(form("job-1", 2, members("a", "b"), resume_step=12))
+    late = c.CommitCheckpoint(job_id="job-1", generation=1, checkpoint=checkpoint(12))
+    beyond = c.CommitCheckpoint(job_id="job-1", generation=1, checkpoint=checkpoint(13))
+    assert log(beyond).outcome.error == "stale-generation"
+    log.ok(late)
+    assert log.job().newest_checkpoint().step == 12
 
 
 def test_a_corrupt_checkpoint_is_skipped_and_not_counted_as_a_restart() -> None:

@@ -147,6 +147,7 @@ class Scene:
             "step": 100,
             "epoch": 1,
             "state_digest": DIGEST,
+            "sample_digest": DIGEST,
             "metrics": {"loss": 0.25 + rank},
             "stopped": False,
             "checkpoint_step": None,

@@ -162,7 +162,10 @@ def test_a_late_start_names_the_ranks_and_what_they_do() -> None:
         "rank 1 on node b is CONNECTING, rank 2 on node b is unknown"
     )
     assert failed.cause.kind is FailureKind.START_TIMEOUT
-    assert (failed.cause.rank, failed.cause.node, failed.collateral) == (1, "b", (0,))
+    assert (failed.cause.rank, failed.cause.node) == (2, "b"), (
+        "who is furthest behind is waited for"
+    )
+    assert failed.collateral == (0, 1)
 
 
 def test_a_new_leader_starts_the_start_deadline_again() -> None:
@@ -199,13 +202,32 @@ def test_a_recovery_without_a_checkpoint_starts_from_scratch() -> None:
     assert reasons(scene.turn(1.0)) == ["generation 2: 2 workers on a(1), b(1) from scratch"]
 
 
-def test_a_recovery_waits_for_the_old_workers_to_end_but_not_for_ever() -> None:
-    scene = recovering(Scene("a", "b", slots=4).running("a", "b"))
-    scene.hears("b", scene.worker(1))
-    scene.turn()
-    assert scene.turn(1.0) == []
-    assert why_waiting(scene) == {"job-1": "1 worker of generation 1 still ending"}
-    assert names(scene.turn(20.0)) == ["FormGeneration"]
+def test_survivors_go_on_at_once_with_their_ranks_and_their_steps() -> None:
+    scene = Scene("a", "b").running("a", "b", "b")
+    scene.dies(1)
+    failed = only(scene.step(), c.FailGeneration)
+    assert (failed.backoff_s, failed.collateral) == (0.0, (0, 2))
+    scene.change(2, phase=WorkerPhase.PARKED, step=11)
+    decisions = scene.step(after_s=0.0)
+    assert reasons(decisions) == [
+        "generation 2: 3 workers on a(2), b(1) from the 11 steps that its survivors have"
+    ]
+    formed = only(decisions, c.FormGeneration).generation
+    assert [(m.rank, m.node) for m in formed.members] == [(0, "a"), (1, "a"), (2, "b")]
+    assert (formed.joining, formed.resume_step, formed.planned) == ((1,), 11, False)
+
+
+def test_a_hung_worker_holds_its_slot_until_it_is_gone() -> None:
+    scene = Scene("a").running("a", "a")
+    scene.change(1, stopped_s=2.5)
+    failed = only(scene.step(), c.FailGeneration)
+    assert failed.reason == "generation 1: worker 1 on node a is stopped, for 2.5 s"
+    assert (failed.cause.kind, failed.cause.rank) == (FailureKind.HANG, 1)
+    assert scene.turn() == []
+    assert why_waiting(scene) == {"job-1": "needs 2 slots, 1 free of 2"}
+    scene.dies(1)
+    formed = only(scene.turn(after_s=0.0), c.FormGeneration).generation
+    assert formed.joining == (1,)
 
 
 def test_a_recovery_does_not_wait_for_workers_on_a_lost_node() -> None:

@@ -182,16 +182,16 @@ def test_the_run_fails_when_its_restarts_are_used_up() -> None:
     scene.fails(0, "ValueError: bad batch")
     decisions = scene.step()
     assert reasons(decisions) == [
-        "gave up after 0 restarts: generation 1: worker 0 on node a failed: ValueError: bad batch"
+        "gave up after 0 restarts without progress: generation 1: worker 0 on node a failed: ValueError: bad batch"
     ]
     assert scene.job().status is JobStatus.FAILED
     assert scene.job().incidents[-1].cause.traceback is not None, "the last failure is kept too"
     assert scene.turn() == []
 
 
-def restart(scene: Scene, *, trained_s: float = 1.0, committed: bool = False) -> float:
-    """Let the present generation fail and the next one run; the backoff of the failure."""
-    scene.turn(after_s=trained_s)
+def restart(scene: Scene, *, step: int = 10, committed: bool = False) -> float:
+    """Let the present generation fail at ``step`` and the next one run; the backoff of the failure."""
+    scene.turn(after_s=1.0)
     number = scene.job().generation_number
     if committed:
         commit = c.CommitCheckpoint(
@@ -200,25 +200,49 @@ def restart(scene: Scene, *, trained_s: float = 1.0, committed: bool = False) ->
             checkpoint=checkpoint(10 * number, number, f"{number}"),
         )
         scene.log.ok(commit, at=scene.wall_s)
+    scene.change(0, step=step)
     scene.dies(0)
     failed = failure(scene)
     scene.log.ok(failed, at=scene.wall_s)
     for name in scene.reports:
         scene.hears(name)
-    scene.step()
+    if failed.backoff_s > 0:
+        assert scene.step() == []
     scene.step(after_s=failed.backoff_s + 0.01)
     assert scene.job().generation_number == number + 1
-    scene.train()
+    scene.train(step=step)
     scene.step()
     assert scene.job().status is JobStatus.RUNNING
     return failed.backoff_s
 
 
-def test_the_backoff_doubles_up_to_its_limit_until_there_is_progress() -> None:
+def test_the_first_restart_after_progress_is_at_once_then_pauses_double_up_to_a_limit() -> None:
     scene = Scene("a").running("a", max_restarts=100)
-    pauses = [restart(scene) for _ in range(11)]
-    assert pauses[:4] == [0.1, 0.2, 0.4, 0.8]
+    pauses = [restart(scene) for _ in range(12)]
+    assert pauses[:5] == [0.0, 0.1, 0.2, 0.4, 0.8]
     assert pauses[-1] == 30.0
-    assert restart(scene, committed=True) == 0.1
-    assert restart(scene) == 0.2
-    assert restart(scene, trained_s=100.0) == 0.1
+    assert restart(scene, committed=True) == 0.0
+    assert restart(scene) == 0.1
+    assert restart(scene, step=11) == 0.0
+    assert restart(scene, step=11) == 0.1
+    assert scene.job().restarts == 16
+    assert scene.job().strikes == 2
+
+
+def test_a_worker_that_crashes_at_its_start_for_ever_fails_the_run_with_its_first_error() -> None:
+    scene = Scene("a").submitted(workers=1, max_restarts=2)
+    for error in ("the first", "the second", "the third"):
+        while scene.job().status is not JobStatus.STARTING:
+            scene.step(after_s=0.5)
+        scene.train(step=0, phase=WorkerPhase.CONNECTING)
+        scene.fails(0, f"ValueError: {error}")
+        scene.step()
+        scene.hears("a")
+    job = scene.job()
+    assert (job.status, job.restarts) == (JobStatus.FAILED, 2)
+    assert job.reason == (
+        "gave up after 2 restarts without progress: generation 3: worker 0 on node a failed: "
+        "ValueError: the third; the first time: generation 1: worker 0 on node a failed: "
+        "ValueError: the first"
+    )
+    assert scene.log.state.slots_used() == {}

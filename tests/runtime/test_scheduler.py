@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distroml import commands as c
+from distroml.model import Member
 from distroml.reports import NodeReport, WorkerFact, WorkerPhase
 from distroml.runtime.scheduler import (
     Host,
@@ -53,13 +54,13 @@ def request(
 def test_a_gang_is_spread_over_the_nodes(workers: int, hosts: list[Host], spread: str) -> None:
     placed = place(request("job", workers), hosts)
     assert placed is not None
-    assert describe(placed) == spread
+    assert describe(placed.members) == spread
 
 
 def test_ranks_of_a_node_are_adjacent() -> None:
     placed = place(request("job", 5), [host("a", 3), host("b", 3)])
     assert placed is not None
-    assert [(m.rank, m.local_rank, m.node) for m in placed] == [
+    assert [(m.rank, m.local_rank, m.node) for m in placed.members] == [
         (0, 0, "a"),
         (1, 1, "a"),
         (2, 2, "a"),
@@ -123,8 +124,66 @@ def test_a_recovering_job_prefers_warm_nodes_if_they_suffice() -> None:
     large = place(request("job", 3, recovering=True), hosts)
     assert warm is not None
     assert large is not None
-    assert describe(warm) == "2 workers on b(2)"
-    assert describe(large) == "3 workers on a(2), b(1)"
+    assert describe(warm.members) == "2 workers on b(2)"
+    assert describe(large.members) == "3 workers on a(2), b(1)"
+
+
+def survivors(*nodes: str) -> tuple[Member, ...]:
+    return tuple(Member(rank, 0, name, 1) for rank, name in enumerate(nodes) if name)
+
+
+@pytest.mark.parametrize(
+    ("workers", "least", "left", "hosts", "where", "joining"),
+    [
+        (4, 4, ("a", "a", "", "b"), "a2 b2", "a a b b", (2,)),
+        (4, 4, ("a", "a", "", "b"), "a2 b1 c1", "a a c b", (2,)),
+        (4, 2, ("a", "a", "", "b"), "a2 b1", "a a b", ()),
+        (4, 2, ("", "", "b", "b"), "b2", "b b", ()),
+        (4, 2, ("", "a", "a", "a"), "a3 c1", "c a a a", (0,)),
+        (3, 3, ("a", "b", "c"), "a1 b1", None, None),
+        (2, 1, ("", ""), "c1", "c", (0,)),
+    ],
+)
+def test_survivors_stay_where_they_are_and_keep_their_ranks_if_they_can(
+    workers: int,
+    least: int,
+    left: tuple[str, ...],
+    hosts: str,
+    where: str | None,
+    joining: tuple[int, ...] | None,
+) -> None:
+    wanted = request("job", workers, fewest=least, recovering=True, survivors=survivors(*left))
+    placed = place(wanted, [host(one[0], int(one[1:])) for one in hosts.split()])
+    if where is None:
+        assert placed is None
+        return
+    assert placed is not None
+    assert [member.node for member in placed.members] == where.split()
+    assert placed.joining == joining
+
+
+def test_a_dead_rank_comes_back_where_the_job_has_a_spare() -> None:
+    wanted = request("job", 3, recovering=True, survivors=survivors("a", "", "b"), prepared=("c",))
+    placed = place(wanted, [host("a", 4), host("b", 4), host("c", 1)])
+    assert placed is not None
+    assert [member.node for member in placed.members] == ["a", "c", "b"]
+
+
+def test_survivors_may_stay_on_a_drained_node_where_nobody_else_may_come() -> None:
+    drained = Host(node="a", incarnation=1, slots=4, free=4, closed=True)
+    wanted = request("job", 3, recovering=True, survivors=survivors("a", "a"))
+    placed = place(wanted, [drained, host("b", 2)])
+    assert placed is not None
+    assert [member.node for member in placed.members] == ["a", "a", "b"]
+    assert place(request("job", 3), [drained, host("b", 2)]) is None
+
+
+def test_spares_take_what_ranks_leave() -> None:
+    plan = schedule(
+        [request("one", 2, index=1, spares=3), request("two", 1, index=2)], [host("a", 4)]
+    )
+    assert [(m.rank, m.node) for m in plan.placements["one"].spares] == [(2, "a")]
+    assert plan.placements["two"].spares == ()
 
 
 _hosts = st.lists(
@@ -147,6 +206,20 @@ _requests = st.lists(
         submit_index=st.integers(0, 20),
         recovering=st.booleans(),
         held=st.sampled_from(["", "", "restart in 1.0 s"]),
+        spares=st.integers(0, 2),
+        survivors=st.lists(
+            st.builds(
+                Member,
+                rank=st.integers(0, 12),
+                local_rank=st.just(0),
+                node=st.sampled_from("abcdefgh"),
+                incarnation=st.just(1),
+            ),
+            max_size=6,
+            unique_by=lambda m: m.rank,
+        ).map(tuple),
+        prepared=st.lists(st.sampled_from("abcdefgh"), max_size=3).map(tuple),
+        fewest=st.integers(0, 1),
     ),
     unique_by=lambda r: r.job_id,
     max_size=12,
@@ -158,13 +231,16 @@ def test_no_slot_is_given_twice_and_every_job_gets_an_answer(
     requests: list[Request], hosts: list[Host]
 ) -> None:
     plan = schedule(requests, hosts)
-    given_out = Counter(m.node for placed in plan.placements.values() for m in placed)
+    given_out = Counter(m.node for placed in plan.placements.values() for m in placed.members)
     free = {h.node: max(0, h.free) for h in hosts}
     assert all(count <= free[name] for name, count in given_out.items())
     assert set(plan.placements) | set(plan.waiting) == {r.job_id for r in requests}
     assert not set(plan.placements) & set(plan.waiting)
-    sizes = {r.job_id: r.workers for r in requests}
-    assert all(len(placed) == sizes[job] for job, placed in plan.placements.items())
+    sizes = {r.job_id: (r.least, r.workers) for r in requests}
+    for job, placed in plan.placements.items():
+        least, most = sizes[job]
+        assert least <= len(placed.members) <= most
+        assert [member.rank for member in placed.members] == list(range(len(placed.members)))
 
 
 @given(_requests, _hosts, st.randoms())
@@ -190,7 +266,7 @@ def test_nothing_overtakes_a_job_that_could_fit(requests: list[Request], hosts: 
         if blocked:
             assert one.job_id in plan.waiting
         waits = one.job_id in plan.waiting and plan.waiting[one.job_id] != one.held
-        blocked = blocked or (waits and one.workers <= total)
+        blocked = blocked or (waits and one.least <= total)
 
 
 @given(st.integers(1, 24), _hosts)
@@ -199,12 +275,12 @@ def test_counts_differ_by_one_unless_a_node_is_full(workers: int, hosts: list[Ho
     if placed is None:
         assert sum(max(0, h.free) for h in hosts) < workers
         return
-    counts = Counter(m.node for m in placed)
+    counts = Counter(m.node for m in placed.members)
     open_hosts = [h.node for h in hosts if h.free > counts[h.node]]
     if open_hosts:
         assert max(counts.values()) - min(counts[name] for name in open_hosts) <= 1
     by_node: dict[str, list[int]] = {}
-    for member in placed:
+    for member in placed.members:
         assert member.local_rank == len(by_node.setdefault(member.node, []))
         by_node[member.node].append(member.rank)
     assert all(ranks == list(range(ranks[0], ranks[-1] + 1)) for ranks in by_node.values())
@@ -214,10 +290,9 @@ def test_counts_differ_by_one_unless_a_node_is_full(workers: int, hosts: list[Ho
 
 
 def worker(rank: int, generation: int = 1, **fields: object) -> WorkerFact:
-    values = {"phase": WorkerPhase.TRAINING, "pid": 100 + rank} | fields
+    values = {"phase": WorkerPhase.TRAINING, "pid": 100 + rank, "run_id": "run-job-1"} | fields
     return WorkerFact(
         job_id="job-1",
-        run_id="run-job-1",
         generation=generation,
         rank=rank,
         **values,  # type: ignore[arg-type]
@@ -239,10 +314,11 @@ def report(*workers: WorkerFact, applied_index: int = 10**6) -> NodeReport:
 def test_processes_of_ended_generations_hold_their_slots_until_they_are_gone() -> None:
     jobs = running(Log()).state.jobs
     assert leftover_workers(report(worker(0)), jobs) == 0
-    assert leftover_workers(report(worker(0), worker(0, generation=0)), jobs) == 1
+    stray = worker(0, run_id="another")
+    assert leftover_workers(report(worker(0), stray), jobs) == 1
     assert leftover_workers(report(worker(1)), jobs) == 1, "rank 1 belongs to node b"
-    assert leftover_workers(report(worker(0, generation=0, exit_code=-9)), jobs) == 0
-    dead = worker(0, generation=0, phase=WorkerPhase.FAILED, pid=None)
+    assert leftover_workers(report(worker(1, exit_code=-9)), jobs) == 0
+    dead = worker(1, phase=WorkerPhase.FAILED, pid=None)
     assert leftover_workers(report(dead), jobs) == 0, "it was never spawned"
 
 

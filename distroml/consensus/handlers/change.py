@@ -48,10 +48,16 @@ def find_job(state: ClusterState, job_id: str) -> Job:
     return job
 
 
-def current_job(state: ClusterState, job_id: str, generation: int, *statuses: JobStatus) -> Job:
-    """The job, if ``generation`` is its newest and it stands in one of ``statuses``. Raises Refused otherwise."""
+def current_job(
+    state: ClusterState, job_id: str, generation: int, *statuses: JobStatus, outgoing: bool = False
+) -> Job:
+    """The job, if ``generation`` is its newest and it stands in one of ``statuses``. Raises Refused otherwise.
+
+    With ``outgoing`` the generation that a planned change has yet to relieve will do as well.
+    """
     job = find_job(state, job_id)
-    if job.generation_number != generation:
+    relieved = job.outgoing.number if outgoing and job.outgoing else None
+    if generation not in (job.generation_number, relieved):
         raise Refused(
             "stale-generation",
             f"job '{job_id}' is at generation {job.generation_number}, not {generation}",

@@ -25,7 +25,7 @@ S = JobStatus
 
 
 def _begin_checkpoint(state: ClusterState, context: Context, command: c.BeginCheckpoint) -> Change:
-    job = current_job(state, command.job_id, command.generation, S.RUNNING)
+    job = current_job(state, command.job_id, command.generation, S.RUNNING, outgoing=True)
     return moved(state, job, context, S.CHECKPOINTING, f"saving checkpoint of step {command.step}")
 
 
@@ -33,7 +33,14 @@ def _commit_checkpoint(
     state: ClusterState, context: Context, command: c.CommitCheckpoint
 ) -> Change:
     # A RECOVERING job's last generation may still commit what was whole before it failed.
-    job = current_job(state, command.job_id, command.generation, *ASSIGNED, S.RECOVERING)
+    job = current_job(
+        state,
+        command.job_id,
+        _generation_of(state, command),
+        *ASSIGNED,
+        S.RECOVERING,
+        outgoing=True,
+    )
     new = replace(command.checkpoint, committed_at=context.at)
     known = next((one for one in job.checkpoints if one.step == new.step), None)
     if known is not None and known.status is CheckpointStatus.COMMITTED:
@@ -55,10 +62,30 @@ def _commit_checkpoint(
     )
 
 
+def _generation_of(state: ClusterState, command: c.CommitCheckpoint) -> int:
+    """The generation to judge a commit by: that of its shards, or the next one that survivors took beyond its step.
+
+    Survivors do not wait for the commit of what was whole when their generation failed.
+    """
+    job = find_job(state, command.job_id)
+    now = job.generation
+    if (
+        now is not None
+        and not now.planned
+        and now.number == command.generation + 1
+        and job.status in ASSIGNED
+        and now.resume_step >= command.checkpoint.step
+    ):
+        return now.number
+    return command.generation
+
+
 def _abandon_checkpoint(
     state: ClusterState, context: Context, command: c.AbandonCheckpoint
 ) -> Change:
-    job = current_job(state, command.job_id, command.generation, *ASSIGNED, S.RECOVERING)
+    job = current_job(
+        state, command.job_id, command.generation, *ASSIGNED, S.RECOVERING, outgoing=True
+    )
     event = new_event(
         context, "checkpoint_abandoned", job_id=job.job_id, step=command.step, reason=command.reason
     )

@@ -29,6 +29,7 @@ def _register_node(state: ClusterState, context: Context, command: c.RegisterNod
         reason=f"incarnation {command.incarnation} registered",
         registered_at=context.at,
         changed_at=context.at,
+        workers_since=command.workers_since,
     )
     event = new_event(context, "node", node=node.name, status=node.status.value, reason=node.reason)
     changed = replace(state, nodes={**nodes, node.name: node}, proposers=proposers)
@@ -62,12 +63,21 @@ def _set_node_status(state: ClusterState, context: Context, command: c.SetNodeSt
         raise Refused("not-found", f"There is no node '{command.name}'.")
     if node.incarnation != command.incarnation:
         raise Refused("stale-proposer", f"{command.name} is at incarnation {node.incarnation}")
-    if node.status is command.status:
+    drained = node.drained
+    if command.status in (NodeStatus.DRAINING, NodeStatus.ALIVE):
+        drained = command.status is NodeStatus.DRAINING
+    if (node.status, node.drained) == (command.status, drained):
         return Change(state)
     if node.status is NodeStatus.LEFT:
         # It said goodbye; what others thought of it before does not bring it back, only its next life does.
         raise Refused("wrong-status", f"node '{command.name}' has left")
-    changed = replace(node, status=command.status, reason=command.reason, changed_at=context.at)
+    changed = replace(
+        node,
+        status=command.status,
+        reason=command.reason,
+        changed_at=context.at,
+        drained=drained,
+    )
     event = new_event(
         context, "node", node=node.name, status=command.status.value, reason=command.reason
     )
