@@ -251,6 +251,8 @@ class Supervisor:
         self._workers[plan.run_id, worker] = local
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            # A node whose data directory was put back may have left one, whose lines are no news.
+            path.unlink(missing_ok=True)
             self._spawner.spawn(plan)
         except (OSError, ValueError) as error:
             local.excuse = f"the worker could not be started: {error}"

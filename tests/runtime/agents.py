@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distroml.consensus.state import ClusterState
+from distroml.model import Member
 from distroml.reports import WorkerFact
 from distroml.runtime.assignment import SupervisorSettings
 from distroml.runtime.control import (
@@ -72,8 +73,8 @@ class FakeWorker:
     async def connect(self, path: Path) -> FakeWorker:
         reader, self._writer = await asyncio.open_unix_connection(str(path))
         self._reading = asyncio.create_task(self._read(reader))
-        run_id, generation, rank = self.worker
-        self.say(Hello(run_id=run_id, generation=generation, rank=rank, pid=self.pid))
+        run_id, worker = self.worker
+        self.say(Hello(run_id=run_id, worker=worker, pid=self.pid, generation=0, rank=0))
         return self
 
     def say(self, message: FromWorker) -> None:
@@ -152,11 +153,17 @@ class Agent:
 
     # --- the log ---
 
-    def assign(self, *where: str, job_id: str = "job", generation: int = 1) -> None:
+    def assign(
+        self,
+        *where: str,
+        job_id: str = "job",
+        generation: int = 1,
+        spares: tuple[Member, ...] = (),
+    ) -> None:
         """A generation of the job with one rank per name."""
         if job_id not in self.state.jobs:
             self.log.ok(submit(job_id, workers=len(where)))
-        self.log.ok(form(job_id, generation, members(*where)))
+        self.log.ok(form(job_id, generation, members(*where), spares=spares))
         self.converge()
 
     def converge(self) -> None:
@@ -176,14 +183,21 @@ class Agent:
 
     def spawned(self, rank: int = 0, *, generation: int = 1, pid: int | None = None) -> int:
         pid = pid or self.process()
-        self.spawner.events.spawned(("run-job", generation, rank), pid)
+        self.spawner.events.spawned(self.worker_of(rank, generation), pid)
         return pid
+
+    def worker_of(self, rank: int = 0, generation: int = 1) -> WorkerId:
+        """The process that was spawned as this rank; a stranger's name where none was."""
+        for plan in reversed(self.spawner.plans):
+            if plan.join and (plan.join.rank, plan.join.generation) == (rank, generation):
+                return plan.run_id, plan.worker
+        return "run-job", 999
 
     async def connect(
         self, rank: int = 0, *, generation: int = 1, pid: int = 0, met: bool = True
     ) -> FakeWorker:
         """A worker that said Hello; with ``met`` the agent has taken it."""
-        worker = FakeWorker(("run-job", generation, rank), pid)
+        worker = FakeWorker(self.worker_of(rank, generation), pid)
         self.workers.append(worker)
         await worker.connect(self.socket)
         if met:
@@ -194,11 +208,28 @@ class Agent:
 
     async def running(self, rank: int = 0) -> FakeWorker:
         """A worker that was spawned and is connected."""
-        return await self.connect(rank, pid=self.spawned(rank))
+        return await self.running_in(1, rank)
+
+    async def running_in(self, generation: int, rank: int) -> FakeWorker:
+        """The same in another generation than the first."""
+        pid = self.spawned(rank, generation=generation)
+        return await self.connect(rank, generation=generation, pid=pid)
+
+    async def spare(self) -> FakeWorker:
+        """The first process that was spawned without a rank; it is connected."""
+        plan = next(plan for plan in self.spawner.plans if plan.join is None)
+        pid = self.process()
+        self.spawner.events.spawned((plan.run_id, plan.worker), pid)
+        worker = FakeWorker((plan.run_id, plan.worker), pid)
+        self.workers.append(worker)
+        await worker.connect(self.socket)
+        local = self.supervisor._workers[plan.run_id, plan.worker]
+        await until(lambda: local.link is not None, "the spare to be met")
+        return worker
 
     def linked(self, rank: int = 0, generation: int = 1) -> bool:
         """Whether the agent holds a connection with the rank."""
-        return self.supervisor._workers["run-job", generation, rank].link is not None
+        return self.supervisor._workers[self.worker_of(rank, generation)].link is not None
 
     @property
     def socket(self) -> Path:
@@ -218,13 +249,21 @@ class Agent:
         return None
 
     async def until_fact(
-        self, holds: Callable[[WorkerFact], object], awaited: str, rank: int = 0
+        self,
+        holds: Callable[[WorkerFact], object],
+        awaited: str,
+        rank: int = 0,
+        generation: int = 1,
     ) -> WorkerFact:
-        await until(lambda: bool(holds(self.fact(rank))), awaited)
-        return self.fact(rank)
+        def met() -> bool:
+            fact = self.find(rank, generation)
+            return fact is not None and bool(holds(fact))
+
+        await until(met, awaited)
+        return self.fact(rank, generation)
 
     def write_log(self, text: str, rank: int = 0) -> None:
-        (plan,) = [plan for plan in self.spawner.plans if plan.rank == rank]
+        (plan,) = [plan for plan in self.spawner.plans if plan.join and plan.join.rank == rank]
         fd = os.open(plan.log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         with open(fd, "w") as file:
             file.write(text)

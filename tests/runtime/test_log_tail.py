@@ -155,33 +155,40 @@ class TestBounds:
         assert output.tail.poll() == ["b"]
 
 
-def prune(root: Path, runs: dict[str, int], busy: set[tuple[str, int]]) -> None:
+def prune(root: Path, runs: set[str], busy: set[tuple[str, int]]) -> None:
     remove_logs(stale_logs(root, runs, busy))
 
 
 class TestOldLogs:
-    def made(self, root: Path, run: str, *generations: int) -> None:
-        for generation in generations:
-            path = log_path(root, run, generation, 0)
-            path.parent.mkdir(parents=True)
+    def made(self, root: Path, run: str, *workers: int) -> None:
+        for worker in workers:
+            path = log_path(root, run, worker)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("x")
 
     def left(self, root: Path) -> dict[str, list[int]]:
         return {
-            run.name: sorted(int(g.name.removeprefix("generation-")) for g in run.iterdir())
+            run.name: sorted(
+                int(file.name.removeprefix("worker-").removesuffix(".log"))
+                for file in run.iterdir()
+            )
             for run in sorted(root.iterdir())
         }
 
-    def test_a_run_goes_with_its_job_and_old_generations_go_before(self, tmp_path: Path) -> None:
+    @pytest.fixture(autouse=True)
+    def few(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(log_tail, "KEPT_FILES", 4)
+
+    def test_a_run_goes_with_its_job_and_old_workers_go_before(self, tmp_path: Path) -> None:
         self.made(tmp_path, "gone", 1)
         self.made(tmp_path, "here", *range(1, 9))
-        prune(tmp_path, {"here": 8}, set())
+        prune(tmp_path, {"here"}, set())
         assert self.left(tmp_path) == {"here": [5, 6, 7, 8]}
 
     def test_files_of_living_processes_stay(self, tmp_path: Path) -> None:
         self.made(tmp_path, "gone", 1, 2)
         self.made(tmp_path, "here", *range(1, 9))
-        prune(tmp_path, {"here": 8}, {("gone", 2), ("here", 1)})
+        prune(tmp_path, {"here"}, {("gone", 2), ("here", 1)})
         assert self.left(tmp_path) == {"gone": [2], "here": [1, 5, 6, 7, 8]}
 
     def test_of_many_runs_the_most_recently_written_stay(
@@ -191,12 +198,12 @@ class TestOldLogs:
         for number, run in enumerate("abcd"):
             self.made(tmp_path, run, 1)
             os.utime(tmp_path / run, (number, number))
-        prune(tmp_path, dict.fromkeys("abcd", 1), {("a", 1)})
+        prune(tmp_path, set("abcd"), {("a", 1)})
         assert sorted(self.left(tmp_path)) == ["a", "c", "d"]
 
-    def test_a_generation_that_begins_meanwhile_keeps_its_files(self, tmp_path: Path) -> None:
+    def test_a_worker_that_begins_meanwhile_keeps_its_file(self, tmp_path: Path) -> None:
         self.made(tmp_path, "gone", 1)
-        stale = stale_logs(tmp_path, {}, set())
+        stale = stale_logs(tmp_path, set(), set())
         self.made(tmp_path, "gone", 2)
         remove_logs(stale)
         assert self.left(tmp_path) == {"gone": [2]}
@@ -205,7 +212,10 @@ class TestOldLogs:
         (tmp_path / "file").write_text("x")
         self.made(tmp_path, "here", 9)
         (tmp_path / "here" / "notes").mkdir()
-        prune(tmp_path, {"here": 9}, set())
+        (tmp_path / "here" / "notes.log").touch()
+        prune(tmp_path, {"here"}, set())
+        prune(tmp_path, set(), set())
         assert (tmp_path / "file").exists()
         assert (tmp_path / "here" / "notes").exists()
-        prune(tmp_path / "nowhere", {}, set())
+        assert (tmp_path / "here" / "notes.log").exists()
+        prune(tmp_path / "nowhere", set(), set())

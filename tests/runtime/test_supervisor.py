@@ -35,7 +35,7 @@ from distroml.runtime.control import (
 )
 from distroml.runtime.local_worker import MAX_ABANDONED, MAX_RENDEZVOUS_BYTES, MAX_SHARDS
 from distroml.runtime.log_tail import log_path
-from tests.builders import checkpoint, fail, form, members, node
+from tests.builders import checkpoint, form, members, node
 from tests.consensus.live import until
 from tests.runtime.agents import Agent
 
@@ -53,6 +53,7 @@ def outcome(**fields: object) -> WorkerOutcome:
         "step": 9,
         "epoch": 1,
         "state_digest": "d" * 64,
+        "sample_digest": "e" * 64,
         "metrics": {"loss": 1.0},
         "stopped": False,
         "checkpoint_step": None,
@@ -74,12 +75,17 @@ def shard(step: int) -> ShardDurable:
         size_bytes=1,
         sha256="0" * 64,
     )
-    return ShardDurable(shard=fact)
+    return ShardDurable(generation=1, shard=fact)
 
 
-def training(step: int, *metrics: MetricRecord) -> Progress:
+def training(step: int, *metrics: MetricRecord, generation: int = 1) -> Progress:
     return Progress(
-        phase=WorkerPhase.TRAINING, step=step, epoch=0, total_steps=100, metrics=metrics
+        generation=generation,
+        phase=WorkerPhase.TRAINING,
+        step=step,
+        epoch=0,
+        total_steps=100,
+        metrics=metrics,
     )
 
 
@@ -87,10 +93,9 @@ class TestAssignment:
     async def test_each_local_rank_is_spawned_once_with_its_plan(self, agent: Agent) -> None:
         agent.assign("a", "b", "a")
         agent.converge()
-        assert [(p.rank, p.local_rank, p.world_size) for p in agent.spawner.plans] == [
-            (0, 0, 3),
-            (2, 1, 3),
-        ]
+        joins = [plan.join for plan in agent.spawner.plans]
+        assert [(j.rank, j.local_rank, j.world_size) for j in joins if j] == [(0, 0, 3), (2, 1, 3)]
+        assert len({plan.worker for plan in agent.spawner.plans}) == 2
         assert agent.fact(0).phase is WorkerPhase.SPAWNING
         assert agent.find(1) is None
 
@@ -123,11 +128,11 @@ class TestAssignment:
         agent.spawner.events.exited(pid, -9)
         assert agent.supervisor.facts() == ()
 
-    async def test_a_spawn_under_way_when_its_generation_ends_is_killed_when_it_is_there(
+    async def test_a_spawn_under_way_when_its_job_ends_is_killed_when_it_is_there(
         self, agent: Agent
     ) -> None:
         agent.assign("a")
-        agent.log.ok(fail("job", 1))
+        agent.log.ok(c.CancelJob(job_id="job", reason="r"))
         agent.converge()
         assert agent.fact().phase is WorkerPhase.SPAWNING
         pid = agent.spawned()
@@ -138,17 +143,6 @@ class TestAssignment:
     async def test_a_process_that_nobody_knows_is_killed(self, agent: Agent) -> None:
         pid = agent.spawned(7)
         await until(lambda: agent.killed(pid), "the stranger to be killed")
-
-    async def test_the_next_generation_starts_beside_one_that_is_still_ending(
-        self, agent: Agent
-    ) -> None:
-        agent.assign("a")
-        pid = agent.spawned()
-        agent.log.ok(fail("job", 1))
-        agent.assign("a", generation=2)
-        assert [plan.generation for plan in agent.spawner.plans] == [1, 2]
-        agent.spawner.events.exited(pid, -9)
-        assert [fact.generation for fact in agent.supervisor.facts()] == [2]
 
     async def test_an_exit_of_a_former_process_with_the_same_pid_ends_nobody(
         self, agent: Agent
@@ -176,7 +170,7 @@ class TestEnds:
         agent.spawner.events.exited(worker.pid, 0)
         assert agent.fact().exit_code is None, "told as a failure before its last frames were read"
         worker.say(training(9, MetricRecord(9, 0, 1.0, {"loss": 0.5})))
-        worker.say(Finished(outcome=outcome()))
+        worker.say(Finished(generation=1, outcome=outcome()))
         await worker.hang_up()
         fact = await agent.until_fact(lambda f: f.ended_at, "the end to be settled")
         assert (fact.phase, fact.exit_code) == (WorkerPhase.FINISHED, 0)
@@ -268,7 +262,7 @@ class TestEnds:
 
     async def test_a_spawn_that_fails_is_told(self, agent: Agent) -> None:
         agent.assign("a")
-        agent.spawner.events.failed(("run-job", 1, 0), "fork: out of memory")
+        agent.spawner.events.failed(agent.worker_of(), "fork: out of memory")
         fact = agent.fact()
         assert fact.failure is not None
         assert "could not be started: fork: out of memory" in fact.failure.error
@@ -299,7 +293,7 @@ class TestEnds:
         agent.assign("a")
         worker = await agent.running()
         agent.spawner.die()
-        worker.say(Finished(outcome=outcome()))
+        worker.say(Finished(generation=1, outcome=outcome()))
         await worker.hang_up()
         fact = await agent.until_fact(lambda f: f.ended_at, "the end")
         assert (fact.phase, fact.failure) == (WorkerPhase.FINISHED, None)
@@ -341,9 +335,9 @@ class TestHello:
         agent.spawned(pid=pid)
         assert (agent.fact().phase, agent.fact().pid) == (WorkerPhase.CONNECTING, pid)
 
-    async def test_who_comes_when_its_generation_is_over_is_killed(self, agent: Agent) -> None:
+    async def test_who_comes_when_its_job_is_over_is_killed(self, agent: Agent) -> None:
         agent.assign("a")
-        agent.log.ok(fail("job", 1))
+        agent.log.ok(c.CancelJob(job_id="job", reason="r"))
         agent.converge()
         pid = agent.process()
         await agent.connect(pid=pid)
@@ -409,9 +403,9 @@ class TestMessages:
         worker = await agent.running()
         for step in range(MAX_SHARDS + 10):
             worker.say(shard(step))
-            worker.say(ShardAbandoned(step=step, reason="r" * 100_000))
+            worker.say(ShardAbandoned(generation=1, step=step, reason="r" * 100_000))
         names = {f"metric-{number:04d}-{'n' * 1000}": 1.0 for number in range(500)}
-        worker.say(Finished(outcome=outcome(metrics=names)))
+        worker.say(Finished(generation=1, outcome=outcome(metrics=names)))
         fact = await agent.until_fact(lambda f: f.outcome, "the outcome")
         assert len(fact.shards) == MAX_SHARDS
         assert fact.shards[-1].step == MAX_SHARDS + 9
@@ -427,24 +421,24 @@ class TestRendezvous:
     ) -> None:
         agent.assign("a", "a", "b")
         first = await agent.running(0)
-        first.say(Rendezvous(key="g1/0", value=b"zero"))
+        first.say(Rendezvous(key="g1/0/0", value=b"zero"))
         await agent.until_fact(lambda f: f.rendezvous, "the key in the report")
-        agent.supervisor.take_peer_report(_peer({"g1/2": b"two"}))
+        agent.supervisor.take_peer_report(_peer({"g1/0/2": b"two"}))
         second = await agent.running(1)
-        second.say(Rendezvous(key="g1/1", value=b"one"))
-        wanted = {"g1/0": b"zero", "g1/1": b"one", "g1/2": b"two"}
-        await until(lambda: _keys(second.got) == _without(wanted, "g1/1"), "all keys at rank 1")
-        await until(lambda: _keys(first.got) == _without(wanted, "g1/0"), "all keys at rank 0")
+        second.say(Rendezvous(key="g1/0/1", value=b"one"))
+        wanted = {"g1/0/0": b"zero", "g1/0/1": b"one", "g1/0/2": b"two"}
+        await until(lambda: _keys(second.got) == _without(wanted, "g1/0/1"), "all keys at rank 1")
+        await until(lambda: _keys(first.got) == _without(wanted, "g1/0/0"), "all keys at rank 0")
 
     async def test_a_key_is_sent_once_however_often_it_is_reported(self, agent: Agent) -> None:
         agent.assign("a", "b")
         worker = await agent.running(0)
         for _ in range(3):
-            agent.supervisor.take_peer_report(_peer({"g1/1": b"one"}))
+            agent.supervisor.take_peer_report(_peer({"g1/0/1": b"one"}))
         worker.say(training(1))
         await agent.until_fact(lambda f: f.step == 1, "progress")
-        agent.supervisor.take_peer_report(_peer({"g1/9": b"nine"}))
-        await until(lambda: "g1/9" in _keys(worker.got), "the last key")
+        agent.supervisor.take_peer_report(_peer({"g1/0/9": b"nine"}))
+        await until(lambda: "g1/0/9" in _keys(worker.got), "the last key")
         assert len(worker.got) == 2
 
     async def test_keys_of_other_generations_are_not_passed_on(self, agent: Agent) -> None:
@@ -453,9 +447,9 @@ class TestRendezvous:
         agent.supervisor.take_peer_report(_peer({"g0/1": b"old"}, generation=0))
         agent.supervisor.take_peer_report(_peer({"g2/1": b"next"}, generation=2))
         agent.supervisor.take_peer_report(_peer({"x": b"x"}, run_id="run-other"))
-        agent.supervisor.take_peer_report(_peer({"g1/1": b"one"}))
+        agent.supervisor.take_peer_report(_peer({"g1/0/1": b"one"}))
         await until(lambda: bool(worker.got), "a key")
-        assert worker.got == [RendezvousKeys(keys={"g1/1": b"one"})]
+        assert worker.got == [RendezvousKeys(keys={"g1/0/1": b"one"})]
         agent.converge()
         assert len(agent.supervisor._keys) == 2, "keys of this generation and the next"
         agent.log.ok(c.CancelJob(job_id="job", reason="r"))
@@ -465,7 +459,7 @@ class TestRendezvous:
     async def test_a_worker_that_publishes_without_end_is_ended(self, agent: Agent) -> None:
         agent.assign("a")
         worker = await agent.running()
-        worker.say(Rendezvous(key="k", value=b"v" * (MAX_RENDEZVOUS_BYTES + 1)))
+        worker.say(Rendezvous(key="g1/0/0", value=b"v" * (MAX_RENDEZVOUS_BYTES + 1)))
         fact = await agent.until_fact(lambda f: f.failure, "the failure")
         assert fact.failure is not None
         assert "rendezvous" in fact.failure.error
@@ -506,7 +500,7 @@ class TestLogs:
     async def test_what_an_earlier_life_left_under_the_same_name_is_not_told_again(
         self, agent: Agent, tmp_path: Path
     ) -> None:
-        path = log_path(tmp_path / "workers", "run-job", 1, 0)
+        path = log_path(tmp_path / "workers", "run-job", 1_000_001)
         path.parent.mkdir(parents=True)
         path.write_text("old news\n")
         agent.assign("a")
@@ -518,14 +512,16 @@ class TestLogs:
     async def test_files_of_removed_jobs_go_once_the_node_knows_the_log(
         self, agent: Agent, tmp_path: Path
     ) -> None:
-        gone = log_path(tmp_path / "workers", "run-gone", 1, 0).parent
+        file = log_path(tmp_path / "workers", "run-gone", 7)
+        gone = file.parent
         gone.mkdir(parents=True)
+        file.touch()
         agent.assign("a")
         await until(lambda: not gone.exists(), "the old run's files to go")
         assert Path(agent.spawner.plans[0].log_path).parent.exists()
 
     async def test_before_that_they_stay(self, agent: Agent, tmp_path: Path) -> None:
-        kept = log_path(tmp_path / "workers", "run-x", 1, 0).parent
+        kept = log_path(tmp_path / "workers", "run-x", 7).parent
         kept.mkdir(parents=True)
         for _ in range(3):
             agent.supervisor._prune_when_due()
