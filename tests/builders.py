@@ -56,7 +56,7 @@ def node(name: str, *, incarnation: int = 1, slots: int = 4) -> c.RegisterNode:
 
 
 def submit(job_id: str = "job-1", *, workers: int = 2, **fields: Any) -> c.SubmitJob:
-    spec = JobSpec(resources=Resources(workers=workers), **fields)
+    spec = JobSpec(**({"resources": Resources(workers=workers)} | fields))
     return c.SubmitJob(job_id=job_id, run_id=f"run-{job_id}", spec=spec)
 
 

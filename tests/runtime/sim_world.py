@@ -10,17 +10,24 @@ from msgspec.structs import replace
 
 from distroml import commands as c
 from distroml.consensus.state import ClusterState
-from distroml.model import ASSIGNED, Checkpoint, Generation, Job, JobStatus
+from distroml.model import Checkpoint, Generation, Job, JobStatus, NodeStatus
 from distroml.reports import NodeReport
 from distroml.runtime.facts import CheckpointKey, Facts, NodeFacts, ReconcilerSettings, look
 from distroml.runtime.failure_detector import Listening, NodeObservation, assess
+from distroml.runtime.hang import HangSettings
 from distroml.runtime.reconciler import Decision, WriteManifest, reconcile
+from distroml.runtime.scheduler import may_go_on
 from tests.builders import node, submit
-from tests.runtime.sim_workers import Fleet
+from tests.runtime.sim_workers import Fleet, SimNode
 
 ELECTION_TICKS = 5
+FAREWELL_TICKS = 30
 SETTINGS = ReconcilerSettings(
-    backoff_limit_s=1.0, start_deadline_s=30.0, stop_deadline_s=30.0, final_checkpoint_wait_s=10.0
+    backoff_limit_s=1.0,
+    start_deadline_s=30.0,
+    stop_deadline_s=30.0,
+    final_checkpoint_wait_s=10.0,
+    hang=HangSettings(floor_s=3.0, ceiling_s=6.0),
 )
 
 
@@ -79,7 +86,6 @@ class World(Fleet):
         sim = self.nodes[name]
         sim.up = False
         sim.workers.clear()
-        sim.doomed.clear()
         self.down_since_s.setdefault(name, self.now.monotonic_s)
         if self.leader == name:
             self.depose()
@@ -89,7 +95,7 @@ class World(Fleet):
         sim = self.nodes[name]
         if sim.up:
             return
-        sim.up, sim.incarnation = True, sim.incarnation + 1
+        sim.up, sim.incarnation, sim.draining = True, sim.incarnation + 1, False
         self.down_since_s.pop(name, None)
         self.log.ok(node(name, incarnation=sim.incarnation, slots=sim.slots), at=self.wall_s)
 
@@ -104,6 +110,22 @@ class World(Fleet):
         for job in self._active(index):
             self.ended_by_request.add(job.job_id)
             self.log.ok(c.CancelJob(job_id=job.job_id, reason="cancelled"), at=self.wall_s)
+
+    def drain(self, name: str, *, undo: bool = False) -> None:
+        """A user drains a node, or takes that back."""
+        known = self.state.nodes[name]
+        if known.status in (NodeStatus.ALIVE, NodeStatus.DRAINING):
+            status = NodeStatus.ALIVE if undo else NodeStatus.DRAINING
+            command = c.SetNodeStatus(
+                name=name, incarnation=known.incarnation, status=status, reason="asked"
+            )
+            self.log.ok(command, at=self.wall_s)
+
+    def shut_down(self, name: str) -> None:
+        """A host is asked to stop: it says so, and is gone a little later."""
+        sim = self.nodes[name]
+        sim.draining = sim.up
+        sim.leaves_tick = self.ticks + FAREWELL_TICKS
 
     def depose(self) -> None:
         """The leader is gone; another node takes over a little later, from state and reports alone."""
@@ -121,6 +143,7 @@ class World(Fleet):
         """End all faults that last."""
         for name, sim in self.nodes.items():
             self.bring_up(name)
+            self.drain(name, undo=True)
             sim.muted = sim.disk_full = False
             sim.lag_ticks = 0
         self.manifests_fail = False
@@ -129,12 +152,25 @@ class World(Fleet):
 
     def tick(self) -> None:
         self.ticks += 1
+        for sim in self.nodes.values():
+            if sim.up and sim.draining and sim.leaves_tick <= self.ticks:
+                self._leave(sim)
         self.converge()
         self.advance()
         for report in self.report():
             self.heard[report.node] = (report, self.now.monotonic_s)
         self._haunting()
         self._lead()
+
+    def _leave(self, sim: SimNode) -> None:
+        goodbye = c.SetNodeStatus(
+            name=sim.name,
+            incarnation=sim.incarnation,
+            status=NodeStatus.LEFT,
+            reason="stopped by request",
+        )
+        self.log(goodbye, at=self.wall_s)
+        self.take_down(sim.name)
 
     def _active(self, index: int) -> list[Job]:
         active = self.state.active_jobs()
@@ -247,8 +283,12 @@ class World(Fleet):
                 changed.add(action.job_id)
             if isinstance(action, c.FormGeneration):
                 self._check_formation(action.generation, self.state.jobs[action.job_id])
-            elif isinstance(action, c.FailGeneration | c.FinishRun | c.MarkRunning | WriteManifest):
+            elif isinstance(action, c.FailGeneration | c.FinishRun | c.MarkRunning):
                 assert action.generation == self.state.jobs[action.job_id].generation_number
+            elif isinstance(action, WriteManifest):
+                job = self.state.jobs[action.job_id]
+                present = (job.generation, job.outgoing)
+                assert action.generation in {one.number for one in present if one}
         self._check_slots(decisions)
 
     def _shuffled(self) -> tuple[ClusterState, Facts]:
@@ -268,25 +308,45 @@ class World(Fleet):
 
     def _check_formation(self, generation: Generation, job: Job) -> None:
         newest = job.newest_checkpoint()
+        resources = job.spec.resources
+        ranks = [m.rank for m in generation.members]
         assert generation.number == job.generation_number + 1
-        assert [m.rank for m in generation.members] == list(range(job.spec.resources.workers))
+        assert ranks == list(range(len(ranks)))
+        assert resources.fewest <= len(ranks) <= resources.workers
+        assert len(generation.spares) <= resources.spares
         assert generation.checkpoint_step == (newest.step if newest else None)
-        assert generation.resume_step == (newest.step if newest else 0)
+        assert generation.resume_step >= (newest.step if newest else 0)
+        assert generation.planned == (
+            job.status is not JobStatus.QUEUED and job.status is not JobStatus.RECOVERING
+        )
+        if generation.planned:
+            assert set(generation.joining) < set(ranks), "somebody stays who has the state"
 
     def _check_slots(self, decisions: list[Decision]) -> None:
-        """Assigned ranks plus processes that nobody assigned any more never exceed the slots of a node."""
+        """Ranks, plus processes that will not make room by themselves, never exceed the slots of a node."""
         formed = [d.action for d in decisions if isinstance(d.action, c.FormGeneration)]
         if not formed:
             return
         used = self.state.slots_used()
         for command in formed:
+            job = self.state.jobs[command.job_id]
+            held = (
+                {(m.node, m.rank) for m in job.at_work.members}
+                if command.generation.planned and job.at_work
+                else set()
+            )
             for member in command.generation.members:
-                used[member.node] = used.get(member.node, 0) + 1
+                if (member.node, member.rank) not in held:
+                    used[member.node] = used.get(member.node, 0) + 1
+        going_on = {job.run_id: job for job in self.state.active_jobs()}
         for name, sim in self.nodes.items():
-            current = {
-                (job.run_id, job.generation_number)
-                for job in self.state.jobs.values()
-                if job.status in ASSIGNED
-            }
-            strays = [key for key in sim.alive() if sim.up and key[:2] not in current]
+            strays = [
+                key
+                for key in sim.alive()
+                if sim.up
+                and (
+                    (job := going_on.get(key[0])) is None
+                    or not may_go_on(sim.workers[key].fact, job)
+                )
+            ]
             assert used.get(name, 0) + len(strays) <= sim.slots, (name, used, strays, decisions)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distroml.model import JobStatus
-from distroml.spec import Checkpointing
+from distroml.spec import Checkpointing, Resources
 from tests.runtime.sim_workers import digest_at
 from tests.runtime.sim_world import World
 
@@ -29,8 +29,19 @@ _faults = st.one_of(
     st.tuples(st.just("corrupt_newest")),
     st.tuples(st.just("manifests_fail")),
     st.tuples(st.just("depose")),
+    st.tuples(st.just("stop_process"), _index),
+    st.tuples(st.just("livelock"), _index),
+    st.tuples(st.just("drain"), _names),
+    st.tuples(st.just("undrain"), _names),
+    st.tuples(st.just("shut_down"), _names),
     st.tuples(st.just("haunt"), st.integers(1, 40)),
-    st.tuples(st.just("submit"), st.integers(1, 6), st.integers(-1, 1)),
+    st.tuples(
+        st.just("submit"),
+        st.integers(1, 6),
+        st.integers(-1, 1),
+        st.integers(0, 3),
+        st.integers(0, 2),
+    ),
     st.tuples(st.just("stop"), _index),
     st.tuples(st.just("cancel"), _index),
 )
@@ -55,8 +66,10 @@ def _inflict(world: World, fault: tuple[object, ...]) -> None:
                 for job in world.state.active_jobs()
                 if (newest := job.newest_checkpoint())
             }
-        case "submit", [int(workers), int(priority)]:
-            _submit(world, workers, priority)
+        case "submit", [int(workers), int(priority), int(fewer), int(spares)]:
+            _submit(world, workers, priority, fewer=fewer, spares=spares)
+        case "undrain", [str(node)]:
+            world.drain(node, undo=True)
         case "stop", [int(index)]:
             world.stop(index)
         case "cancel", [int(index)]:
@@ -65,11 +78,15 @@ def _inflict(world: World, fault: tuple[object, ...]) -> None:
             getattr(world, str(name))(*args)
 
 
-def _submit(world: World, workers: int, priority: int = 0) -> None:
+def _submit(
+    world: World, workers: int, priority: int = 0, *, fewer: int = 0, spares: int = 0
+) -> None:
     number = len(world.state.jobs) + 1
     world.submit(
         f"job-{number}",
-        workers=workers,
+        resources=Resources(
+            workers=workers, min_workers=max(1, workers - fewer) if fewer else None, spares=spares
+        ),
         priority=priority,
         steps=STEPS,
         max_restarts=3,
@@ -84,8 +101,10 @@ def _check_end(world: World) -> None:
             assert job.result.state_digest == digest_at(job.job_id, STEPS)
             assert job.result.step == STEPS
         elif job.status is JobStatus.FAILED:
-            assert job.reason.startswith("gave up after 3 restarts: generation "), job.reason
-            assert job.restarts == 3
+            told = "gave up after 3 restarts without progress: generation "
+            assert job.reason.startswith(told), job.reason
+            assert "; the first time: generation " in job.reason
+            assert job.strikes == 3
             assert job.incidents[-1].generation == job.generation_number
         else:
             assert job.status is JobStatus.CANCELLED
