@@ -211,6 +211,17 @@ class AsyncClient:
         body = msgspec.json.encode({"node": node})
         return await self._transport.call("POST", "/api/cluster/leader", body=body)
 
+    async def drain(self, node: str, *, undo: bool = False) -> Json:
+        """Have the ranks of ``node`` moved elsewhere after a whole step, or let it have some again; all nodes.
+
+        Raises:
+            NotFound: there is no such node.
+            Conflict: it is lost or has left.
+        """
+        body = msgspec.json.encode({"drain": not undo})
+        path = f"/api/cluster/nodes/{quote(node, safe='')}/drain"
+        return await self._transport.call("POST", path, body=body)
+
     async def health(self) -> Json:
         """Health of the node that answers."""
         return await self._transport.call("GET", "/health")
@@ -353,6 +364,10 @@ class Client:
     def transfer_leadership(self, node: str | None = None) -> Json:
         """See ``AsyncClient.transfer_leadership``."""
         return self._run(self._client.transfer_leadership(node))
+
+    def drain(self, node: str, *, undo: bool = False) -> Json:
+        """See ``AsyncClient.drain``."""
+        return self._run(self._client.drain(node, undo=undo))
 
     def health(self) -> Json:
         """See ``AsyncClient.health``."""

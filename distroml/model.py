@@ -303,14 +303,19 @@ class Job(Struct, frozen=True, gc=False, kw_only=True):
         return self.generation.number if self.generation else 0
 
     @property
+    def generation_numbers(self) -> tuple[int, ...]:
+        """The newest generation, and the one that it is to relieve."""
+        both = (self.generation, self.outgoing)
+        return tuple(one.number for one in both if one is not None)
+
+    @property
     def at_work(self) -> Generation | None:
         """The generation whose ranks train now, or would."""
         return self.outgoing or self.generation
 
     def made_progress(self, highest_step: int) -> bool:
         """Whether the present generation got further than any before it, given the steps that it completed."""
-        numbers = {one.number for one in (self.generation, self.outgoing) if one is not None}
-        committed = any(one.generation in numbers for one in self.checkpoints)
+        committed = any(one.generation in self.generation_numbers for one in self.checkpoints)
         return committed or highest_step > self.highest_step
 
     def is_to_blame(self, generation: int, rank: int) -> bool:

@@ -67,6 +67,21 @@ def leader(node: str | None = None, /, *, ctx: Ctx) -> int:
     return 0
 
 
+def drain(node: str, /, *, undo: bool = False, ctx: Ctx) -> int:
+    """Move a node's workers elsewhere after a whole step; it gets no new ones.
+
+    Args:
+        node: name of the node.
+        undo: let it have workers again.
+    """
+    page = ctx.run(lambda client: client.drain(node, undo=undo))
+    if ctx.json:
+        print_json(page)
+    else:
+        print_nodes(page)
+    return 0
+
+
 def print_nodes(page: Json) -> None:
     """The table of nodes."""
     print_table(

@@ -9,8 +9,9 @@ from distroml.cli.context import Ctx, JobReference, print_json, print_table, pri
 from distroml.cli.lookup import find_job
 from distroml.client import AsyncClient, Json
 
-PHASES = ("detect", "form", "start", "total")
-COLUMNS = ("#", "GENERATION", "REASON", "STEPS LOST", *(f"{phase.upper()} ms" for phase in PHASES))
+PHASES = ("detect", "decide", "abort", "rendezvous", "restore", "first_step", "total")
+_NUMBERS = ("STEPS LOST", *(f"{phase.upper().replace('_', ' ')} ms" for phase in PHASES))
+COLUMNS = ("#", "GENERATION", "REASON", "STATE FROM", *_NUMBERS)
 
 
 def incidents(job_id: JobReference, /, *, ctx: Ctx) -> int:
@@ -37,13 +38,14 @@ def print_incidents(rows: Iterable[Json]) -> None:
                 row.get("number"),
                 f"{row.get('generation')} → {row.get('next_generation') or '-'}",
                 row.get("reason"),
+                row.get("source") or None,
                 row.get("steps_lost"),
                 *((row.get("phases_ms") or {}).get(phase) for phase in PHASES),
             )
             for row in rows
         ),
         empty="Nothing failed.",
-        right=("#", *COLUMNS[3:]),
+        right=("#", *_NUMBERS),
     )
 
 

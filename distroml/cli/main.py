@@ -64,6 +64,7 @@ _COMMANDS = {
     "cluster:nodes": "List the nodes and what each offers.",
     "cluster:cluster": "Show the leader, the nodes and how much is in use.",
     "cluster:leader": "Show the leader, or hand leadership to another node.",
+    "cluster:drain": "Move a node's workers elsewhere after a whole step.",
     "specdoc:spec": "Show the fields of a job specification with defaults and ranges.",
     "certs:certs": "Make and show a cluster's certificates and keys.",
 }

@@ -11,6 +11,7 @@ from distroml.consensus.state import ClusterState
 from distroml.http.services import ObservedNode, RaftView
 from distroml.http.views import Timestamp, timestamp
 from distroml.model import Node, NodeStatus
+from distroml.reports import StepTiming
 
 
 class NodeView(Struct, frozen=True, kw_only=True):
@@ -48,14 +49,18 @@ class ClusterWorker(Struct, frozen=True, kw_only=True):
     job_name: str | None
     run_id: str
     generation: int
-    current: Annotated[bool, Meta(description="false: of a generation that is over")]
+    current: Annotated[bool, Meta(description="false: of a generation that is over, or a spare")]
     rank: int
+    worker: Annotated[int, Meta(description="names the process on its node")]
     node: str
     pid: int | None
     phase: str
     step: int
     epoch: int
     started_at: Timestamp | None
+    timing: Annotated[
+        StepTiming | None, Meta(description="where its time goes; null until it has trained")
+    ]
 
 
 class WorkerList(Struct, frozen=True):
@@ -169,17 +174,19 @@ def worker_list(state: ClusterState, observed: Mapping[str, ObservedNode]) -> Wo
                     job_name=job.name if job else None,
                     run_id=fact.run_id,
                     generation=fact.generation,
-                    current=job is not None and job.generation_number == fact.generation,
+                    current=job is not None and fact.generation in job.generation_numbers,
                     rank=fact.rank,
+                    worker=fact.worker,
                     node=name,
                     pid=fact.pid,
                     phase=fact.phase.value,
                     step=fact.step,
                     epoch=fact.epoch,
                     started_at=timestamp(fact.started_at) if fact.started_at else None,
+                    timing=fact.timing,
                 )
             )
-    workers.sort(key=lambda w: (w.job_id, w.generation, w.rank))
+    workers.sort(key=lambda w: (w.job_id, w.generation, w.rank, w.node, w.worker))
     return WorkerList(workers)
 
 

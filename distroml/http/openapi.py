@@ -36,6 +36,7 @@ Every node answers alike; a write sent to any of them goes through the replicate
 _PATH_PARAMETERS = {
     "job_id": {"type": "string", "pattern": JOB_ID_PATTERN.replace(r"\Z", "$")},
     "slug": {"type": "string"},
+    "name": {"type": "string"},
 }
 
 

@@ -14,7 +14,12 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client import Counter as HttpCounter
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from distroml.http import views
@@ -25,6 +30,10 @@ MAX_JOBS = 256
 """Active jobs with series of their own; the oldest are shown."""
 _LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _JOB_METRICS = ("loss", "throughput", "accuracy")
+MAX_RANKS = 1024
+"""Ranks with series of their own, of all active jobs together."""
+RECOVERY_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_STEP_PARTS = ("step", "data", "compute", "communication", "idle")
 
 
 class Telemetry:
@@ -70,6 +79,7 @@ class _ClusterFacts(Collector):
         yield from _raft(self._services)
         yield from _nodes(self._services)
         yield from _jobs(self._services)
+        yield _recoveries(self._services)
         yield from _counters(self._services)
 
 
@@ -153,6 +163,12 @@ def _active_jobs(services: Services) -> Iterator[Metric]:
         name: GaugeMetricFamily(f"distroml_job_{name}", f"Newest {name}.", labels=labels)
         for name in _JOB_METRICS
     }
+    step_time = GaugeMetricFamily(
+        "distroml_worker_step_seconds",
+        "Moving mean of a step's duration and of where it goes; a straggler idles least.",
+        labels=(*labels, "rank", "part"),
+    )
+    ranks_left = MAX_RANKS
     facts = views.facts_of(services.observed())
     for job in services.state().active_jobs()[:MAX_JOBS]:
         key = (job.job_id, job.name)
@@ -168,7 +184,36 @@ def _active_jobs(services: Services) -> Iterator[Metric]:
         for name, family in measured.items():
             if name in latest:
                 family.add_metric(key, latest[name])
-    yield from (*position.values(), *measured.values())
+        timed = [worker for worker in view.workers if worker.timing is not None][:ranks_left]
+        ranks_left -= len(timed)
+        for worker in timed:
+            for part in _STEP_PARTS:
+                value = getattr(worker.timing, f"{part}_s")
+                step_time.add_metric((*key, str(worker.rank), part), value)
+    yield from (*position.values(), *measured.values(), step_time)
+
+
+def _recoveries(services: Services) -> Metric:
+    """How long recoveries took, by phase, of the incidents that are kept."""
+    family = HistogramMetricFamily(
+        "distroml_recovery_duration_seconds",
+        "Recoveries from failures, of the jobs that are kept, by phase; 'total' is all of one.",
+        labels=("phase",),
+    )
+    by_phase: dict[str, list[float]] = {}
+    for job in services.state().jobs.values():
+        for incident in job.incidents:
+            if incident.first_step_at is not None:
+                for phase, took_ms in incident.phases_ms.items():
+                    by_phase.setdefault(phase, []).append(took_ms / 1000)
+    for phase, durations_s in by_phase.items():
+        buckets = [
+            (f"{bound:g}", float(sum(one <= bound for one in durations_s)))
+            for bound in RECOVERY_BUCKETS_S
+        ]
+        buckets.append(("+Inf", float(len(durations_s))))
+        family.add_metric((phase,), buckets, sum(durations_s))
+    return family
 
 
 def _counters(services: Services) -> Iterator[Metric]:

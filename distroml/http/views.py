@@ -14,8 +14,8 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from distroml.http.services import ObservedNode
-from distroml.model import ASSIGNED, Cause, Checkpoint, Generation, Incident, Job, JobStatus
-from distroml.reports import WorkerFact
+from distroml.model import ASSIGNED, Cause, Checkpoint, Generation, Incident, Job, JobStatus, Member
+from distroml.reports import StepTiming, WorkerFact
 from distroml.spec import JobSpec
 
 Timestamp = Annotated[
@@ -38,6 +38,12 @@ class WorkerView(Struct, frozen=True, kw_only=True):
         str, Meta(description="a WorkerPhase, or PENDING: assigned and not yet reported")
     ]
     step: Annotated[int, Meta(description="steps completed, earlier generations included")]
+    worker: Annotated[
+        int | None, Meta(description="names the process on its node; it outlives generations")
+    ] = None
+    timing: Annotated[
+        StepTiming | None, Meta(description="where its time goes; null until it has trained")
+    ] = None
 
 
 class GenerationView(Struct, frozen=True, kw_only=True):
@@ -48,7 +54,17 @@ class GenerationView(Struct, frozen=True, kw_only=True):
     formed_at: Timestamp
     running_at: Timestamp | None
     resume_step: int
-    checkpoint_step: Annotated[int | None, Meta(description="null: started from scratch")]
+    checkpoint_step: Annotated[
+        int | None, Meta(description="what ranks read if none has a state; null: from scratch")
+    ]
+    world_size: Annotated[int, Meta(description="number of ranks")] = 0
+    planned: Annotated[
+        bool, Meta(description="not because of a failure: its ranks change over after a whole step")
+    ] = False
+    joining: Annotated[
+        list[int], Meta(description="ranks that had no part in the generation before")
+    ] = []
+    spares: Annotated[list[str], Meta(description="nodes of its prepared processes")] = []
 
 
 class CheckpointSummary(Struct, frozen=True, kw_only=True):
@@ -63,6 +79,9 @@ class ResultView(Struct, frozen=True, kw_only=True):
 
     state_digest: Annotated[
         str, Meta(description="SHA-256 over the final model and optimizer tensors in name order")
+    ]
+    sample_digest: Annotated[
+        str, Meta(description="rolling SHA-256 over the sample ids that each step consumed")
     ]
     step: int
     epoch: int
@@ -143,8 +162,17 @@ class IncidentView(Struct, frozen=True, kw_only=True):
     first_step_at: Timestamp | None
     highest_step: int
     resume_step: int | None
-    steps_lost: Annotated[int | None, Meta(description="null until a generation resumed")]
-    phases_ms: Annotated[dict[str, float], Meta(description="milliseconds of each finished phase")]
+    steps_lost: Annotated[
+        int | None, Meta(description="completed steps done again; null until a generation resumed")
+    ]
+    source: Annotated[str, Meta(description="where the state came from; empty until it is known")]
+    phases_ms: Annotated[
+        dict[str, float],
+        Meta(
+            description="milliseconds of each finished phase: detect, decide, abort, rendezvous, "
+            "restore, first_step; and their total"
+        ),
+    ]
 
 
 class IncidentList(Struct, frozen=True):
@@ -247,15 +275,25 @@ def incident_view(one: Incident) -> IncidentView:
         highest_step=one.highest_step,
         resume_step=one.resume_step,
         steps_lost=one.steps_lost,
+        source=one.source,
         phases_ms=one.phases_ms,
     )
 
 
 def _facts_of_job(job: Job, facts: Facts) -> list[WorkerFact]:
-    if job.generation is None:
-        return []
-    keys = ((job.job_id, job.generation.number, m.rank, m.node) for m in job.generation.members)
-    return [fact for key in keys if (fact := facts.get(key)) is not None]
+    generation = job.at_work
+    members = generation.members if generation else ()
+    return [fact for m in members if (fact := _fact_of(job, m, facts)) is not None]
+
+
+def _fact_of(job: Job, member: Member, facts: Facts) -> WorkerFact | None:
+    """What is known of a rank, in the newest generation that it has come to."""
+    for generation in (job.generation, job.outgoing):
+        if generation is not None:
+            fact = facts.get((job.job_id, generation.number, member.rank, member.node))
+            if fact is not None:
+                return fact
+    return None
 
 
 def _position(job: Job, mine: list[WorkerFact]) -> tuple[int, int]:
@@ -270,12 +308,12 @@ def _position(job: Job, mine: list[WorkerFact]) -> tuple[int, int]:
 
 
 def _workers(job: Job, facts: Facts) -> list[WorkerView]:
-    generation = job.generation
+    generation = job.at_work
     if generation is None or job.terminal:
         return []
     views = []
     for member in generation.members:
-        fact = facts.get((job.job_id, generation.number, member.rank, member.node))
+        fact = _fact_of(job, member, facts)
         views.append(
             WorkerView(
                 rank=member.rank,
@@ -283,6 +321,8 @@ def _workers(job: Job, facts: Facts) -> list[WorkerView]:
                 pid=fact.pid if fact else None,
                 phase=fact.phase.value if fact else PENDING,
                 step=fact.step if fact else generation.resume_step,
+                worker=fact.worker if fact else None,
+                timing=fact.timing if fact else None,
             )
         )
     return views
@@ -309,6 +349,10 @@ def _generation_view(one: Generation | None) -> GenerationView | None:
         running_at=_maybe(one.running_at),
         resume_step=one.resume_step,
         checkpoint_step=one.checkpoint_step,
+        world_size=len(one.members),
+        planned=one.planned,
+        joining=list(one.joining),
+        spares=[spare.node for spare in one.spares],
     )
 
 
@@ -318,6 +362,7 @@ def _result_view(job: Job) -> ResultView | None:
         return None
     return ResultView(
         state_digest=one.state_digest,
+        sample_digest=one.sample_digest,
         step=one.step,
         epoch=one.epoch,
         metrics=one.metrics,

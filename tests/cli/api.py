@@ -52,6 +52,10 @@ class Api:
                 if job_id not in self.jobs:
                     return _missing(job_id)
                 return await self._job(request, self.jobs[job_id], more)
+            case "cluster", ["nodes", name, "drain"]:
+                drains = (await request.json())["drain"]
+                status = "DRAINING" if drains else "ALIVE"
+                return web.json_response({"nodes": [{**_NODE, "name": name, "status": status}]})
             case "cluster", [part]:
                 if request.method == "POST":
                     wanted = (await request.json())["node"]
@@ -109,7 +113,8 @@ _CHECKPOINT = {
 }  # fmt: skip
 _INCIDENT = {
     "number": 1, "generation": 1, "next_generation": 2, "reason": "worker 2 exited by SIGKILL",
-    "steps_lost": 3, "phases_ms": {"detect": 1.5, "total": 200.25},
+    "steps_lost": 3, "phases_ms": {"detect": 1.5, "rendezvous": 31.5, "total": 200.25},
+    "source": "rank 3",
 }  # fmt: skip
 _NODE = {
     "name": "a", "status": "ALIVE", "role": "voter", "leader": True, "slots": 2, "slots_used": 1, "incarnation": 3,

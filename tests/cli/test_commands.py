@@ -34,7 +34,12 @@ def lines(text: str) -> list[object]:
         (["job", "job-1"], ["job-1", "because", "TRAINING"]),
         (["logs", "job-1"], ["[0] first", "[1] second"]),
         (["checkpoints", "job-1"], ["2.0 KiB", "COMMITTED", "job-1/run-1/x"]),
-        (["incidents", "job-1"], ["worker 2 exited by SIGKILL", "200.25", "1 → 2"]),
+        (
+            ["incidents", "job-1"],
+            ["worker 2 exited by SIGKILL", "200.25", "31.5", "1 → 2", "rank 3"],
+        ),
+        (["drain", "b"], ["b", "DRAINING"]),
+        (["drain", "b", "--undo"], ["b", "ALIVE"]),
         (["nodes"], ["leader", "1/2", "http://a:1", "12%"]),
         (["cluster"], ["a, term 4", "1 of 1 alive", "1 of 2 in use", "1 RUNNING"]),
         (["leader"], ["a, term 4, http://a:1"]),

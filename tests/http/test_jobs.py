@@ -213,7 +213,7 @@ async def test_incident_shape(api: Api) -> None:
     assert incident["cause"]["signal"] == "SIGKILL"
     assert incident["collateral"] == [0]
     assert incident["steps_lost"] == 10
-    assert set(incident["phases_ms"]) == {"detect", "form"}
+    assert set(incident["phases_ms"]) == {"detect", "decide"}
     assert (await api.get(f"/api/jobs/{job_id}/checkpoints")).json["checkpoints"] == []
 
 

@@ -264,6 +264,9 @@ class Agent:
 
     def write_log(self, text: str, rank: int = 0) -> None:
         (plan,) = [plan for plan in self.spawner.plans if plan.join and plan.join.rank == rank]
+        self.write_to(plan, text)
+
+    def write_to(self, plan: WorkerPlan, text: str) -> None:
         fd = os.open(plan.log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         with open(fd, "w") as file:
             file.write(text)

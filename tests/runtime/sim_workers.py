@@ -223,9 +223,9 @@ class Fleet:
 
     def _kill_the_doomed(self, sim: SimNode) -> None:
         for process in sim.workers.values():
-            if process.doomed_tick is not None and process.doomed_tick <= self.ticks:
-                if process.alive:
-                    self._end(process, exit_code=-9)
+            due = process.doomed_tick is not None and process.doomed_tick <= self.ticks
+            if due and process.alive:
+                self._end(process, exit_code=-9)
 
     def _share_out(self, sim: SimNode) -> None:
         jobs = {job.run_id: job for job in sim.view.jobs.values()}
@@ -352,9 +352,9 @@ class Fleet:
     def _advance(self, group: list[tuple[SimNode, SimProcess]]) -> None:
         processes = [process for _, process in group]
         for process in processes:
-            if process.called_off and process.fact.phase in _IN_GENERATION:
-                if not process.stands_still:
-                    self._park(process, "called off")
+            able = process.fact.phase in _IN_GENERATION and not process.stands_still
+            if process.called_off and able:
+                self._park(process, "called off")
         at_work = [p for p in processes if p.alive and p.fact.phase in _IN_GENERATION]
         size = self._world_size(processes)
         met = [p for p in processes if p.met]

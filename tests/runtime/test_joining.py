@@ -321,7 +321,7 @@ class TestSpares:
     async def test_what_a_spare_writes_is_kept_until_it_has_a_rank(self, agent: Agent) -> None:
         agent.assign("b", spares=(Member(1, 0, "a", 1),))
         spare = await agent.spare()
-        Path(agent.spawner.plans[0].log_path).write_text("prepared\n")
+        agent.write_to(agent.spawner.plans[0], "prepared\n")
         agent.supervisor.tend()
         assert agent.lines == []
         agent.log.ok(fail("job", 1, collateral=()))

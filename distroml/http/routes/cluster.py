@@ -6,6 +6,7 @@ import msgspec
 from aiohttp import web
 from msgspec import Struct
 
+from distroml.commands import SetNodeStatus
 from distroml.errors import (
     UNDECODABLE,
     BodyTooLarge,
@@ -19,6 +20,7 @@ from distroml.http import cluster_views as views
 from distroml.http import limits
 from distroml.http.limits import Query, Read
 from distroml.http.table import Answer, Call, Route, json_response
+from distroml.model import NodeStatus
 
 TRANSFER_TIMEOUT_S = 5.0
 """In which another leader must be seen; shorter than clients wait for an answer."""
@@ -68,6 +70,41 @@ async def post_leader(call: Call, query: Query) -> web.StreamResponse:
     return await get_leader(call, Read())
 
 
+class DrainRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """Whether the node is to have ranks."""
+
+    drain: bool = True
+    """False: it gets work again."""
+
+
+async def post_drain(call: Call, query: Query) -> web.StreamResponse:
+    """Have a node's ranks moved elsewhere after a whole step, or let it have some again."""
+    body = await limits.read_body(call.request, call.settings)
+    try:
+        wish = msgspec.json.decode(body or b"{}", type=DrainRequest)
+    except UNDECODABLE as error:
+        raise InvalidRequest(
+            f'The body is not {{"drain": true}} or {{"drain": false}}: {error}.', field="drain"
+        ) from None
+    services, name = call.services, call.request.match_info["name"]
+    node = services.state().nodes.get(name)
+    if node is None:
+        known = ", ".join(sorted(services.state().nodes)) or "none"
+        raise NotFound(f"There is no node '{name[:100]}'; there are: {known}.")
+    if node.status in (NodeStatus.LOST, NodeStatus.LEFT):
+        raise Conflict(f"Node '{name}' is {node.status} ({node.reason}); it has no ranks.")
+    command = SetNodeStatus(
+        name=name,
+        incarnation=node.incarnation,
+        status=NodeStatus.DRAINING if wish.drain else NodeStatus.ALIVE,
+        reason="drained by request" if wish.drain else "drained no longer, by request",
+    )
+    outcome = await services.propose(command, call.settings.write_timeout_s)
+    if outcome.error:
+        raise Conflict(f"Node '{name}' changed meanwhile: {outcome.detail}")
+    return await get_nodes(call, Read())
+
+
 _READS = tuple(
     Route(
         method="GET",
@@ -98,6 +135,17 @@ ROUTES = (
         handler=post_leader,
         body=LeaderRequest,
         answers=(Answer(200, "The leader, its term and address", views.LeaderView),),
+        errors=(NotFound, Conflict, Unavailable, BodyTooLarge, UnsupportedMedia),
+    ),
+    Route(
+        method="POST",
+        path="/api/cluster/nodes/{name}/drain",
+        name="drainNode",
+        summary="Move a node's ranks elsewhere after a whole step, or let it have some again",
+        tag="cluster",
+        handler=post_drain,
+        body=DrainRequest,
+        answers=(Answer(200, "All nodes, their status and last heartbeat", views.NodeList),),
         errors=(NotFound, Conflict, Unavailable, BodyTooLarge, UnsupportedMedia),
     ),
 )
