@@ -169,7 +169,15 @@ async def test_job_shape_while_running_and_after(api: Api) -> None:
         1,
     )
     assert job["workers"] == [
-        {"rank": rank, "node": "a", "pid": 1000 + rank, "phase": "TRAINING", "step": 40}
+        {
+            "rank": rank,
+            "node": "a",
+            "pid": 1000 + rank,
+            "phase": "TRAINING",
+            "step": 40,
+            "worker": 0,
+            "timing": None,
+        }
         for rank in (0, 1)
     ]
     assert job["metrics"] == {"loss": 0.5, "throughput": 900.0}
