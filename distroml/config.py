@@ -18,7 +18,9 @@ from distroml.consensus.peers import Address
 from distroml.consensus.proposer import MAX_DECISION_BYTES
 from distroml.consensus.raft_types import RaftSettings
 from distroml.errors import ConfigError
+from distroml.runtime.facts import ReconcilerSettings
 from distroml.runtime.failure_detector import DetectorSettings
+from distroml.runtime.hang import HangSettings
 from distroml.settings import NodeSettings, read
 
 REPORTS_PER_TIMEOUT = 3
@@ -76,6 +78,12 @@ def resolve(settings: NodeSettings) -> NodeConfig:
             f"({settings.election_timeout_ms}), or a late heartbeat starts an election.",
             field="heartbeat_ms",
         )
+    if settings.hang_floor_ms > settings.hang_ceiling_ms:
+        raise ConfigError(
+            f"hang_floor_ms ({settings.hang_floor_ms}) must not exceed hang_ceiling_ms "
+            f"({settings.hang_ceiling_ms}).",
+            field="hang_floor_ms",
+        )
     if settings.report_interval_ms * REPORTS_PER_TIMEOUT > settings.node_timeout_ms:
         raise ConfigError(
             f"report_interval_ms ({settings.report_interval_ms}) must be at most a third of "
@@ -131,6 +139,18 @@ def detector_settings(settings: NodeSettings) -> DetectorSettings:
         silence_s=silence_s,
         suspect_silence_s=min(silence_s, max(usual.suspect_silence_s, 2 * interval_s)),
         first_word_s=max(usual.first_word_s, REPORTS_PER_TIMEOUT * interval_s),
+    )
+
+
+def reconciler_settings(settings: NodeSettings) -> ReconcilerSettings:
+    """Waits and limits of the coordinator's decisions."""
+    return ReconcilerSettings(
+        start_deadline_s=settings.start_timeout_ms / 1000,
+        hang=HangSettings(
+            stopped_grace_s=settings.stopped_grace_ms / 1000,
+            floor_s=settings.hang_floor_ms / 1000,
+            ceiling_s=settings.hang_ceiling_ms / 1000,
+        ),
     )
 
 

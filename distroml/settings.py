@@ -114,6 +114,31 @@ class NodeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             description="time in which all ranks of a generation must train, ms",
         ),
     ] = 120_000
+    stopped_grace_ms: Annotated[
+        int,
+        Meta(
+            ge=100,
+            le=3_600_000,
+            description="how long a worker's process may be stopped before it is replaced, ms",
+        ),
+    ] = 2000
+    hang_floor_ms: Annotated[
+        int,
+        Meta(
+            ge=1000,
+            le=3_600_000,
+            description="least time without any step before the rank that hangs is replaced, ms; "
+            "longer where ten of the job's slowest steps take longer",
+        ),
+    ] = 10_000
+    hang_ceiling_ms: Annotated[
+        int,
+        Meta(
+            ge=1000,
+            le=86_400_000,
+            description="most of that time, ms; counts also until a step was timed",
+        ),
+    ] = 600_000
     cluster_key_file: Annotated[
         str, Meta(description="file with the key that peers must know; see 'distroml certs key'")
     ] = ""

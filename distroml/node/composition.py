@@ -19,7 +19,12 @@ import time
 from collections.abc import Iterator
 
 from distroml.commands import Outcome
-from distroml.config import NodeConfig, detector_settings, raft_settings
+from distroml.config import (
+    NodeConfig,
+    detector_settings,
+    raft_settings,
+    reconciler_settings,
+)
 from distroml.consensus.peers import Address, Channel, PeerLinks
 from distroml.consensus.proposer import Proposer
 from distroml.consensus.raft import RaftNode
@@ -32,7 +37,6 @@ from distroml.node.registration import FAREWELL_TIMEOUT_S, Registration
 from distroml.runtime.assignment import SupervisorSettings
 from distroml.runtime.checkpoint.store import LocalStore
 from distroml.runtime.coordinator import Coordinator, CoordinatorSettings
-from distroml.runtime.facts import ReconcilerSettings
 from distroml.runtime.history_sink import HistoryWriter
 from distroml.runtime.identity import unusable
 from distroml.runtime.observations import Observations
@@ -154,7 +158,7 @@ class Node:
             store=LocalStore(config.store_dir),
             settings=CoordinatorSettings(
                 detector=detector_settings(settings),
-                reconciler=ReconcilerSettings(start_deadline_s=settings.start_timeout_ms / 1000),
+                reconciler=reconciler_settings(settings),
             ),
         )
         self.stopping = False

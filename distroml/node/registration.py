@@ -18,6 +18,8 @@ from distroml.runtime.assignment import ranks_here
 
 FAREWELL_TIMEOUT_S = 2.0
 """How long a node that stops tries to tell the cluster before it just goes."""
+MOVE_TIMEOUT_S = 5.0
+"""How long a node that stops waits for its ranks to go on elsewhere, after a whole step."""
 REGISTER_TIMEOUT_S = 5.0
 REGISTER_PAUSE_S = 0.05
 """Between two attempts to register while there is no leader."""
@@ -115,7 +117,13 @@ class Registration:
         )
 
     async def leave(self) -> None:
-        """Say goodbye, and wait a little until this node's ranks were taken away."""
+        """Wait until this node's ranks were moved, say goodbye, and see that none is left.
+
+        The leader knows from the reports that this node stops. It moves its ranks where there is room, and ends
+        their generation at once where there is none.
+        """
+        with contextlib.suppress(TimeoutError):
+            await self._ranks_taken_away(MOVE_TIMEOUT_S)
         goodbye = SetNodeStatus(
             name=self._config.name,
             incarnation=self._incarnation,
@@ -124,14 +132,14 @@ class Registration:
         )
         with contextlib.suppress(Unavailable, TooManyRequests, TimeoutError):
             await self._proposer.propose(goodbye, FAREWELL_TIMEOUT_S)
-            await self._ranks_taken_away()
+            await self._ranks_taken_away(FAREWELL_TIMEOUT_S)
 
-    async def _ranks_taken_away(self) -> None:
-        """Wait until the leader, who may be this very node, has ended the generations with ranks here.
+    async def _ranks_taken_away(self, timeout_s: float) -> None:
+        """Wait until the leader, who may be this very node, has taken all ranks from here.
 
-        So they end because this node left, not because its workers were killed.
+        So generations end because this node left, not because its workers were killed.
         """
-        async with asyncio.timeout(FAREWELL_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             while ranks_here(self._replica.state, self._config.name, self._incarnation):
                 self._applied.clear()
                 await self._applied.wait()

@@ -31,6 +31,7 @@ from distroml.runtime.checkpoint.store import CheckpointStore
 from distroml.runtime.decisions import Decision, WriteManifest
 from distroml.runtime.facts import CheckpointKey, Facts, NodeFacts, Now, ReconcilerSettings, look
 from distroml.runtime.failure_detector import DetectorSettings, Listening, assess
+from distroml.runtime.look_ahead import with_next_generations
 from distroml.runtime.observations import Observations
 from distroml.runtime.queue_window import queue_window
 from distroml.runtime.reconciler import reconcile, waiting_reasons
@@ -39,6 +40,8 @@ TURN_S = 0.1
 """Longest pause between two turns; reports and applied entries start one at once."""
 PAUSE_PER_TURN = 3.0
 """Pause after a turn in parts of its own duration: with thousands of jobs, turns take a quarter of the loop at most."""
+FREE_TURN_S = 0.01
+"""Shorter turns need no pause: a recovery waits for the next one."""
 MAX_PAUSE_S = 0.5
 STALL_S = 1.0
 """A loop that stood still for longer has not listened: silence in that time proves nothing."""
@@ -191,7 +194,8 @@ class Coordinator:
             took_s = last_s - now_s
             if took_s > STALL_S:
                 self._awake_since_s = last_s
-            await asyncio.sleep(min(PAUSE_PER_TURN * took_s, MAX_PAUSE_S))
+            pause_s = PAUSE_PER_TURN * took_s if took_s > FREE_TURN_S else 0.0
+            await asyncio.sleep(min(pause_s, MAX_PAUSE_S))
 
     def _turn(self, now: Now) -> None:
         if self._facts is not None and not (self._raft.is_leader and self._raft.term == self._term):
@@ -203,7 +207,9 @@ class Coordinator:
             self._leader_since_s = now.monotonic_s
             _log.info("%s coordinates now (term %d)", self._node, self._term)
         self._facts = self._look(self._facts, now)
-        decisions = reconcile(self._seen_state(), self._facts, now, self._settings.reconciler)
+        state, settings = self._seen_state(), self._settings.reconciler
+        decisions = reconcile(state, self._facts, now, settings)
+        decisions = with_next_generations(state, self._facts, now, settings, decisions)
         self._carry_out(decisions, now.monotonic_s)
 
     def _seen_state(self) -> ClusterState:
@@ -248,13 +254,16 @@ class Coordinator:
 
     def _carry_out(self, decisions: Sequence[Decision], now_s: float) -> None:
         """Start what was decided, in order per job and node."""
-        proposals: dict[str, list[tuple[AnyCommand, str]]] = {}
+        proposals: dict[str, list[list[tuple[AnyCommand, str]]]] = {}
         for decision in decisions:
             action = decision.action
             if isinstance(action, WriteManifest):
                 self._begin_commit(action)
             else:
-                proposals.setdefault(_subject(action), []).append((action, decision.reason))
+                chain = proposals.setdefault(_subject(action), [])
+                if not (decision.together and chain):
+                    chain.append([])
+                chain[-1].append((action, decision.reason))
         self._left_alone = {one: at for one, at in self._left_alone.items() if at > now_s}
         for subject, chain in proposals.items():
             if subject in self._under_way or subject in self._left_alone:
@@ -265,11 +274,15 @@ class Coordinator:
             self._start(self._propose_chain(subject, chain, self._term))
 
     async def _propose_chain(
-        self, subject: str, chain: Sequence[tuple[AnyCommand, str]], term: int
+        self, subject: str, chain: Sequence[Sequence[tuple[AnyCommand, str]]], term: int
     ) -> None:
         try:
-            for command, reason in chain:
-                await self._propose_one(subject, command, reason, term)
+            for together in chain:
+                # In this order: a task begins with what it does until it waits, which is to hand the entry over.
+                proposing = [self._propose_one(subject, *one, term) for one in together]
+                for outcome in await asyncio.gather(*proposing, return_exceptions=True):
+                    if isinstance(outcome, BaseException):
+                        raise outcome
         except DistroMLError as error:
             _log.warning("%s: a decision could not be proposed: %s", subject, error)
             self._leave_alone(subject)

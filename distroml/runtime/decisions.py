@@ -32,6 +32,8 @@ class Decision(Struct, frozen=True, kw_only=True):
 
     action: AnyCommand | WriteManifest
     reason: str
+    together: bool = False
+    """Proposed right behind the decision before it on the same job, without waiting for what becomes of that."""
 
 
 class Turn(Struct, frozen=True, kw_only=True):

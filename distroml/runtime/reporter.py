@@ -16,8 +16,10 @@ from msgspec import Struct
 from distroml.consensus.peers import Channel
 from distroml.reports import NodeReport, WorkerFact
 
-COALESCE_S = 0.005
-"""Changes within this time go out as one report."""
+GATHER_S = 0.001
+"""How long a report waits for what belongs to the same change: workers that were killed together, a rank's keys."""
+PAUSE_S = 0.005
+"""Least time between two reports; changes meanwhile go out as one."""
 MAX_REPORT_BYTES = 3 * 1024 * 1024
 """Under the frame limit of the peer links; a larger report goes without its less needed parts."""
 _log = logging.getLogger(__name__)
@@ -94,12 +96,15 @@ class Reporter:
             self._links.send(peer, Channel.REPORT, body)
 
     async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        sent_s = loop.time()
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._interval_s):
                     await self._kicked.wait()
-                await asyncio.sleep(COALESCE_S)
+                await asyncio.sleep(max(GATHER_S, sent_s + PAUSE_S - loop.time()))
             self._kicked.clear()
+            sent_s = loop.time()
             try:
                 self.send_now()
             except (

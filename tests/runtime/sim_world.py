@@ -15,6 +15,7 @@ from distroml.reports import NodeReport
 from distroml.runtime.facts import CheckpointKey, Facts, NodeFacts, ReconcilerSettings, look
 from distroml.runtime.failure_detector import Listening, NodeObservation, assess
 from distroml.runtime.hang import HangSettings
+from distroml.runtime.look_ahead import with_next_generations
 from distroml.runtime.reconciler import Decision, WriteManifest, reconcile
 from distroml.runtime.scheduler import may_go_on
 from tests.builders import node, submit
@@ -196,6 +197,9 @@ class World(Fleet):
         )
         decisions = reconcile(self.state, self.facts, self.now, self.settings)
         self._check(decisions)
+        decisions = with_next_generations(
+            self.state, self.facts, self.now, self.settings, decisions
+        )
         for decision in decisions:
             self.decisions.append(decision)
             if isinstance(decision.action, WriteManifest):

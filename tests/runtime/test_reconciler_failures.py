@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from distroml import commands as c
 from distroml.model import FailureKind, JobStatus
-from distroml.reports import WorkerPhase
+from distroml.reports import StepTiming, WorkerPhase
+from distroml.runtime.facts import Now
 from distroml.runtime.failure_detector import Health
+from distroml.runtime.hang import HangSettings
+from distroml.runtime.look_ahead import with_next_generations
+from distroml.runtime.reconciler import Decision
 from tests.builders import checkpoint, node
 from tests.runtime.scenes import (
     Scene,
@@ -246,3 +251,70 @@ def test_a_worker_that_crashes_at_its_start_for_ever_fails_the_run_with_its_firs
         "ValueError: the first"
     )
     assert scene.log.state.slots_used() == {}
+
+
+# --- hangs ---
+
+
+def test_a_rank_that_hangs_is_named_and_the_others_go_on() -> None:
+    scene = Scene("a", "b").running("a", "b")
+    timing = StepTiming(
+        step_s=1.0, data_s=0.0, compute_s=1.0, communication_s=0.0, idle_s=0.0, slowest_s=2.0
+    )
+    for rank, waiting_s in ((0, 25.0), (1, 0.0)):
+        scene.change(rank, timing=timing, waiting_s=waiting_s)
+    assert scene.turn(after_s=19.0) == []
+    failed = failure(scene, after_s=1.5)
+    assert failed.reason == (
+        "generation 1: worker 1 on node b hangs: no rank completed a step for 20.5 s, "
+        "and it waits for nobody"
+    )
+    assert (failed.cause.kind, failed.cause.pid, failed.collateral) == (FailureKind.HANG, 101, (0,))
+
+
+def test_a_step_starts_the_clock_again_and_so_does_a_new_leader() -> None:
+    scene = Scene("a", "b").running("a", "b")
+    scene.settings = replace(scene.settings, hang=HangSettings(floor_s=10.0, ceiling_s=10.0))
+    assert scene.turn(after_s=9.0) == []
+    scene.change(0, step=11)
+    assert scene.turn(after_s=9.0) == []
+    scene.facts = None
+    assert scene.turn(after_s=9.0) == []
+    assert names(scene.turn(after_s=10.0)) == ["FailGeneration"]
+
+
+def test_silence_of_a_node_is_for_the_failure_detector_to_judge() -> None:
+    scene = Scene("a", "b").running("a", "b")
+    scene.settings = replace(scene.settings, hang=HangSettings(floor_s=10.0, ceiling_s=10.0))
+    scene.health["b"] = (Health.SUSPECT, "silent for 1.1 s")
+    assert scene.turn(after_s=100.0) == []
+
+
+# --- looking ahead ---
+
+
+def ahead(scene: Scene) -> list[Decision]:
+    """The decisions of a turn, with those that follow from them at once."""
+    decisions = scene.turn()
+    assert scene.facts is not None
+    now = Now(scene.wall_s, scene.monotonic_s)
+    return with_next_generations(scene.log.state, scene.facts, now, scene.settings, decisions)
+
+
+def test_a_failure_and_the_next_generation_are_decided_together() -> None:
+    scene = Scene("a", "b").running("a", "b")
+    scene.dies(1)
+    decisions = scene.apply(ahead(scene))
+    assert names(decisions) == ["FailGeneration", "FormGeneration"]
+    assert [one.together for one in decisions] == [False, True]
+    assert scene.job().status is JobStatus.STARTING
+
+
+@pytest.mark.parametrize(("max_restarts", "step"), [(0, 10), (3, 0)])
+def test_where_the_run_ends_or_backs_off_there_is_nothing_to_decide_together(
+    max_restarts: int, step: int
+) -> None:
+    scene = Scene("a", "b").running("a", "b", max_restarts=max_restarts)
+    scene.train(step=step)
+    scene.dies(1)
+    assert len(ahead(scene)) == 1
