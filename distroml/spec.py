@@ -136,7 +136,10 @@ class JobSpec(Struct, frozen=True, gc=False, forbid_unknown_fields=True, kw_only
         | None
     ) = None
     max_restarts: Annotated[
-        int, Meta(ge=0, le=10_000, description="failed generations before the job fails")
+        int,
+        Meta(
+            ge=0, le=10_000, description="failures in a row without progress before the job fails"
+        ),
     ] = 3
     priority: Annotated[
         int, Meta(ge=-1000, le=1000, description="higher is scheduled first; then FIFO")
