@@ -144,19 +144,22 @@ class Forkserver:
 
     def _spawn(self, spawn: Spawn) -> None:
         plan = spawn.plan
-        identity = {"run_id": plan.run_id, "generation": plan.generation, "rank": plan.rank}
+        run_id, worker = plan.run_id, plan.worker
         if len(self._children) >= MAX_WORKERS:
-            self._send(SpawnFailed(**identity, reason=f"there are {MAX_WORKERS} workers already"))  # type: ignore[arg-type]
+            full = f"there are {MAX_WORKERS} workers already"
+            self._send(SpawnFailed(run_id=run_id, worker=worker, reason=full))
             return
         try:
             log = os.open(plan.log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, LOG_MODE)
         except OSError as error:
-            self._send(SpawnFailed(**identity, reason=f"log {plan.log_path}: {error.strerror}"))  # type: ignore[arg-type]
+            why = f"log {plan.log_path}: {error.strerror}"
+            self._send(SpawnFailed(run_id=run_id, worker=worker, reason=why))
             return
         try:
             pid = os.fork()
         except OSError as error:
-            self._send(SpawnFailed(**identity, reason=f"fork: {error.strerror}"))  # type: ignore[arg-type]
+            why = f"fork: {error.strerror}"
+            self._send(SpawnFailed(run_id=run_id, worker=worker, reason=why))
             return
         finally:
             if os.getpid() == self._pid:
@@ -167,7 +170,7 @@ class Forkserver:
         # Both sides do this, so that the group exists before Spawned is sent and before the child runs on.
         with contextlib.suppress(OSError):
             os.setpgid(pid, pid)
-        self._send(Spawned(**identity, pid=pid))  # type: ignore[arg-type]
+        self._send(Spawned(run_id=run_id, worker=worker, pid=pid))
 
     def _reap(self) -> None:
         while self._children:
@@ -231,8 +234,8 @@ def _redirect(log: int) -> None:
 
 
 def _set_name(plan: WorkerPlan) -> None:
-    """What ``ps`` shows: at most 15 bytes."""
-    name = f"dml-r{plan.rank}-g{plan.generation}".encode()[:15]
+    """What ``ps`` shows: at most 15 bytes. Its rank may change, so the process is named by its serial."""
+    name = f"dml-{plan.worker}".encode()[:15]
     ctypes.CDLL(None).prctl(PR_SET_NAME, name, 0, 0, 0)
 
 
