@@ -81,7 +81,10 @@ class ShardWriter:
     ) -> None:
         """Start writing the shard of ``step``; ``tensors`` lie in the buffer and stay untouched."""
         self._thread = threading.Thread(
-            target=self._run, args=(identity, step, cursor, tensors, values), name="shard-write", daemon=True
+            target=self._run,
+            args=(identity, step, cursor, tensors, values),
+            name="shard-write",
+            daemon=True,
         )
         self._thread.start()
 

@@ -130,7 +130,7 @@ class Training:
         dist, run = self.dist, self.run
         parts = self.source.at(self.state.step, dist)
         data_s = time.perf_counter() - began_s
-        totals, further = self._train_shards(parts)
+        run.state, totals, further = take_step(self.adapter, run.state, dist, parts, self.flags())
         # From here on the step is done, whatever becomes of the others.
         state, epoch = self.state, parts[0].epoch
         state.step, state.epoch = state.step + 1, epoch
@@ -154,25 +154,6 @@ class Training:
         if not totals.flags and state.step < self.total_steps:
             self._save_if_due()
         return totals.flags
-
-    def _train_shards(self, parts: Sequence[LocalBatch]) -> tuple[StepTotals, dict[str, Any]]:
-        """Compute this rank's shards and change the parameters; or raise, with the state as it was."""
-        dist, run = self.dist, self.run
-        dist.begin_step(run.state, parts, self.flags())
-        further: dict[str, Any] = {}
-        try:
-            for place, part in enumerate(parts):
-                dist.begin_shard(run.state, place)
-                seed_all(self.adapter.spec.seed, "step", run.state.step, dist.shard)
-                try:
-                    run.state, further = self.adapter.train_step(run.state, part.batch, dist)
-                except ShardDone:
-                    continue
-                dist.end_shard(further.get("loss"))
-        except CollectiveBroken:
-            dist.roll_back(run.state)
-            raise
-        return dist.end_step(), further
 
     def _add_further(self, values: dict[str, float], further: dict[str, Any], samples: int) -> None:
         """The means that ``train_step`` returned, over what each rank knows of them."""
@@ -217,3 +198,35 @@ class Training:
     def _report(self, record: MetricRecord) -> None:
         records = (record,) if self.dist.rank == 0 else ()
         self.link.progress(self.position(WorkerPhase.TRAINING), records)
+
+
+def take_step(
+    adapter: FrameworkAdapter,
+    state: TrainState,
+    dist: Dist,
+    parts: Sequence[LocalBatch],
+    flags: int = 0,
+) -> tuple[TrainState, StepTotals, dict[str, Any]]:
+    """Compute this rank's shards of a batch and change the parameters.
+
+    Returns:
+        The state, what the step was over all ranks, and what ``train_step`` returned of this rank's last shard.
+
+    Raises:
+        CollectiveBroken: another rank is gone; the state is as it was.
+    """
+    dist.begin_step(state, parts, flags)
+    further: dict[str, Any] = {}
+    try:
+        for place, part in enumerate(parts):
+            dist.begin_shard(state, place)
+            seed_all(adapter.spec.seed, "step", state.step, dist.shard)
+            try:
+                state, further = adapter.train_step(state, part.batch, dist)
+            except ShardDone:
+                continue
+            dist.end_shard(further.get("loss"))
+    except CollectiveBroken:
+        dist.roll_back(state)
+        raise
+    return state, dist.end_step(), further

@@ -119,7 +119,9 @@ def test_killed_ranks_are_replaced_and_nothing_changes(
         following = worker.marks.get(one.generation + 1)
         if following is not None:
             assert following.resume_step is not None
-            assert one.step <= following.resume_step <= one.step + 1, "a completed step is done again"
+            assert one.step <= following.resume_step <= one.step + 1, (
+                "a completed step is done again"
+            )
 
 
 @pytest.mark.parametrize("model", MODELS)
