@@ -64,6 +64,8 @@ class Worker:
         self.orders = Orders(self._group_of)
         self.join: Join | None = plan.join
         self.prepared: Prepared | None = None
+        self._echo = False
+        """Whether the generation was over already when an exception ended this process."""
         if plan.join is not None:
             self.orders.take(plan.join)
         self.link = ControlLink(plan.control_path, self.orders.take, self._waiting_s)
@@ -111,6 +113,9 @@ class Worker:
                 return True
         except CollectiveBroken as error:
             reason = _cut(str(error), MAX_REASON_BYTES)
+        except BaseException:
+            self._echo = group.broken is not None
+            raise
         finally:
             membership.close()
         at = group.broken_at or time.time()
@@ -124,7 +129,6 @@ class Worker:
     def failure(self, error: BaseException) -> WorkerFailure:
         """What the agent should know of ``error``."""
         corrupt = isinstance(error, CorruptCheckpoint)
-        group = self.orders.present()
         checkpoint = self.join.checkpoint if self.join else None
         text = "".join(traceback.format_exception(error))
         return WorkerFailure(
@@ -132,7 +136,7 @@ class Worker:
             error=_cut(f"{type(error).__name__}: {str(error) or repr(error)}", MAX_ERROR_BYTES),
             traceback=_cut(text, MAX_TRACEBACK_BYTES, keep_end=True),
             at=time.time(),
-            collateral=group is not None and group.broken is not None and not corrupt,
+            collateral=self._echo and not corrupt,
             checkpoint_step=checkpoint.step if corrupt and checkpoint else None,
         )
 

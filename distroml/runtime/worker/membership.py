@@ -141,7 +141,9 @@ class Membership:
         if flags and not flags & STOP:
             self._part_in_order()
             return None
-        print("asked to stop" if flags else "trained to its last step", flush=True)
+        print(
+            "worker was asked to stop" if flags else "worker trained to its last step", flush=True
+        )
         self._tell(WorkerPhase.FINISHING)
         return self._finish(training, stopped=bool(flags))
 

@@ -226,6 +226,7 @@ class AgentStub:
         return ranks
 
     def send(self, worker: StubWorker, message: ToWorker) -> None:
+        self.pump(lambda: worker.link is not None, "the worker to connect")
         assert worker.link is not None
         worker.link.sendall(encode_frame(message))
 
