@@ -60,7 +60,7 @@ def main() -> None:
 
     stamps: list[float] = []
     for step in range(first, total):
-        batch = source.at(step, place).batch
+        batch = source.at(step, place)[0].batch
         optimizer.zero_grad(set_to_none=True)
         loss = adapter.loss(adapter.forward(module, batch), batch)
         loss.backward()

@@ -38,28 +38,27 @@ class ShardIdentity(Struct, frozen=True, kw_only=True):
 
 
 class ShardWriter:
-    """Writes the shards of one rank of one generation, one after the other, in a thread.
+    """Writes the shards of one process, one after the other, in a thread.
 
     Args:
         on_durable: called in the writing thread when a shard is fsynced under its final name.
-        on_abandoned: called in the writing thread with (step, reason) when it was given up.
+        on_abandoned: called in the writing thread with (identity, step, reason) when it was given up.
     """
 
     def __init__(
         self,
         store: CheckpointStore,
-        identity: ShardIdentity,
-        on_durable: Callable[[ShardFact], None],
-        on_abandoned: Callable[[int, str], None],
+        on_durable: Callable[[ShardIdentity, ShardFact], None],
+        on_abandoned: Callable[[ShardIdentity, int, str], None],
         wait_s: Callable[[float], Any] | None = None,
     ) -> None:
-        self._store, self._identity = store, identity
+        self._store = store
         self._on_durable, self._on_abandoned = on_durable, on_abandoned
         self._wait_s = wait_s or threading.Event().wait
         self._buffer = bytearray()
         self._thread: threading.Thread | None = None
-        self.durable_step: int | None = None
-        """The newest step whose shard is durable."""
+        self.durable: tuple[int, int] | None = None
+        """Generation and step of the newest shard that is durable."""
 
     @property
     def busy(self) -> bool:
@@ -74,6 +73,7 @@ class ShardWriter:
 
     def write(
         self,
+        identity: ShardIdentity,
         step: int,
         cursor: DataCursor,
         tensors: Sequence[TensorBytes],
@@ -81,7 +81,10 @@ class ShardWriter:
     ) -> None:
         """Start writing the shard of ``step``; ``tensors`` lie in the buffer and stay untouched."""
         self._thread = threading.Thread(
-            target=self._run, args=(step, cursor, tensors, values), name="shard-write", daemon=True
+            target=self._run,
+            args=(identity, step, cursor, tensors, values),
+            name="shard-write",
+            daemon=True,
         )
         self._thread.start()
 
@@ -92,28 +95,29 @@ class ShardWriter:
 
     def _run(
         self,
+        identity: ShardIdentity,
         step: int,
         cursor: DataCursor,
         tensors: Sequence[TensorBytes],
         values: dict[str, Any] | None,
     ) -> None:
         try:
-            parts = self._parts(step, cursor, tensors, values)
-            fact = self._store_shard(step, cursor, parts)
+            parts = self._parts(identity, step, cursor, tensors, values)
+            fact = self._store_shard(identity, step, cursor, parts)
         except Exception as error:
-            self._on_abandoned(step, f"rank {self._identity.rank}: {error}")
+            self._on_abandoned(identity, step, f"rank {identity.rank}: {error}")
             return
-        self.durable_step = step
-        self._on_durable(fact)
+        self.durable = (identity.generation, step)
+        self._on_durable(identity, fact)
 
+    @staticmethod
     def _parts(
-        self,
+        me: ShardIdentity,
         step: int,
         cursor: DataCursor,
         tensors: Sequence[TensorBytes],
         values: dict[str, Any] | None,
     ) -> list[Buffer]:
-        me = self._identity
         note = ShardNote(
             job_id=me.job_id,
             run_id=me.run_id,
@@ -128,12 +132,13 @@ class ShardWriter:
         )
         return [encode_header(tensors, note), *(t.data for t in tensors)]
 
-    def _store_shard(self, step: int, cursor: DataCursor, parts: list[Buffer]) -> ShardFact:
-        me = self._identity
+    def _store_shard(
+        self, me: ShardIdentity, step: int, cursor: DataCursor, parts: list[Buffer]
+    ) -> ShardFact:
         backoff_s = FIRST_BACKOFF_S
         for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
-                file, size_bytes, sha256 = self._put(step, parts)
+                file, size_bytes, sha256 = self._put(me, step, parts)
                 return ShardFact(
                     step=step,
                     cursor=cursor,
@@ -151,9 +156,8 @@ class ShardWriter:
                 backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
         raise AssertionError("unreachable")
 
-    def _put(self, step: int, parts: list[Buffer]) -> tuple[str, int, str]:
+    def _put(self, me: ShardIdentity, step: int, parts: list[Buffer]) -> tuple[str, int, str]:
         """Name, size and hash under which the bytes are now durable."""
-        me = self._identity
         directory = checkpoint_directory(me.job_id, me.run_id, step)
         digest = hashlib.sha256()
         for part in parts:

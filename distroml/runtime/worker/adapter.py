@@ -4,14 +4,18 @@ A user's class needs ``build_model`` and ``build_dataset``; everything else has 
 the adapter, sets ``spec``, and calls, in this order::
 
     init_distributed(plan)                      once, before the ranks meet
-    build_dataset(spec), build_holdout(spec)    or build_dataloader(spec, rank, world_size)
-    deserialize_state(blob)                     with a checkpoint, else build_model + build_optimizer
-    train_step(state, batch, dist)              each step; uses forward and loss
+    build_dataset(spec), build_holdout(spec)    or build_dataloader(spec, shard, shards)
+    build_model(spec), build_optimizer(…)       once per process
+    restore_state(state, blob)                  with a checkpoint, or to catch up with another rank
+    train_step(state, batch, dist)              each step and logical shard; uses forward and loss
     evaluate(state, dist)                       at the end of each epoch; uses forward, loss and measure
-    serialize_state(state)                      for each checkpoint and for the final digest
+    serialize_state(state)                      for each checkpoint, for new ranks and for the final digest
 
-Before each call of ``train_step`` all random generators are seeded from (seed, step, rank): a step does the
-same after a resume as it would have done without the interruption, and no generator state has to be saved.
+Each batch is cut into ``spec.resources.workers`` logical shards. With as many ranks each computes one; with fewer
+(elastic jobs) some compute several, and ``train_step`` runs for each of them up to ``dist.backward``.
+
+Before each call of ``train_step`` all random generators are seeded from (seed, step, logical shard): a step does the
+same after a resume, or on another rank, as it would have done undisturbed, and no generator state has to be saved.
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ class FrameworkAdapter:
     spec: JobSpec
     """The job's specification, set before anything else is called."""
     find_unused_parameters = False
-    """True where a step may leave parameters of the model without gradient; costs a graph walk per step."""
+    """True where a step may leave parameters of the model without gradient; costs one small exchange per step."""
     evaluation_batch = 64
     """Samples per forward pass of the default ``evaluate``."""
 
@@ -57,11 +61,11 @@ class FrameworkAdapter:
             _missing(self, "build_dataset(self, spec)", "build_dataloader(self, spec, rank, world)")
         )
 
-    def build_dataloader(self, spec: JobSpec, rank: int, world_size: int) -> Iterable[Any] | None:
-        """This rank's batches of one epoch, for data that has no index; None (default): ``build_dataset``.
+    def build_dataloader(self, spec: JobSpec, shard: int, shards: int) -> Iterable[Any] | None:
+        """One logical shard's batches of one epoch, for data that has no index; None (default): ``build_dataset``.
 
-        It is iterated once per epoch, after seeding from (seed, epoch, rank), and must then yield the same
-        batches again: a resume skips those already consumed. An epoch ends when all ranks are at their end.
+        It is iterated once per epoch, after seeding from (seed, epoch, shard), and must then yield the same
+        batches again: a resume skips those already consumed. An epoch ends when all shards are at their end.
         """
         return None
 
@@ -79,26 +83,28 @@ class FrameworkAdapter:
         return kind(model.parameters(), **common)
 
     def init_distributed(self, plan: WorkerPlan) -> None:
-        """Prepare the process (devices, libraries) for ``plan.rank`` of ``plan.world_size``."""
+        """Prepare the process (devices, libraries); its rank may change later, the process stays."""
 
     # --- one step ----------------------------------------------------------------------------------------------
 
     def train_step(
         self, state: TrainState, batch: Any, dist: Dist
     ) -> tuple[TrainState, dict[str, Any]]:
-        """Train on this rank's part of one global batch.
+        """Train on one logical shard of one global batch.
 
-        Call ``state.module`` (not ``state.model``) and ``dist.backward``. ``batch`` is never empty: where this
-        rank's part is, it is a stand-in that ``dist.backward`` weighs zero (``dist.samples`` is then 0).
+        Call ``dist.backward`` and change parameters only after it: on a rank with several shards, what follows runs
+        once, with the gradients of all. ``batch`` is never empty: where the shard is, it is a stand-in that
+        ``dist.backward`` weighs zero (``dist.samples`` is then 0).
 
         Returns:
-            The state and this rank's mean of each metric, "loss" among them; the same names on each rank.
+            The state and further means over the shard's samples. Means that are to be exact on any number of ranks
+            are given to ``dist.backward(loss, name=value)`` instead.
         """
         state.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(self.forward(state.module, batch), batch)
         dist.backward(loss)
         state.optimizer.step()
-        return state, {"loss": loss.detach()}
+        return state, {}
 
     def forward(self, module: nn.Module, batch: Any) -> Any:
         """Outputs of the model; by default ``module(inputs)`` for a pair (inputs, targets)."""
@@ -146,12 +152,26 @@ class FrameworkAdapter:
         return StateBlob(tensors, {"optimizer": values, "user": state.values})
 
     def deserialize_state(self, blob: StateBlob) -> TrainState:
-        """The state that ``serialize_state`` made ``blob`` of.
+        """A new state, as the one that ``serialize_state`` made ``blob`` of.
 
         Raises:
             DistroMLError: the blob is of another model or optimizer; names what differs.
         """
-        state = self.new_state()
+        return self._restored(self.new_state(), blob)
+
+    def restore_state(self, state: TrainState, blob: StateBlob) -> TrainState:
+        """``state`` made equal to the one that ``serialize_state`` made ``blob`` of, in place where it can be.
+
+        An adapter that overrides ``deserialize_state`` gets that called instead.
+
+        Raises:
+            DistroMLError: the blob is of another model or optimizer; names what differs.
+        """
+        if type(self).deserialize_state is not FrameworkAdapter.deserialize_state:
+            return self.deserialize_state(blob)
+        return self._restored(state, blob)
+
+    def _restored(self, state: TrainState, blob: StateBlob) -> TrainState:
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
         for name, tensor in blob.tensors.items():
             kind, _, rest = name.partition(".")

@@ -1,9 +1,12 @@
-"""Where the step loop's batches come from: samples by index in our order, or the user's own data loader."""
+"""Where the step loop's batches come from: samples by index in our order, or the user's own data loader.
+
+Batches come by logical shard, so who computes a shard changes nothing about what is in it.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,6 +17,7 @@ from distroml.errors import DistroMLError
 from distroml.reports import DataCursor
 from distroml.runtime.data.order import Schedule
 from distroml.runtime.worker.dist import Dist
+from distroml.runtime.worker.ledger import NO_IDS, digest_ids
 from distroml.runtime.worker.sample_order import Indices, SampleOrder
 from distroml.runtime.worker.seeding import seed_all
 
@@ -39,7 +43,7 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True)
 class LocalBatch:
-    """This rank's part of one global batch."""
+    """One logical shard of one global batch."""
 
     batch: Any
     samples: int
@@ -48,17 +52,21 @@ class LocalBatch:
     """Samples of the global batch."""
     epoch: int
     ends_epoch: bool
+    ids_digest: tuple[float, float] = NO_IDS
+    """Which samples are in it (see ``ledger``)."""
 
 
 class BatchSource(Protocol):
-    """Yields the batch of any step; steps are 0-based and asked for in order."""
+    """Yields the batch of any step; steps are 0-based and mostly asked for in order."""
 
     digest: str
     """Names the data: equal on all ranks, or their copies differ."""
     batches_per_epoch: int
+    has_ids: bool
+    """Whether samples have names, so that a record of them can be kept."""
 
-    def at(self, step: int, dist: Dist) -> LocalBatch:
-        """This rank's part of the batch that step ``step`` consumes."""
+    def at(self, step: int, dist: Dist) -> list[LocalBatch]:
+        """This rank's logical shards of the batch that step ``step`` consumes, in order."""
         ...
 
     def cursor(self, step: int) -> DataCursor:
@@ -78,81 +86,113 @@ class IndexedBatches:
         self._schedule = Schedule(samples, batch_size)
         self._order = SampleOrder(samples, self.digest, seed)
         self.batches_per_epoch = self._schedule.batches_per_epoch
+        self.has_ids = True
 
     def cursor(self, step: int) -> DataCursor:
         return self._schedule.cursor(step)
 
-    def at(self, step: int, dist: Dist) -> LocalBatch:
+    def at(self, step: int, dist: Dist) -> list[LocalBatch]:
         cursor = self._schedule.cursor(step)
+        return [self._shard(cursor, shard, dist.shards.count) for shard in dist.shards.mine]
+
+    def _shard(self, cursor: DataCursor, shard: int, shards: int) -> LocalBatch:
         first, last = self._schedule.span(cursor)
-        begin, end = self._schedule.rank_span(cursor, dist.rank, dist.world_size)
+        begin, end = self._schedule.rank_span(cursor, shard, shards)
         shown = (begin, end) if end > begin else (first, min(last, first + STAND_IN_SAMPLES))
+        ids = self._order.indices(cursor.epoch, *shown)
         return LocalBatch(
-            batch=self._dataset.batch(self._order.indices(cursor.epoch, *shown)),
+            batch=self._dataset.batch(ids),
             samples=end - begin,
             batch_samples=last - first,
             epoch=cursor.epoch,
             ends_epoch=cursor.batch == self.batches_per_epoch - 1,
+            ids_digest=digest_ids(ids.tobytes() if end > begin else b""),
         )
 
 
-class LoadedBatches:
-    """Batches of a user's data loader, which has one length per rank and no index.
+class _Loader:
+    """One logical shard's data loader and where it stands."""
 
-    An epoch has as many steps as the longest loader has batches; a rank that is through shows its last batch
-    again, without weight. The sizes of a batch are agreed upon by one small collective per step.
-    """
-
-    def __init__(self, loader: Iterable[Any], seed: int, dist: Dist) -> None:
+    def __init__(self, loader: Iterable[Any]) -> None:
         try:
-            batches = len(loader)  # type: ignore[arg-type]
+            self.batches = len(loader)  # type: ignore[arg-type]
         except TypeError:
             raise DistroMLError(
                 "build_dataloader must return an iterable with len(), the number of its batches; "
                 f"{type(loader).__name__} has none."
             ) from None
-        self.batches_per_epoch = int(max(row[0] for row in dist.all_gather([float(batches)])))
+        self.loader = loader
+        self.iterator: Iterator[Any] = iter(())
+        self.last: Any = None
+
+    def draw(self) -> int:
+        """Take the next batch; its samples, 0 at the end."""
+        nothing = object()
+        batch = next(self.iterator, nothing)
+        if batch is nothing:
+            return 0
+        self.last = batch
+        return samples_in(batch)
+
+
+class LoadedBatches:
+    """Batches of a user's data loaders, one per logical shard, which have a length and no index.
+
+    An epoch has as many steps as the longest loader has batches; a shard that is through shows its last batch
+    again, without weight. The sizes of a batch are agreed upon by one small collective per step.
+
+    Args:
+        build: makes the loader of a logical shard.
+    """
+
+    has_ids = False
+
+    def __init__(self, build: Callable[[int], Iterable[Any]], seed: int, dist: Dist) -> None:
+        self._loaders = {shard: _Loader(build(shard)) for shard in dist.shards.mine}
+        most = max(loader.batches for loader in self._loaders.values())
+        self.batches_per_epoch = int(max(row[0] for row in dist.all_gather([float(most)])))
         if self.batches_per_epoch == 0:
             raise DistroMLError("build_dataloader yields no batch on any rank: len() is 0.")
         self.digest = f"loader/{self.batches_per_epoch}"
-        self._loader, self._seed = loader, seed
-        self._iterator: Iterator[Any] | None = None
+        self._seed = seed
         self._next_step = -1
-        self._last: Any = None
 
     def cursor(self, step: int) -> DataCursor:
         epoch, batch = divmod(step, self.batches_per_epoch)
         return DataCursor(epoch=epoch, batch=batch)
 
-    def at(self, step: int, dist: Dist) -> LocalBatch:
+    def at(self, step: int, dist: Dist) -> list[LocalBatch]:
         cursor = self.cursor(step)
-        if cursor.batch == 0 or step != self._next_step:
-            seed_all(self._seed, "epoch", cursor.epoch, dist.rank)
-            self._iterator = iter(self._loader)
-            for skipped in range(step - cursor.batch, step):
-                self._draw(skipped, dist)
-        samples = self._draw(step, dist)
+        samples = [self._draw_at(shard, step, cursor) for shard in self._loaders]
         self._next_step = step + 1
-        if self._last is None:
-            raise DistroMLError(f"build_dataloader yields no batch at all on rank {dist.rank}.")
-        return LocalBatch(
-            batch=self._last,
-            samples=samples,
-            batch_samples=int(sum(row[0] for row in dist.all_gather([float(samples)]))),
-            epoch=cursor.epoch,
-            ends_epoch=cursor.batch == self.batches_per_epoch - 1,
-        )
+        batch_samples = int(sum(row[0] for row in dist.all_gather([float(sum(samples))])))
+        return [
+            LocalBatch(
+                batch=loader.last,
+                samples=count,
+                batch_samples=batch_samples,
+                epoch=cursor.epoch,
+                ends_epoch=cursor.batch == self.batches_per_epoch - 1,
+            )
+            for loader, count in zip(self._loaders.values(), samples, strict=True)
+        ]
 
-    def _draw(self, step: int, dist: Dist) -> int:
-        """Take the next batch, as it is drawn in ``step``; its samples, 0 at the end."""
-        assert self._iterator is not None
-        seed_all(self._seed, "batch", step, dist.rank)
-        nothing = object()
-        batch = next(self._iterator, nothing)
-        if batch is nothing:
-            return 0
-        self._last = batch
-        return samples_in(batch)
+    def _draw_at(self, shard: int, step: int, cursor: DataCursor) -> int:
+        """Take the batch of ``step``; where the loader stands elsewhere, from the beginning of the epoch."""
+        loader = self._loaders[shard]
+        if cursor.batch == 0 or step != self._next_step:
+            seed_all(self._seed, "epoch", cursor.epoch, shard)
+            loader.iterator = iter(loader.loader)
+            for skipped in range(step - cursor.batch, step):
+                self._draw(loader, shard, skipped)
+        samples = self._draw(loader, shard, step)
+        if loader.last is None:
+            raise DistroMLError(f"build_dataloader yields no batch at all for shard {shard}.")
+        return samples
+
+    def _draw(self, loader: _Loader, shard: int, step: int) -> int:
+        seed_all(self._seed, "batch", step, shard)
+        return loader.draw()
 
 
 class CollatedDataset:

@@ -2,7 +2,8 @@
 
 The step loop never waits for the agent. Lifecycle frames (hello, phases, shards, the last word) are queued and
 never dropped; metrics are gathered for up to 100 ms and, where the agent does not read, the oldest are dropped
-and counted. End of file means that the agent is gone: the process ends at once, since nobody is left to watch it.
+and counted. A pulse goes out while nothing else does, with how long the step loop has been waiting for other ranks:
+that tells a worker that hangs from those that wait for it. End of file means that the agent is gone: the process ends at once, since nobody is left to watch it.
 """
 
 from __future__ import annotations
@@ -14,17 +15,16 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, NoReturn
 
-from distroml.reports import WorkerPhase
+from distroml.reports import Marks, StepTiming, WorkerPhase
 from distroml.runtime.control import (
+    PULSE_S,
     FrameReader,
     FromWorker,
     MetricRecord,
     Progress,
-    RendezvousKeys,
-    Stop,
     ToWorker,
     encode_frame,
 )
@@ -40,13 +40,24 @@ READ_BYTES = 65_536
 AGENT_GONE_EXIT = 1
 
 
+class Position(NamedTuple):
+    """Where a worker is."""
+
+    generation: int
+    phase: WorkerPhase
+    step: int
+    epoch: int
+    total_steps: int | None = None
+    timing: StepTiming | None = None
+
+
 class ControlLink:
-    """Sends this worker's facts to the agent and hands the agent's frames to callbacks.
+    """Sends this worker's facts to the agent and hands the agent's messages to a callback.
 
     Args:
         path: the agent's Unix socket.
-        on_keys: called in the reading thread with rendezvous keys of other ranks.
-        on_stop: called in the reading thread when the agent asks for a stop.
+        on_message: called in the reading thread with each message of the agent.
+        waiting_s: for how long the step loop has been in its present collective; 0 outside of one.
         on_agent_gone: called with the reason in whichever thread sees it; never returns.
 
     Raises:
@@ -56,20 +67,23 @@ class ControlLink:
     def __init__(
         self,
         path: str,
-        on_keys: Callable[[dict[str, bytes]], None],
-        on_stop: Callable[[], None],
+        on_message: Callable[[ToWorker], None],
+        waiting_s: Callable[[], float] = lambda: 0.0,
         on_agent_gone: Callable[[str], NoReturn] | None = None,
     ) -> None:
-        self._on_keys, self._on_stop = on_keys, on_stop
+        self._on_message, self._waiting_s = on_message, waiting_s
         self._on_agent_gone = on_agent_gone or end_process
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(CONNECT_TIMEOUT_S)
         self._socket.connect(path)
         self._socket.settimeout(None)
-        self._wake = threading.Condition()
+        self._wake = threading.Condition(threading.RLock())
         self._lifecycle: deque[FromWorker] = deque()
         self._metrics: deque[MetricRecord] = deque(maxlen=MAX_PENDING_METRICS)
-        self._position: tuple[WorkerPhase, int, int, int | None] | None = None
+        self._position: Position | None = None
+        """News of the step loop that are not yet queued."""
+        self._last: Position | None = None
+        """What a pulse repeats."""
         self._writing = False
         self.dropped_metrics = 0
         for work, name in ((self._write, "control-write"), (self._read, "control-read")):
@@ -86,29 +100,22 @@ class ControlLink:
             self._lifecycle.append(message)
             self._wake.notify()
 
-    def progress(
-        self,
-        phase: WorkerPhase,
-        step: int,
-        epoch: int,
-        total_steps: int | None,
-        record: MetricRecord | None = None,
-    ) -> None:
+    def progress(self, position: Position, records: Sequence[MetricRecord] = ()) -> None:
         """Tell where the worker is; sent at the next 100 ms mark. Costs a lock and an append."""
         with self._wake:
             idle = self._position is None
-            self._position = (phase, step, epoch, total_steps)
-            if record is not None:
+            self._position = position
+            for record in records:
                 self.dropped_metrics += len(self._metrics) == MAX_PENDING_METRICS
                 self._metrics.append(record)
             if idle:
                 self._wake.notify()
 
-    def phase(
-        self, phase: WorkerPhase, step: int, epoch: int, total_steps: int | None = None
-    ) -> None:
+    def phase(self, position: Position, marks: Marks | None = None) -> None:
         """Tell a change of phase now."""
-        self.send(Progress(phase=phase, step=step, epoch=epoch, total_steps=total_steps))
+        with self._wake:
+            self._last = position
+            self.send(_progress(position, marks=marks))
 
     def flush(self, timeout_s: float = FLUSH_TIMEOUT_S) -> bool:
         """Wait until everything queued is in the socket; False if that took too long."""
@@ -125,30 +132,38 @@ class ControlLink:
         """Turn the pending position and metrics into frames; the lock is held."""
         if self._position is None:
             return
-        phase, step, epoch, total_steps = self._position
-        self._position = None
+        self._last, self._position = self._position, None
         records = list(self._metrics)
         self._metrics.clear()
         for begin in range(0, max(1, len(records)), MAX_METRICS_PER_FRAME):
             part = tuple(records[begin : begin + MAX_METRICS_PER_FRAME])
-            self._lifecycle.append(
-                Progress(phase=phase, step=step, epoch=epoch, total_steps=total_steps, metrics=part)
-            )
+            self._lifecycle.append(_progress(self._last, metrics=part, waiting_s=self._waiting_s()))
+
+    def _pulse(self) -> None:
+        """Repeat where the worker is, since there are no news; the lock is held."""
+        if self._last is not None:
+            self._lifecycle.append(_progress(self._last, waiting_s=self._waiting_s()))
 
     def _write(self) -> None:
-        due = 0.0
+        due_s = 0.0
+        pulse_s = time.monotonic() + PULSE_S
         while True:
             with self._wake:
                 while not self._lifecycle:
-                    wait_s = None if self._position is None else due - time.monotonic()
-                    if wait_s is not None and wait_s <= 0:
+                    now_s = time.monotonic()
+                    if self._position is not None and now_s >= due_s:
                         self._gather_progress()
-                        due = time.monotonic() + PROGRESS_INTERVAL_S
+                        due_s = now_s + PROGRESS_INTERVAL_S
+                    elif now_s >= pulse_s:
+                        self._pulse()
+                        pulse_s = now_s + PULSE_S
                     else:
-                        self._wake.wait(wait_s)
+                        until_s = pulse_s if self._position is None else min(due_s, pulse_s)
+                        self._wake.wait(until_s - now_s)
                 messages = list(self._lifecycle)
                 self._lifecycle.clear()
                 self._writing = True
+            pulse_s = time.monotonic() + PULSE_S
             try:
                 self._socket.sendall(b"".join(encode_frame(message) for message in messages))
             except OSError as error:
@@ -158,7 +173,7 @@ class ControlLink:
                 self._wake.notify_all()
 
     def _read(self) -> None:
-        frames: FrameReader[RendezvousKeys | Stop] = FrameReader(ToWorker)
+        frames: FrameReader[ToWorker] = FrameReader(ToWorker)
         while True:
             try:
                 data = self._socket.recv(READ_BYTES)
@@ -167,10 +182,27 @@ class ControlLink:
             if not data:
                 self._on_agent_gone("the agent closed the control socket")
             for message in frames.feed(data):
-                if isinstance(message, RendezvousKeys):
-                    self._on_keys(message.keys)
-                else:
-                    self._on_stop()
+                self._on_message(message)
+
+
+def _progress(
+    position: Position,
+    *,
+    marks: Marks | None = None,
+    metrics: tuple[MetricRecord, ...] = (),
+    waiting_s: float = 0.0,
+) -> Progress:
+    return Progress(
+        generation=position.generation,
+        phase=position.phase,
+        step=position.step,
+        epoch=position.epoch,
+        total_steps=position.total_steps,
+        timing=position.timing,
+        metrics=metrics,
+        marks=marks,
+        waiting_s=round(waiting_s, 3),
+    )
 
 
 def end_process(reason: str) -> NoReturn:

@@ -1,68 +1,141 @@
 """``Dist``: what a training step sees of the other ranks.
 
-One small collective per step carries this rank's loss sum, its sample count and its stop flag. It is started
-before backward, whose gradient exchange hides it, or rides along where that is small; all ranks add in rank
-order, so each knows the exact mean over the global batch and all stop at the same step boundary.
+A step is whole or it did not happen. All that a rank must hear from the others (gradients, the mean loss, running
+statistics, flags) is exchanged inside ``backward``, so a step that got as far as the optimizer needs nobody any more,
+and one that did not leaves the parameters as they were; ``roll_back`` puts the rest back.
+
+A rank that holds several logical shards (fewer ranks than the job asked for) runs ``train_step`` once for each: all
+but the last end at ``backward``, by ``ShardDone``, and the last one goes on with the gradients of all.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from distroml.runtime.worker.gradient_sync import ALIGNMENT, GradientSync
-from distroml.runtime.worker.process_group import PendingGather, RankGroup
+from distroml.errors import DistroMLError
+from distroml.runtime.worker.gradient_sync import GradientSync
+from distroml.runtime.worker.logical_shards import LogicalShards
+from distroml.runtime.worker.process_group import RankGroup
+from distroml.runtime.worker.reduction import ALIGNMENT
+from distroml.runtime.worker.statistics import RunningStatistics
+
+if TYPE_CHECKING:
+    from distroml.runtime.worker.batches import LocalBatch
+    from distroml.runtime.worker.state import TrainState
+
+STOP, MOVE = 1, 2
+"""Flags that reach all ranks with the next step: end after it; leave this generation after it."""
+_FIXED = ("loss_sum", "samples", "flags", "waited_s", "ids_high", "ids_low")
+"""What each shard's note holds, as float64, before the metrics given to ``backward``."""
+
+
+class ShardDone(BaseException):
+    """Unwinds ``train_step`` where a shard that is not the rank's last has its gradient."""
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What a completed step was, over all logical shards; equal on all ranks."""
+
+    loss: float
+    metrics: dict[str, float]
+    flags: int
+    ids: tuple[tuple[float, float], ...]
+    """Digests of the sample ids, by shard."""
+    least_waited_s: float
+    """Of the rank that waited shortest for others in the step before."""
+
+
+@dataclass
+class _Step:
+    parts: Sequence[LocalBatch]
+    flags: int
+    values: dict[str, Any]
+    place: int = 0
+    notes: list[list[float]] = field(default_factory=list)
+    names: tuple[str, ...] = ()
+    totals: StepTotals | None = None
 
 
 class Dist:
     """This rank's place in the world and in the current step.
 
-    Attributes that a train step may read: ``rank``, ``world_size``, ``step`` (steps completed before this
-    one), ``epoch``, ``samples`` (of this rank in this batch; 0 for a stand-in batch that must not count),
-    ``batch_samples`` (of all ranks), and ``group`` for collectives of its own.
+    Attributes that a train step may read: ``rank``, ``world_size``, ``shard`` (the logical shard that it computes now),
+    ``step`` (steps completed before this one), ``epoch``, ``samples`` (of this shard in this batch; 0 for a stand-in batch
+    that must not count), ``batch_samples`` (of the global batch), and ``group`` for collectives of its own.
     """
 
-    def __init__(self, group: RankGroup) -> None:
+    def __init__(self, group: RankGroup, logical_shards: int | None = None) -> None:
         self.group = group
         self.rank, self.world_size = group.rank, group.world_size
+        self.shards = LogicalShards(
+            logical_shards or group.world_size, group.rank, group.world_size
+        )
+        self.shard = self.shards.mine[0]
         self.step = 0
         self.epoch = 0
         self.samples = 0
         self.batch_samples = 0
-        self.sync: GradientSync | None = None
-        self.model: nn.Module | None = None
-        """The bare model, whose running statistics are combined after each forward pass."""
-        self._stop = False
-        self._gather: PendingGather | None = None
-        self._riding = False
-        self._statistics: StatisticsSync | None = None
+        self.waited_s = 0.0
+        """For how long this rank waited for others in the step before."""
+        self._sync: GradientSync | None = None
+        self._statistics: RunningStatistics | None = None
+        self._packed = torch.empty((0, 0), dtype=torch.uint8)
+        self._current: _Step | None = None
+        self._waited_before_s = 0.0
+
+    def attach(self, model: nn.Module, reduction: str, *, unused_allowed: bool) -> None:
+        """Exchange the gradients and running statistics of ``model`` from now on."""
+        self._statistics = RunningStatistics(model)
+        if self.shards.count > 1:
+            self._sync = GradientSync(
+                model, self.group, self.shards, reduction, unused_allowed=unused_allowed
+            )
+
+    def close(self) -> None:
+        """Let go of the model."""
+        if self._sync is not None:
+            self._sync.close()
 
     # --- for adapters ------------------------------------------------------------------------------------------
 
-    def backward(self, loss: Tensor) -> None:
-        """Backward pass of ``loss``, the mean over this rank's samples, for the mean over the global batch.
+    def backward(self, loss: Tensor, **metrics: Tensor | float) -> None:
+        """Backward pass of ``loss``, the mean over this shard's samples, for the mean over the global batch.
 
         After it, each rank holds the same gradients. Call it at most once per step.
+
+        Args:
+            metrics: further means over this shard's samples, the same names on each rank; they become means over
+                the global batch.
 
         Raises:
             CollectiveBroken: another rank is gone.
         """
-        note = self._note(loss.detach())
-        if self.sync is None:
-            self._start_exchange(note)
+        step = self._step()
+        self._take_note(loss.detach(), metrics)
+        if self._sync is None:
             loss.backward()
+            self._conclude(self._packed)
             return
-        self._riding = self.sync.carry(note)
-        self._start_exchange(None if self._riding else note)
-        self.sync.silent = self.samples == 0
-        self.sync.expected = True
-        try:
-            (loss * (self.samples / self.batch_samples)).backward()
-        finally:
-            self.sync.expected = False
-        self.sync.check()
+        last = step.place == len(step.parts) - 1
+        riding = last and self._sync.carries_notes
+        pending = self.group.all_gather_async(self._packed) if last and not riding else None
+        weighted = loss * (self.samples / self.batch_samples)
+        rows = self._sync.backward(
+            weighted, step.place, silent=self.samples == 0, notes=self._packed if riding else None
+        )
+        if not last:
+            raise ShardDone
+        if pending is not None:
+            rows = self._by_shard(pending.wait())
+        assert rows is not None
+        self._conclude(rows)
 
     def all_gather(self, values: Sequence[float]) -> list[list[float]]:
         """The ``values`` (as many on each rank) of all ranks, in rank order, as float64."""
@@ -81,100 +154,123 @@ class Dist:
 
     # --- for the step loop -------------------------------------------------------------------------------------
 
-    def begin_step(
-        self, step: int, epoch: int, samples: int, batch_samples: int, stop: bool
-    ) -> None:
-        """Say what the coming step is; ``stop`` is this rank's wish to end after it."""
-        self.step, self.epoch = step, epoch
-        self.samples, self.batch_samples = samples, batch_samples
-        self._stop = stop
-        self._gather, self._riding = None, False
-
-    def end_step(self, loss: Tensor | float | None) -> tuple[float, bool]:
-        """Mean loss over the global batch, and whether any rank wants to stop.
-
-        Args:
-            loss: this rank's mean loss, used where the step did not call ``backward``.
-        """
-        if self.sync is not None:
-            self.sync.check()
-        if self._gather is None and not self._riding:
-            self._start_exchange(self._note(torch.as_tensor(0.0 if loss is None else loss)))
-        notes = self.sync.carried() if self.sync and self._riding else self._gathered()
-        rows: list[list[float]] = notes.tolist()
+    def begin_step(self, state: TrainState, parts: Sequence[LocalBatch], flags: int) -> None:
+        """A step with one part per logical shard of this rank; ``flags`` are this rank's wishes."""
+        self.step = state.step
+        self._current = _Step(parts, flags, copy.deepcopy(state.values))
         if self._statistics is not None:
-            self._statistics.finish([row[1] for row in rows])
-        total, samples = sum(row[0] for row in rows), sum(row[1] for row in rows)
-        return total / max(samples, 1.0), any(row[2] for row in rows)
+            self._statistics.remember()
 
-    def any_rank(self, flag: bool) -> bool:
-        """True on all ranks where it is on one."""
-        return any(row[0] for row in self.all_gather([float(flag)]))
+    def begin_shard(self, state: TrainState, place: int) -> None:
+        """The shard at ``place`` comes; it starts from what the step started from."""
+        step = self._step()
+        part = step.parts[place]
+        if place > 0:
+            self.roll_back(state)
+        step.place, self.shard = place, self.shards.mine[place]
+        self.epoch, self.samples, self.batch_samples = part.epoch, part.samples, part.batch_samples
 
-    def watch_statistics(self, model: nn.Module) -> None:
-        """Keep the running statistics (BatchNorm and the like) of ``model`` equal on all ranks."""
-        buffers = [
-            tensor
-            for name, tensor in model.state_dict(keep_vars=True).items()
-            if not isinstance(tensor, nn.Parameter)
+    def end_shard(self, loss: Tensor | float | None) -> None:
+        """``train_step`` came to its end; ``loss`` counts where it did not call ``backward``."""
+        step = self._step()
+        if step.totals is not None:
+            return
+        self._take_note(torch.as_tensor(0.0 if loss is None else loss), {})
+        if step.place == len(step.parts) - 1:
+            rows = self._by_shard(self.group.all_gather(self._packed))
+            self._conclude(rows)
+
+    def end_step(self) -> StepTotals:
+        """What the step was, after its last shard."""
+        totals = self._step().totals
+        if totals is None:
+            raise RuntimeError("the step's last shard has not ended")
+        self._current = None
+        return totals
+
+    def roll_back(self, state: TrainState) -> None:
+        """Put back what a forward pass changed: running statistics and the user's values."""
+        if self._current is None:
+            return
+        if self._statistics is not None:
+            self._statistics.restore()
+        state.values = copy.deepcopy(self._current.values)
+
+    def any_rank(self, flag: int) -> int:
+        """The flags of all ranks together."""
+        together = 0
+        for row in self.all_gather([float(flag)]):
+            together |= int(row[0])
+        return together
+
+    # --- notes -------------------------------------------------------------------------------------------------
+
+    def _step(self) -> _Step:
+        if self._current is None:
+            raise RuntimeError("no step is under way")
+        return self._current
+
+    def _take_note(self, loss: Tensor, metrics: dict[str, Tensor | float]) -> None:
+        """Pack what the other ranks should know of this shard: its note, then its running statistics."""
+        step = self._step()
+        names = tuple(sorted(metrics))
+        if step.place == 0:
+            step.names = names
+        elif names != step.names:
+            raise DistroMLError(
+                f"dist.backward was given other metrics for one shard than for another: {names}, {step.names}"
+            )
+        weight = float(self.samples)
+        part = step.parts[step.place]
+        note = [
+            float(loss) * weight if weight else 0.0,
+            weight,
+            float(step.flags),
+            self.waited_s,
+            *part.ids_digest,
+            *(float(metrics[name]) * weight if weight else 0.0 for name in names),
         ]
-        if self.world_size > 1 and buffers:
-            self._statistics = StatisticsSync(self.group, buffers)
-
-    def _note(self, loss: Tensor) -> Tensor:
-        """What this rank tells of its step: loss sum, samples, stop flag."""
-        loss_sum = float(loss) * self.samples if self.samples else 0.0
-        return torch.tensor([loss_sum, self.samples, self._stop], dtype=torch.float64)
-
-    def _start_exchange(self, note: Tensor | None) -> None:
-        """The forward pass is over: send ``note`` (unless it rides with the gradients) and statistics."""
-        if note is not None:
-            self._gather = self.group.all_gather_async(note)
+        statistics_bytes = self._statistics.size_bytes if self._statistics else 0
+        note_bytes = 8 * len(note)
+        width = -(-(note_bytes + statistics_bytes) // ALIGNMENT) * ALIGNMENT
+        shape = (self.shards.most, width)
+        if self._packed.shape != shape:
+            self._packed = torch.zeros(shape, dtype=torch.uint8)
+        row = self._packed[step.place]
+        row[:note_bytes].copy_(torch.tensor(note, dtype=torch.float64).view(torch.uint8))
         if self._statistics is not None:
-            self._statistics.start()
+            self._statistics.pack(row[note_bytes : note_bytes + statistics_bytes])
 
-    def _gathered(self) -> Tensor:
-        assert self._gather is not None
-        return self._gather.wait()
+    def _by_shard(self, gathered: Tensor) -> Tensor:
+        """Rows of all ranks, [world_size, most, width], as rows of all shards."""
+        rows = gathered.reshape(-1, gathered.shape[-1])
+        return rows if self.shards.most == 1 else rows[self.shards.rows()]
 
-
-class StatisticsSync:
-    """Running statistics become their mean over the ranks, weighted by samples, in rank order.
-
-    They are linear in each batch's statistics, so this is what the whole batch would have added; a rank
-    without samples weighs nothing. Elements that are equal on all ranks (constants) keep their bits, and
-    counters take the value of the first rank that had samples.
-    """
-
-    def __init__(self, group: RankGroup, buffers: list[Tensor]) -> None:
-        self._group = group
-        # widest first, so that each lies at a multiple of its own size among the packed bytes
-        self._buffers = sorted(buffers, key=lambda buffer: -buffer.element_size())
-        self._gather: PendingGather | None = None
-
-    def start(self) -> None:
-        """Begin the exchange; the forward pass is over."""
-        data = [buffer.detach().reshape(-1).view(torch.uint8) for buffer in self._buffers]
-        packed = torch.cat(data)
-        self._gather = self._group.all_gather_async(
-            nn.functional.pad(packed, (0, -packed.numel() % ALIGNMENT))
+    def _conclude(self, rows: Tensor) -> None:
+        """All is known: from the notes of all shards to the step's totals, and statistics for the model."""
+        step = self._step()
+        self.group.check()
+        width = 8 * (len(_FIXED) + len(step.names))
+        notes: list[list[float]] = (
+            rows[:, :width].contiguous().view(torch.float64).view(self.shards.count, -1).tolist()
         )
-
-    def finish(self, samples: list[float]) -> None:
-        """Write the combined values; ``samples`` are those of each rank."""
-        assert self._gather is not None
-        holders = [rank for rank, count in enumerate(samples) if count > 0]
-        shares = torch.tensor([samples[rank] for rank in holders], dtype=torch.float64)
-        shares /= shares.sum()
-        packed, self._gather, at = self._gather.wait()[holders], None, 0
-        for buffer in self._buffers:
-            rows = packed[:, at : at + buffer.nbytes].view(buffer.dtype)
-            at += buffer.nbytes
-            combined = rows[0]
-            if rows.is_floating_point() and len(holders) > 1:
-                mean = rows[0].double() * shares[0]
-                for row, share in zip(rows[1:], shares[1:], strict=True):
-                    mean += row.double() * share
-                same = (rows == rows[0]).all(dim=0)
-                combined = torch.where(same, combined, mean.to(buffer.dtype))
-            buffer.data.copy_(combined.view(buffer.shape))
+        samples = [note[1] for note in notes]
+        if self._statistics is not None and self.shards.count > 1:
+            end = width + self._statistics.size_bytes
+            self._statistics.combine(rows[:, width:end], samples)
+        total = max(sum(samples), 1.0)
+        flags = 0
+        for note in notes:
+            flags |= int(note[2])
+        step.totals = StepTotals(
+            loss=sum(note[0] for note in notes) / total,
+            metrics={
+                name: sum(note[len(_FIXED) + i] for note in notes) / total
+                for i, name in enumerate(step.names)
+            },
+            flags=flags,
+            ids=tuple((note[4], note[5]) for note in notes),
+            least_waited_s=min(note[3] for note in notes),
+        )
+        waited_s = self._sync.waited_s if self._sync else 0.0
+        self.waited_s, self._waited_before_s = waited_s - self._waited_before_s, waited_s

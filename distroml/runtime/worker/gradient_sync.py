@@ -1,258 +1,257 @@
-"""Gradients of all ranks become one: DDP over a ``RankGroup`` with our own reduction.
+"""Gradients of all logical shards become one, while backward is still going on.
 
-``deterministic`` (the default) sums each bucket in rank order: all_to_all gives every rank its part from each
-other rank, it adds them from rank 0 upwards, all_gather spreads the sums. The result does not depend on how
-DDP lays out its buckets, so it keeps its bits when the group is formed again and DDP wrapped anew. ``fast`` is
-Gloo's all-reduce. Both *sum*: the loss was already divided by the number of samples of the global batch.
+Autograd tells of each gradient as it is ready. It is copied into its bucket, and once the rank's last shard has filled a
+bucket it is reduced in a thread, behind the rest of backward; the last bucket has nothing to hide behind and is
+reduced where it is. Buckets are exchanged in a fixed order, since all ranks must do the same.
+
+The model is not wrapped: nothing has to be rebuilt when the ranks change, only the rows of the buckets.
 """
+
+from __future__ import annotations
 
 import queue
 import threading
-from typing import NamedTuple
+import time
+from collections.abc import Callable
 
 import torch
-import torch.distributed as c10d
 from torch import Tensor, nn
-from torch.futures import Future
-from torch.nn.parallel import DistributedDataParallel
 
 from distroml.errors import DistroMLError
-from distroml.runtime.worker.process_group import CollectiveBroken, RankGroup
-
-BUCKET_MIB = 25
-"""all_to_all is as fast as all-reduce up to this size and falls behind above it."""
-SMALL_BUCKET_BYTES = 256 * 1024
-"""Up to this size one exchange of everything beats two of the parts: latency is what counts."""
-ALIGNMENT = 8
-
-
-class Scratch(NamedTuple):
-    """Memory that the exchange of one bucket needs, each ``padded_size`` elements; touched once, then reused."""
-
-    sent: Tensor
-    received: Tensor
-
-    @classmethod
-    def for_values(cls, values: Tensor, world_size: int) -> "Scratch":
-        size = padded_size(values, world_size)
-        return cls(values.new_zeros(size), values.new_zeros(size))
-
-
-def ordered_sum(group: RankGroup, values: Tensor, scratch: Scratch) -> None:
-    """Sum the 1-d ``values`` of all ranks in place, adding from rank 0 upwards."""
-    count, padded = values.numel(), scratch.sent.numel()
-    whole = values
-    if padded != count:
-        whole = scratch.sent
-        whole[:count].copy_(values)
-    group.all_to_all(scratch.received, whole)
-    total = _add_rows(scratch.received.view(group.world_size, -1))
-    group.all_gather_into(whole, total)
-    if padded != count:
-        values.copy_(whole[:count])
-
-
-class SmallScratch(NamedTuple):
-    """Memory of one small bucket's exchange, in bytes: what this rank sends and what all ranks sent."""
-
-    packed: Tensor
-    rows: Tensor
-
-    @classmethod
-    def for_values(cls, values: Tensor, note: Tensor, world_size: int) -> "SmallScratch":
-        size = note.nbytes + -(-values.nbytes // ALIGNMENT) * ALIGNMENT
-        packed = torch.zeros(size, dtype=torch.uint8)
-        return cls(packed, packed.new_zeros((world_size, size)))
-
-
-def ordered_sum_small(
-    group: RankGroup, values: Tensor, note: Tensor, scratch: SmallScratch
-) -> Tensor:
-    """``ordered_sum`` in one exchange instead of two, for few values; carries a float64 ``note`` along.
-
-    Each rank gets everything and adds it itself, in the same order: the bits are those of ``ordered_sum``.
-
-    Returns:
-        The notes of all ranks, of shape [world_size, len(note)]; valid until the scratch is used again.
-    """
-    begin, end = note.nbytes, note.nbytes + values.nbytes
-    scratch.packed[:begin].copy_(note.view(torch.uint8))
-    scratch.packed[begin:end].copy_(values.view(torch.uint8))
-    group.all_gather_into(scratch.rows.view(-1), scratch.packed)
-    values.copy_(_add_rows(scratch.rows[:, begin:end].view(values.dtype)))
-    return scratch.rows[:, :begin].view(torch.float64)
-
-
-def _add_rows(rows: Tensor) -> Tensor:
-    """The sum of the rows, from the first to the last, in place of the first."""
-    total = rows[0]
-    for row in rows[1:]:
-        total.add_(row)
-    return total
-
-
-def _finished(values: Tensor) -> Future[Tensor]:
-    future: Future[Tensor] = Future()
-    future.set_result(values)
-    return future
-
-
-def padded_size(values: Tensor, world_size: int) -> int:
-    """Elements of ``values`` rounded up to a multiple of ``world_size``."""
-    return -(-values.numel() // world_size) * world_size
+from distroml.runtime.worker.buckets import Bucket, make_buckets
+from distroml.runtime.worker.logical_shards import LogicalShards
+from distroml.runtime.worker.process_group import Pending, RankGroup
+from distroml.runtime.worker.reduction import SMALL_BYTES, OrderedSum
 
 
 class GradientSync:
-    """The communication hook of one DDP module and what it needs between buckets.
+    """Exchanges the gradients of one model among the ranks of one generation.
 
-    All buckets but the last are reduced in a thread while backward goes on; the last has nothing to hide
-    behind and is reduced where it is. A failure is kept and raised by ``check`` after backward, since an
-    exception inside the hook would surface as an unrelated one from C++.
+    Args:
+        reduction: ``deterministic`` or ``fast``.
+        unused_allowed: parameters may stay without gradient in a step (costs one small exchange more).
     """
 
-    def __init__(self, group: RankGroup, reduction: str) -> None:
-        self.group = group
-        self.silent = False
-        """True while this rank holds no sample of the batch: it joins with zeros."""
-        self.expected = False
-        """True during ``Dist.backward``, the only way in which gradients are weighed correctly."""
+    def __init__(
+        self,
+        model: nn.Module,
+        group: RankGroup,
+        shards: LogicalShards,
+        reduction: str,
+        *,
+        unused_allowed: bool = False,
+    ) -> None:
+        self._group, self._shards = group, shards
         self._fast = reduction == "fast"
-        self._gradient_bytes = 0
-        self._note = torch.empty(0, dtype=torch.float64)
+        self._unused_allowed = unused_allowed
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self._buckets = make_buckets(model.parameters(), len(shards.mine), shards.count)
+        self._sum = OrderedSum(group, shards)
+        self.waited_s = 0.0
+        """For how long the step loop has waited for others in all."""
+        self._places: dict[nn.Parameter, tuple[int, int]] = {}
+        self._hooks = []
+        for number, bucket in enumerate(self._buckets):
+            for place, parameter in enumerate(bucket.parameters):
+                self._places[parameter] = (number, place)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))
+        self._row: int | None = None
+        """Whose gradients come: the place of a logical shard on this rank; None outside ``Dist.backward``."""
+        self._silent = False
+        self._last = False
+        self._missing: list[int] = []
+        """Gradients still to come, by bucket."""
+        self._seen: set[nn.Parameter] = set()
+        self._used: set[nn.Parameter] = set()
+        """Parameters that had a gradient in any shard of this rank in this step."""
+        self._next = 0
+        """The first bucket that is not yet on its way."""
         self._notes: Tensor | None = None
+        self._gathered: Tensor | None = None
+        self._under_way: list[Pending] = []
         self._failure: BaseException | None = None
-        self._scratch: dict[tuple[torch.dtype, int], Scratch] = {}
-        self._small_scratch: dict[tuple[torch.dtype, int, int], SmallScratch] = {}
-        self._jobs: queue.SimpleQueue[tuple[Tensor, Future[Tensor]]] = queue.SimpleQueue()
-        self._open_jobs = 0
-        self._done = threading.Condition()
-        self._thread: threading.Thread | None = None
+        self._lane: _Lane | None = None
 
-    def wrap(self, module: nn.Module, find_unused_parameters: bool) -> DistributedDataParallel:
-        """DDP around ``module``; states are equal already, so nothing is sent."""
-        self._gradient_bytes = sum(p.nbytes for p in module.parameters() if p.requires_grad)
-        parallel = DistributedDataParallel(
-            module,
-            process_group=self.group.handle,
-            bucket_cap_mb=BUCKET_MIB,
-            gradient_as_bucket_view=True,
-            forward_sync_buffers=False,
-            init_sync=False,
-            find_unused_parameters=find_unused_parameters,
-        )
-        parallel.register_comm_hook(None, self.hook)
-        return parallel
+    @property
+    def carries_notes(self) -> bool:
+        """Whether a shard's note can ride along with the gradients instead of needing an exchange of its own."""
+        alone = len(self._buckets) == 1 and self._buckets[0].size_bytes <= SMALL_BYTES
+        return alone and not self._fast and self._shards.world_size > 1
 
-    def hook(self, _state: object, bucket: c10d.GradBucket) -> Future[Tensor]:
-        """DDP's communication hook: a future of the bucket's buffer, summed over the ranks."""
-        values = bucket.buffer()
-        if not self.expected:
+    def close(self) -> None:
+        """Let go of the model."""
+        for hook in self._hooks:
+            hook.remove()
+        if self._lane is not None:
+            self._lane.end()
+
+    # --- a step ------------------------------------------------------------------------------------------------
+
+    def backward(
+        self, loss: Tensor, place: int, *, silent: bool, notes: Tensor | None = None
+    ) -> Tensor | None:
+        """Backward pass of the shard at ``place``; with the rank's last one, the exchange.
+
+        Args:
+            loss: already divided by the samples of the global batch: gradients are summed.
+            silent: the shard holds no sample of the batch; its gradients count as zeros.
+            notes: of all shards of this rank, to ride along with the last one (see ``OrderedSum``).
+
+        Returns:
+            The notes of all shards, where some were given.
+
+        Raises:
+            CollectiveBroken: a rank is gone. DistroMLError: the model does not do what an exchange needs.
+        """
+        self._row, self._silent = place, silent
+        self._last = place == len(self._shards.mine) - 1
+        self._seen = set()
+        if place == 0:
+            self._used, self._failure = set(), None
+        if self._last:
+            self._missing = [len(bucket.parameters) for bucket in self._buckets]
+            self._next, self._notes, self._gathered, self._under_way = 0, notes, None, []
+        try:
+            loss.backward()
+            self._fill_gaps()
+            if self._last:
+                self._finish()
+        except RuntimeError:
+            self._group.check()  # autograd may have wrapped what its hook raised
+            raise
+        finally:
+            self._row = None
+            if self._lane is not None and self._last:
+                self._lane.drain()
+        return self._gathered
+
+    def _on_gradient(self, parameter: nn.Parameter) -> None:
+        """Autograd's hook: the gradient of ``parameter`` is complete."""
+        row = self._row
+        if row is None:
             self._failure = DistroMLError(
                 "train_step must call dist.backward(loss) once per step, not loss.backward()."
             )
-            return _finished(values)
-        if self.silent:
-            values.zero_()
-        if self._fast:
-            return self._reduce_fast(values)
-        future: Future[Tensor] = Future()
-        if bucket.is_last():
-            self._drain()
-            self._reduce(values, future, self._note)
-        else:
-            self._submit(values, future)
-        return future
+            raise self._failure
+        if parameter in self._seen:
+            raise DistroMLError(
+                f"The gradient of '{self._names[parameter]}' came twice in one backward pass; "
+                "use torch.utils.checkpoint with use_reentrant=False."
+            )
+        self._seen.add(parameter)
+        number, place = self._places[parameter]
+        bucket = self._buckets[number]
+        target, gradient = bucket.view(row, place), parameter.grad
+        assert gradient is not None
+        if self._silent:
+            target.zero_()
+        elif gradient.data_ptr() != target.data_ptr() or gradient.stride() != target.stride():
+            target.copy_(gradient)
+        self._settle(parameter, number, place)
 
-    def carry(self, note: Tensor) -> bool:
-        """Send ``note`` (float64, 1-d) along with the last bucket of the coming backward pass.
-
-        Returns:
-            False where the gradients are too large for that; then nothing is done.
-        """
-        if self._fast or self._gradient_bytes > SMALL_BUCKET_BYTES:
-            return False
-        self._note = note
-        return True
-
-    def carried(self) -> Tensor:
-        """The notes of all ranks, of shape [world_size, len(note)], after backward."""
-        if self._notes is None:
-            raise RuntimeError("backward did not reach the parameters: no gradient was exchanged")
-        notes, self._notes = self._notes, None
-        return notes
-
-    def check(self) -> None:
-        """Raise what went wrong in the hook since the last check."""
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
-
-    # --- one bucket --------------------------------------------------------------------------------------------
-
-    def _reduce(self, values: Tensor, future: Future[Tensor], note: Tensor | None = None) -> None:
-        try:
-            if self._failure is None:
-                with torch.no_grad():
-                    self._sum(values, note)
-        except BaseException as error:
-            self._failure = error
-        future.set_result(values)
-
-    def _sum(self, values: Tensor, note: Tensor | None) -> None:
-        if values.nbytes > SMALL_BUCKET_BYTES:
-            ordered_sum(self.group, values, self._scratch_for(values))
+    def _settle(self, parameter: nn.Parameter, number: int, place: int) -> None:
+        """The bucket has this gradient; with the last shard's, buckets that are complete set off."""
+        if not self._last:
+            parameter.grad = None  # the next shard must not add to it
             return
-        carried = self._note[:0] if note is None else note
-        scratch = self._small_scratch_for(values, carried)
-        notes = ordered_sum_small(self.group, values, carried, scratch)
-        if note is not None:
-            self._notes = notes
+        parameter.grad = self._buckets[number].view(0, place)
+        self._missing[number] -= 1
+        while self._next < len(self._buckets) - 1 and self._missing[self._next] == 0:
+            self._submit(self._buckets[self._next])
+            self._next += 1
 
-    def _reduce_fast(self, values: Tensor) -> Future[Tensor]:
-        def unpack(done: Future[list[Tensor]]) -> Tensor:
+    def _fill_gaps(self) -> None:
+        """Parameters that this shard did not use have gradient zero."""
+        self._used |= self._seen
+        if len(self._seen) == len(self._places):
+            return
+        unused = [parameter for parameter in self._places if parameter not in self._seen]
+        if not self._unused_allowed:
+            names = ", ".join(sorted(self._names[parameter] for parameter in unused)[:5])
+            raise DistroMLError(
+                f"No gradient for {len(unused)} parameters ({names}) in this step; if that is meant, set "
+                "find_unused_parameters = True in the adapter, or requires_grad = False."
+            )
+        assert self._row is not None
+        for parameter in unused:
+            number, place = self._places[parameter]
+            self._buckets[number].view(self._row, place).zero_()
+            self._settle(parameter, number, place)
+
+    def _finish(self) -> None:
+        for bucket in self._buckets[self._next : -1]:
+            self._submit(bucket)
+        began_s = time.monotonic()
+        if self._lane is not None:
+            self._lane.drain()
+            if self._lane.failure is not None:
+                raise self._lane.failure
+        self._reduce_last(self._buckets[-1])
+        for pending in self._under_way:
+            pending.wait()
+        if self._unused_allowed:
+            self._drop_what_nobody_used()
+        self._group.check()
+        self.waited_s += time.monotonic() - began_s
+
+    def _reduce_last(self, bucket: Bucket) -> None:
+        if self._fast:
+            self._under_way.append(self._sum.begin_fast(bucket))
+        elif self._notes is None:
+            self._sum.reduce(bucket)
+        else:
+            self._gathered = self._sum.reduce_with_note(bucket, self._notes)
+
+    def _submit(self, bucket: Bucket) -> None:
+        if self._fast:
+            self._under_way.append(self._sum.begin_fast(bucket))
+            return
+        if self._lane is None:
+            self._lane = _Lane(self._sum.reduce)
+        self._lane.submit(bucket)
+
+    def _drop_what_nobody_used(self) -> None:
+        """An optimizer treats no gradient and a zero gradient differently."""
+        mine = torch.tensor([parameter in self._used for parameter in self._places])
+        anybody = self._group.all_gather(mine).any(dim=0).tolist()
+        for parameter, used in zip(self._places, anybody, strict=True):
+            if not used:
+                parameter.grad = None
+
+
+class _Lane:
+    """A thread that reduces buckets in the order in which they come."""
+
+    def __init__(self, reduce: Callable[[Bucket], None]) -> None:
+        self._reduce = reduce
+        self._jobs: queue.SimpleQueue[Bucket | None] = queue.SimpleQueue()
+        self._open = 0
+        self._done = threading.Condition()
+        self.failure: BaseException | None = None
+        """The first one; it ends the generation, so nothing follows it."""
+        threading.Thread(target=self._run, name="gradient-sync", daemon=True).start()
+
+    def submit(self, bucket: Bucket) -> None:
+        with self._done:
+            self._open += 1
+        self._jobs.put(bucket)
+
+    def drain(self) -> None:
+        """Wait until nothing is under way; an aborted group lets everything fail at once."""
+        with self._done:
+            self._done.wait_for(lambda: self._open == 0)
+
+    def end(self) -> None:
+        self._jobs.put(None)
+
+    def _run(self) -> None:
+        while (bucket := self._jobs.get()) is not None:
             try:
-                done.value()
-            except RuntimeError as error:
-                reason = f"all_reduce of generation {self.group.generation} failed: {error}"
-                self.group.broken = self.group.broken or reason
-                self._failure = CollectiveBroken(reason)
-            return values
-
-        try:
-            return self.group.all_reduce_async(values).then(unpack)
-        except CollectiveBroken as error:
-            self._failure = error
-            return _finished(values)
-
-    def _scratch_for(self, values: Tensor) -> Scratch:
-        key = (values.dtype, values.numel())
-        if key not in self._scratch:
-            self._scratch[key] = Scratch.for_values(values, self.group.world_size)
-        return self._scratch[key]
-
-    def _small_scratch_for(self, values: Tensor, note: Tensor) -> SmallScratch:
-        key = (values.dtype, values.numel(), note.numel())
-        if key not in self._small_scratch:
-            self._small_scratch[key] = SmallScratch.for_values(values, note, self.group.world_size)
-        return self._small_scratch[key]
-
-    # --- the lane of buckets that overlap with backward --------------------------------------------------------
-
-    def _submit(self, values: Tensor, future: Future[Tensor]) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._lane, name="gradient-sync", daemon=True)
-            self._thread.start()
-        with self._done:
-            self._open_jobs += 1
-        self._jobs.put((values, future))
-
-    def _lane(self) -> None:
-        while True:
-            self._reduce(*self._jobs.get())
+                if self.failure is None:
+                    with torch.no_grad():
+                        self._reduce(bucket)
+            except BaseException as error:
+                self.failure = error
             with self._done:
-                self._open_jobs -= 1
+                self._open -= 1
                 self._done.notify_all()
-
-    def _drain(self) -> None:
-        with self._done:
-            self._done.wait_for(lambda: self._open_jobs == 0)

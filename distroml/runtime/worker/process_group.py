@@ -1,113 +1,76 @@
 """The line between the ranks of one generation: a Gloo group without any global state.
 
 Each generation has its own ``RankGroup``; nothing of c10d's globals is used, so nothing has to be cleaned up
-before the next one can exist. The few rendezvous keys (each rank's addresses) travel over the workers' control
-links: ``set`` publishes to the agent, keys of the other ranks come back through ``feed``. So there is no TCP
-store, no port to agree on and no host whose death takes the rendezvous with it.
+before the next one can exist in the same process.
 
-``abort`` releases whoever waits for a rendezvous. Freeing a *running* collective needs more (closing the group's
-own sockets); that belongs there as well and changes nothing for the callers, who already treat
-``CollectiveBroken`` as the end of the generation.
+``abort``, from any thread, ends a generation for this rank: whoever waits for addresses, for the constructor or
+for a collective gets ``CollectiveBroken`` at once, and so do the ranks at the other ends, whatever Gloo is doing
+at the moment. Three things are needed for that. The store's waits end; the future of each running collective, on
+which callers wait, is set by hand; and the group's sockets are shut down, which makes Gloo's threads give up.
 """
 
 from __future__ import annotations
 
+import queue
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as c10d
 from torch import Tensor
+from torch.futures import Future
 
-RENDEZVOUS_TIMEOUT_S = 120.0
-"""How long to wait for the other ranks' addresses; they may still be importing or reading data."""
+from distroml.runtime.worker.rendezvous import CollectiveBroken, RendezvousStore
+from distroml.runtime.worker.sockets import open_sockets, shut_down
+
 COLLECTIVE_TIMEOUT_S = 600.0
 """A backstop only: agents end a generation much earlier when a rank is gone or makes no progress."""
 GLOO_THREADS = 2
 GROUP_NAME = "distroml"
 
 
-class CollectiveBroken(RuntimeError):
-    """A collective or the rendezvous failed: some other rank is gone. Never the fault of this rank's code."""
+class Pending:
+    """A collective under way; ``wait`` returns its output."""
 
+    def __init__(self, group: RankGroup, operation: str, output: Tensor) -> None:
+        self._group, self._operation, self._output = group, operation, output
+        self._done: Future[None] | None = None
+        self.error: str | None = None
 
-class RendezvousStore(c10d.Store):
-    """What Gloo needs of a store, carried by the control link; keys live under the generation's prefix.
-
-    Args:
-        generation: keys of any other generation are never seen.
-        publish: hands (key, value) to the agent, which relays it to the other ranks.
-    """
-
-    def __init__(self, generation: int, publish: Callable[[str, bytes], None]) -> None:
-        super().__init__()
-        self._prefix = f"g{generation}/"
-        self._publish = publish
-        self._values: dict[str, bytes] = {}
-        self._changed = threading.Condition()
-        self._aborted = False
-
-    def feed(self, keys: dict[str, bytes]) -> None:
-        """Take keys that other ranks published; those of other generations are ignored."""
-        with self._changed:
-            self._values |= {k: v for k, v in keys.items() if k.startswith(self._prefix)}
-            self._changed.notify_all()
-
-    def abort(self) -> None:
-        """Make every present and future wait raise ``CollectiveBroken``."""
-        with self._changed:
-            self._aborted = True
-            self._changed.notify_all()
-
-    # --- called by Gloo, from C++ ------------------------------------------------------------------------------
-
-    def set(self, key: str, value: bytes | str) -> None:
-        value = value if isinstance(value, bytes) else value.encode()
-        self.feed({self._prefix + key: value})
-        self._publish(self._prefix + key, value)
-
-    def get(self, key: str) -> bytes:
-        self.wait([key])
-        return self._values[self._prefix + key]
-
-    def wait(
-        self, keys: list[str], timeout: timedelta = timedelta(seconds=RENDEZVOUS_TIMEOUT_S)
-    ) -> None:
-        wanted = [self._prefix + key for key in keys]
-        with self._changed:
-            complete = self._changed.wait_for(
-                lambda: self._aborted or all(key in self._values for key in wanted),
-                timeout.total_seconds(),
-            )
-            if self._aborted:
-                raise CollectiveBroken("the rendezvous was aborted")
-            if not complete:
-                missing = [key for key in wanted if key not in self._values]
-                raise CollectiveBroken(
-                    f"no address of other ranks within {timeout.total_seconds():g} s: {missing}"
-                )
-
-    def check(self, keys: list[str]) -> bool:
-        with self._changed:
-            return all(self._prefix + key in self._values for key in keys)
-
-    def set_timeout(self, timeout: timedelta) -> None:
-        """Waits carry their own timeout."""
-
-
-class PendingGather:
-    """An all-gather under way; ``wait`` returns a tensor of shape [world_size, *input]."""
-
-    def __init__(self, group: RankGroup, work: c10d.Work | None, output: Tensor) -> None:
-        self._group, self._work, self._output = group, work, output
+    def begin(self, work: c10d.Work) -> Pending:
+        """Watch ``work``: whichever comes first, its end or an abort, releases ``wait``."""
+        self._done = Future()
+        self._group.enter(self)
+        work.get_future().add_done_callback(self._on_end)
+        return self
 
     def wait(self) -> Tensor:
-        if self._work is not None:
-            with self._group.guarded("all_gather"):
-                self._work.wait()
+        """Raises ``CollectiveBroken`` where it failed or the group was aborted."""
+        if self._done is not None:
+            self._group.blocked_since_s = time.monotonic()
+            self._done.wait()
+            self._group.blocked_since_s = None
+            if self.error is not None:
+                raise self._group.break_off(self._operation, self.error)
+            self._group.check()
         return self._output
+
+    def release(self, error: str | None) -> None:
+        """Let ``wait`` go on; only for the group, which sees to it that it is called once."""
+        self.error = error
+        assert self._done is not None
+        self._done.set_result(None)
+
+    def _on_end(self, ended: Future[object]) -> None:
+        try:
+            ended.value()
+        except Exception as error:
+            self._group.leave(self, str(error))
+        else:
+            self._group.leave(self, None)
 
 
 class RankGroup:
@@ -127,19 +90,46 @@ class RankGroup:
         self.generation, self.rank, self.world_size = generation, rank, world_size
         self.store = RendezvousStore(generation, publish)
         self.broken: str | None = None
-        """The first collective that failed, once one has."""
+        """What ended it: the first collective that failed, or the reason of the abort."""
+        self.broken_at: float | None = None
+        """Unix seconds."""
+        self.blocked_since_s: float | None = None
+        """Since when (monotonic) this rank waits in a collective, if it does."""
         self._host = host
         self._handle: c10d.ProcessGroup | None = None
+        self._lock = threading.RLock()
+        self._pending: set[Pending] = set()
+        self._before: frozenset[str] | None = None
+        self._sockets: frozenset[str] | None = None
+        self._built = threading.Event()
+        self._build_error: BaseException | None = None
+
+    # --- life --------------------------------------------------------------------------------------------------
 
     def open(self) -> None:
         """Meet the other ranks and connect to each of them.
 
         Raises:
-            CollectiveBroken: some rank did not come within ``RENDEZVOUS_TIMEOUT_S``, or left again.
+            CollectiveBroken: some rank did not come in time, left again, or the group was aborted.
         """
+        self.check()
         if self.world_size == 1:
             return
-        with self.guarded("rendezvous"):
+        with self._lock:
+            self._before = frozenset(open_sockets())
+        # In a thread of its own: the constructor cannot be interrupted, only left alone.
+        threading.Thread(target=self._build, name="group-build", daemon=True).start()
+        self.blocked_since_s = time.monotonic()
+        self._built.wait()
+        self.blocked_since_s = None
+        with self._lock:
+            self.check()
+            if self._build_error is not None:
+                raise self.break_off("rendezvous", str(self._build_error))
+            self._sockets = frozenset(open_sockets()) - self._before
+
+    def _build(self) -> None:
+        try:
             options = c10d.ProcessGroupGloo._Options()
             options._devices = [c10d.ProcessGroupGloo.create_device(hostname=self._host)]
             options._timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
@@ -152,44 +142,94 @@ class RankGroup:
             )
             handle._set_group_name(GROUP_NAME)
             backend._set_sequence_number_for_group()
-            self._handle = handle
+            with self._lock:
+                abandoned = self.broken is not None
+                if not abandoned:
+                    self._handle = handle
+            if abandoned:
+                _bury(handle)
+        except BaseException as error:
+            self._build_error = error
+        finally:
+            self._built.set()
 
-    @property
-    def handle(self) -> c10d.ProcessGroup:
-        """The c10d process group, for ``DistributedDataParallel`` and own collectives; world size over 1."""
-        if self._handle is None:
-            raise RuntimeError("the process group is not open (or the world has one rank)")
-        return self._handle
+    def check(self) -> None:
+        """Raise ``CollectiveBroken`` if the generation is over for this rank; before what cannot be undone."""
+        if self.broken is not None:
+            raise CollectiveBroken(self.broken)
 
-    def abort(self) -> None:
-        """Release whoever waits for other ranks' addresses; may be called from any thread."""
-        self.store.abort()
+    def abort(self, reason: str) -> None:
+        """End the generation for this rank; may be called from any thread, any number of times."""
+        with self._lock:
+            if self.broken is not None:
+                return
+            self.broken, self.broken_at = reason, time.time()
+            self.store.abort()
+            self._built.set()
+            pending, self._pending = self._pending, set()
+            if self._before is not None:
+                shut_down(self._sockets, but_for=self._before)
+        for one in pending:
+            one.release(reason)
 
     def close(self) -> None:
-        """Give the group up; its destructor joins Gloo's threads."""
-        self.abort()
-        self._handle = None
+        """Give the group up. Its destructor may block for long, so it is left to a thread."""
+        self.abort(f"generation {self.generation} was left")
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            _bury(handle)
 
-    @contextmanager
-    def guarded(self, operation: str) -> Iterator[None]:
-        """Turn what Gloo raises into ``CollectiveBroken`` and remember the first one."""
+    def break_off(self, operation: str, error: str) -> CollectiveBroken:
+        """The exception to raise for a collective that failed; ends the generation for this rank."""
+        self.abort(f"{operation} of generation {self.generation} failed: {error}")
+        return CollectiveBroken(self.broken)
+
+    # --- collectives under way (see Pending) -------------------------------------------------------------------
+
+    def enter(self, pending: Pending) -> None:
+        """A collective begins; on an aborted group it is over at once."""
+        with self._lock:
+            if self.broken is None:
+                self._pending.add(pending)
+                return
+        pending.release(self.broken)
+
+    def leave(self, pending: Pending, error: str | None) -> None:
+        """A collective ended by itself; called in Gloo's thread."""
+        with self._lock:
+            if pending not in self._pending:
+                return
+            self._pending.discard(pending)
+        pending.release(error)
+
+    def _start(self, operation: str, output: Tensor, begin: Callable[[], c10d.Work]) -> Pending:
+        self.check()
         try:
-            yield
-        except (RuntimeError, TimeoutError) as error:
-            reason = f"{operation} of generation {self.generation} failed: {error}"
-            self.broken = self.broken or reason
-            raise CollectiveBroken(reason) from error
+            work = begin()
+        except RuntimeError as error:
+            raise self.break_off(operation, str(error)) from error
+        return Pending(self, operation, output).begin(work)
+
+    @property
+    def _group(self) -> c10d.ProcessGroup:
+        handle = self._handle
+        if handle is None:
+            self.check()
+            raise RuntimeError("the process group is not open (or the world has one rank)")
+        return handle
 
     # --- collectives -------------------------------------------------------------------------------------------
 
-    def all_gather_async(self, values: Tensor) -> PendingGather:
-        """Start gathering ``values`` (contiguous, the same shape and dtype on each rank) in rank order."""
+    def all_gather_async(self, values: Tensor) -> Pending:
+        """Start gathering ``values`` (contiguous, same shape and dtype on each rank) into [world_size, *shape]."""
         if self.world_size == 1:
-            return PendingGather(self, None, values.unsqueeze(0))
+            self.check()
+            return Pending(self, "all_gather", values.unsqueeze(0))
         output = values.new_empty((self.world_size, *values.shape))
-        with self.guarded("all_gather"):
-            work = self.handle.all_gather_single(output.view(-1), values.reshape(-1))
-        return PendingGather(self, work, output)
+        flat = values.reshape(-1)
+        return self._start(
+            "all_gather", output, lambda: self._group.all_gather_single(output.view(-1), flat)
+        )
 
     def all_gather(self, values: Tensor) -> Tensor:
         """Tensor of shape [world_size, *values.shape], in rank order."""
@@ -197,28 +237,51 @@ class RankGroup:
 
     def all_gather_into(self, output: Tensor, values: Tensor) -> None:
         """Fill the 1-d ``output`` with the ``values`` of all ranks, one after the other in rank order."""
-        with self.guarded("all_gather"):
-            self.handle.all_gather_single(output, values).wait()
+        self._start(
+            "all_gather", output, lambda: self._group.all_gather_single(output, values)
+        ).wait()
 
     def broadcast(self, values: Tensor, source: int) -> None:
         """Overwrite ``values`` (contiguous) on each rank with those of rank ``source``."""
-        if self.world_size == 1:
-            return
-        with self.guarded("broadcast"):
-            self.handle.broadcast(values, source).wait()
+        if self.world_size > 1:
+            self._start("broadcast", values, lambda: self._group.broadcast(values, source)).wait()
 
-    def all_reduce_async(self, values: Tensor) -> torch.futures.Future[list[Tensor]]:
+    def all_reduce_async(self, values: Tensor) -> Pending:
         """Start summing ``values`` in place, in Gloo's own order."""
-        with self.guarded("all_reduce"):
-            return self.handle.allreduce([values]).get_future()
+        if self.world_size == 1:
+            return Pending(self, "all_reduce", values)
+        return self._start("all_reduce", values, lambda: self._group.allreduce([values]))
 
-    def all_to_all(self, output: Tensor, values: Tensor) -> None:
-        """Send the i-th equal part of ``values`` to rank i; ``output`` holds what came, in rank order."""
-        with self.guarded("all_to_all"):
-            self.handle.all_to_all_single(output, values, [], []).wait()
+    def all_to_all(
+        self, output: Tensor, values: Tensor, received: list[int], sent: list[int]
+    ) -> None:
+        """Exchange consecutive parts of the 1-d ``values``: ``sent[i]`` elements go to rank i, ``received[i]``
+        come from it; ``output`` holds what came, in rank order."""
+        self._start(
+            "all_to_all",
+            output,
+            lambda: self._group.all_to_all_single(output, values, received, sent),
+        ).wait()
 
     def barrier(self) -> None:
         """Return when each rank has come here."""
-        if self.world_size > 1:
-            with self.guarded("barrier"):
-                self.handle.barrier().wait()
+        self.all_gather(torch.zeros(1))
+
+
+_graves: queue.SimpleQueue[object] = queue.SimpleQueue()
+_grave_digger: list[threading.Thread] = []
+
+
+def _bury(handle: object) -> None:
+    """Drop the last reference in a thread: the destructor joins Gloo's threads, which may take their timeout."""
+    if not _grave_digger:
+        _grave_digger.append(threading.Thread(target=_dig, name="group-reaper", daemon=True))
+        _grave_digger[0].start()
+    _graves.put(handle)
+
+
+def _dig() -> None:
+    while True:
+        handle: object | None = _graves.get()
+        with suppress(Exception):
+            del handle

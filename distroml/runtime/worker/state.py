@@ -17,7 +17,7 @@ class TrainState:
     """The bare model: its parameters and buffers are what is saved."""
     optimizer: Optimizer
     module: nn.Module
-    """What a train step calls: ``model``, or ``model`` wrapped for gradient exchange."""
+    """What a train step calls: ``model``, unless the adapter put something around it."""
     step: int = 0
     """Steps completed."""
     epoch: int = 0

@@ -1,4 +1,4 @@
-"""The step loop: from a state at some step boundary to the last step, or to a stop at an earlier one.
+"""The step loop of one generation: from the state at some step boundary to the last step, or to an earlier boundary.
 
 Each step consumes exactly one batch of the order, and ends for all ranks at the same boundary. Only rank 0
 reports metrics: they are already means over the global batch.
@@ -6,119 +6,227 @@ reports metrics: they are already means over the global batch.
 
 from __future__ import annotations
 
-import threading
+import math
 import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from distroml.reports import WorkerPhase
 from distroml.runtime.control import MetricRecord
 from distroml.runtime.worker.adapter import FrameworkAdapter
-from distroml.runtime.worker.batches import BatchSource
-from distroml.runtime.worker.control_link import ControlLink
-from distroml.runtime.worker.dist import Dist
-from distroml.runtime.worker.gradient_sync import GradientSync
+from distroml.runtime.worker.batches import BatchSource, LocalBatch
+from distroml.runtime.worker.control_link import ControlLink, Position
+from distroml.runtime.worker.dist import Dist, ShardDone, StepTotals
+from distroml.runtime.worker.ledger import EMPTY_LEDGER, advance
+from distroml.runtime.worker.rendezvous import CollectiveBroken
 from distroml.runtime.worker.seeding import seed_all
 from distroml.runtime.worker.snapshot import Checkpointer
 from distroml.runtime.worker.state import StateBlob, TrainState
+from distroml.runtime.worker.timing import StepClock
 
-METRICS_VALUE = "metrics"
-"""Where a blob's values keep the last metrics, so that a resumed run reports them too."""
+METRICS_VALUE, LEDGER_VALUE, EVALUATED_VALUE = "metrics", "ledger", "evaluated"
+"""Where a blob's values keep what belongs to the run rather than to the user's state."""
+MAX_KEPT_RECORDS = 2048
+"""Records that each rank keeps, since those that rank 0 reported last may have died with its node."""
+
+
+@dataclass
+class Run:
+    """What a process carries from generation to generation."""
+
+    state: TrainState
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The newest value of each."""
+    ledger: str = EMPTY_LEDGER
+    evaluated: int = -1
+    """The newest step after which the model was evaluated."""
+    records: deque[MetricRecord] = field(default_factory=lambda: deque(maxlen=MAX_KEPT_RECORDS))
+
+    @property
+    def position(self) -> int:
+        """Orders states: two per step, the second one after its evaluation."""
+        return 2 * self.state.step + (self.evaluated == self.state.step)
+
+    def take(self, adapter: FrameworkAdapter, blob: StateBlob, step: int) -> None:
+        """Become what ``blob`` is of, in place."""
+        self.state = adapter.restore_state(self.state, blob)
+        self.state.step = step
+        # JSON has no NaN: a checkpoint holds null in its place
+        saved = blob.values.get(METRICS_VALUE, {})
+        self.metrics = {n: math.nan if value is None else value for n, value in saved.items()}
+        self.ledger = blob.values.get(LEDGER_VALUE, EMPTY_LEDGER)
+        self.evaluated = blob.values.get(EVALUATED_VALUE, -1)
+
+    def blob(self, adapter: FrameworkAdapter) -> StateBlob:
+        """The state at rest, with what belongs to the run."""
+        blob = adapter.serialize_state(self.state)
+        own = {
+            METRICS_VALUE: self.metrics,
+            LEDGER_VALUE: self.ledger,
+            EVALUATED_VALUE: self.evaluated,
+        }
+        return StateBlob(blob.tensors, {**blob.values, **own})
 
 
 @dataclass
 class Training:
-    """One run of the step loop and all it works with."""
+    """One generation's step loop and all it works with."""
 
     adapter: FrameworkAdapter
-    state: TrainState
+    run: Run
     source: BatchSource
     dist: Dist
     link: ControlLink
     checkpointer: Checkpointer | None
     total_steps: int
-    stop: threading.Event
-    """Set when the agent asked this rank to stop."""
-    metrics: dict[str, float] = field(default_factory=dict)
+    flags: Callable[[], int]
+    """What this rank wishes for the next boundary (``dist.STOP``, ``dist.MOVE``)."""
+    on_first_step: Callable[[], None] = lambda: None
+    clock: StepClock = field(default_factory=StepClock)
 
-    def run(self) -> bool:
-        """Train to the last step; True where it stopped before that, as asked."""
-        stopped = self.dist.any_rank(self.stop.is_set()) and self.state.step < self.total_steps
-        self.state.module.train()
-        while not stopped and self.state.step < self.total_steps:
-            stopped = self._step() and self.state.step < self.total_steps
-        return stopped
+    @property
+    def state(self) -> TrainState:
+        return self.run.state
 
-    def blob(self) -> StateBlob:
-        """The state at rest, with the last metrics."""
-        blob = self.adapter.serialize_state(self.state)
-        return StateBlob(blob.tensors, {**blob.values, METRICS_VALUE: self.metrics})
+    def train(self) -> int:
+        """Go on to the last step; 0 there, else the flags that ended it earlier."""
+        self.state.model.train()
+        self._catch_up()
+        flags = self.dist.any_rank(self.flags()) if self.state.step < self.total_steps else 0
+        first = True
+        while not flags and self.state.step < self.total_steps:
+            flags = self._step()
+            if first:
+                self.on_first_step()
+                first = False
+        return flags if self.state.step < self.total_steps else 0
 
     def save_last(self) -> int | None:
         """Save the final checkpoint; its step, None where checkpoints are off or it was abandoned."""
         if self.checkpointer is None:
             return None
         return self.checkpointer.save_last(
-            self.blob(), self.state.step, self.source.cursor(self.state.step)
+            self.run.blob(self.adapter), self.state.step, self.source.cursor(self.state.step)
         )
 
-    def _step(self) -> bool:
-        """One global batch; True where some rank wants to stop after it."""
-        began = time.perf_counter()
-        state, dist = self.state, self.dist
-        part = self.source.at(state.step, dist)
-        dist.begin_step(
-            state.step, part.epoch, part.samples, part.batch_samples, self.stop.is_set()
+    def position(self, phase: WorkerPhase) -> Position:
+        """Where the loop is."""
+        return Position(
+            self.dist.group.generation,
+            phase,
+            self.state.step,
+            self.state.epoch,
+            self.total_steps,
+            self.clock.timing(),
         )
-        seed_all(self.adapter.spec.seed, "step", state.step, dist.rank)
-        self.state, local = self.adapter.train_step(state, part.batch, dist)
-        loss, stop = dist.end_step(local.get("loss"))
-        state = self.state
-        state.step, state.epoch = state.step + 1, part.epoch
-        values = {"loss": loss, **self._further(local, part.samples)}
-        self.metrics.update(values)
-        step_time = time.perf_counter() - began
+
+    # --- one step ----------------------------------------------------------------------------------------------
+
+    def _step(self) -> int:
+        """One global batch; the flags of all ranks."""
+        began_s = time.perf_counter()
+        dist, run = self.dist, self.run
+        parts = self.source.at(self.state.step, dist)
+        data_s = time.perf_counter() - began_s
+        run.state, totals, further = take_step(self.adapter, run.state, dist, parts, self.flags())
+        # From here on the step is done, whatever becomes of the others.
+        state, epoch = self.state, parts[0].epoch
+        state.step, state.epoch = state.step + 1, epoch
+        if self.source.has_ids:
+            run.ledger = advance(run.ledger, state.step, totals.ids)
+        values = {"loss": totals.loss, **totals.metrics}
+        run.metrics.update(values)
+        step_time = time.perf_counter() - began_s
+        self.clock.add(step_time, data_s, dist.waited_s, totals.least_waited_s)
         values["lr"] = float(state.optimizer.param_groups[0]["lr"])
         values["step_time"] = step_time
-        values["throughput"] = part.batch_samples / step_time
-        self._report(part.epoch, values)
-        if part.ends_epoch or state.step == self.total_steps:
-            self._evaluate(part.epoch)
-        if self.checkpointer and not stop and state.step < self.total_steps:
-            self._save_if_due(self.checkpointer)
-        return stop
+        values["throughput"] = parts[0].batch_samples / step_time
+        record = MetricRecord(state.step, epoch, time.time(), values)
+        run.records.append(record)
+        try:
+            self._add_further(values, further, parts[-1].samples)
+        finally:
+            self._report(record)
+        if parts[0].ends_epoch or state.step == self.total_steps:
+            self._evaluate()
+        if not totals.flags and state.step < self.total_steps:
+            self._save_if_due()
+        return totals.flags
 
-    def _further(self, local: dict[str, Any], samples: int) -> dict[str, float]:
-        """The user's other metrics, as means over the global batch."""
-        names = sorted(set(local) - {"loss"})
-        if not names:
-            return {}
-        means = self.dist.weighted_mean([float(local[name]) for name in names], samples)
-        return dict(zip(names, means, strict=True))
+    def _add_further(self, values: dict[str, float], further: dict[str, Any], samples: int) -> None:
+        """The means that ``train_step`` returned, over what each rank knows of them."""
+        names = sorted(set(further) - {"loss"})
+        if names:
+            own = [float(further[name]) for name in names]
+            means = dict(zip(names, self.dist.weighted_mean(own, samples), strict=True))
+            values.update(means)
+            self.run.metrics.update(means)
 
-    def _evaluate(self, epoch: int) -> None:
-        seed_all(self.adapter.spec.seed, "evaluate", self.state.step)
+    # --- between steps -----------------------------------------------------------------------------------------
+
+    def _catch_up(self) -> None:
+        """What belongs to the step that the generation starts from, and may have been cut short before."""
+        if self.state.step > 0 and self._is_end_of_epoch(self.state.step):
+            self._evaluate()
+        if 0 < self.state.step < self.total_steps:
+            self._save_if_due()
+
+    def _is_end_of_epoch(self, step: int) -> bool:
+        return step == self.total_steps or self.source.cursor(step).batch == 0
+
+    def _evaluate(self) -> None:
+        run, step = self.run, self.state.step
+        if run.evaluated >= step:
+            return
+        seed_all(self.adapter.spec.seed, "evaluate", step)
         values = self.adapter.evaluate(self.state, self.dist)
-        self.state.module.train()
+        self.state.model.train()
+        run.evaluated = step
         if values:
-            self.metrics.update(values)
-            self._report(epoch, values)
+            run.metrics.update(values)
+            record = MetricRecord(step, self.state.epoch, time.time(), values)
+            run.records.append(record)
+            self._report(record)
 
-    def _save_if_due(self, checkpointer: Checkpointer) -> None:
+    def _save_if_due(self) -> None:
         step = self.state.step
-        if step % self.adapter.spec.checkpointing.every_n_steps == 0:
-            checkpointer.save(self.blob(), step, self.source.cursor(step))
+        if self.checkpointer and step % self.adapter.spec.checkpointing.every_n_steps == 0:
+            self.checkpointer.save(self.run.blob(self.adapter), step, self.source.cursor(step))
 
-    def _report(self, epoch: int, values: dict[str, float]) -> None:
-        record = None
-        if self.dist.rank == 0:
-            record = MetricRecord(self.state.step, epoch, time.time(), values)
-        self.link.progress(WorkerPhase.TRAINING, self.state.step, epoch, self.total_steps, record)
+    def _report(self, record: MetricRecord) -> None:
+        records = (record,) if self.dist.rank == 0 else ()
+        self.link.progress(self.position(WorkerPhase.TRAINING), records)
 
 
-def prepare_module(adapter: FrameworkAdapter, state: TrainState, dist: Dist) -> None:
-    """Wrap the model for gradient exchange where there is somebody to exchange with."""
-    dist.watch_statistics(state.model)
-    if dist.world_size > 1:
-        dist.sync = GradientSync(dist.group, adapter.spec.distributed.reduction)
-        state.module = dist.sync.wrap(state.model, adapter.find_unused_parameters)
+def take_step(
+    adapter: FrameworkAdapter,
+    state: TrainState,
+    dist: Dist,
+    parts: Sequence[LocalBatch],
+    flags: int = 0,
+) -> tuple[TrainState, StepTotals, dict[str, Any]]:
+    """Compute this rank's shards of a batch and change the parameters.
+
+    Returns:
+        The state, what the step was over all ranks, and what ``train_step`` returned of this rank's last shard.
+
+    Raises:
+        CollectiveBroken: another rank is gone; the state is as it was.
+    """
+    dist.begin_step(state, parts, flags)
+    further: dict[str, Any] = {}
+    try:
+        for place, part in enumerate(parts):
+            dist.begin_shard(state, place)
+            seed_all(adapter.spec.seed, "step", state.step, dist.shard)
+            try:
+                state, further = adapter.train_step(state, part.batch, dist)
+            except ShardDone:
+                continue
+            dist.end_shard(further.get("loss"))
+    except CollectiveBroken:
+        dist.roll_back(state)
+        raise
+    return state, dist.end_step(), further

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 from collections.abc import Sequence
+from functools import partial
 
 from distroml.model import Checkpoint
 from distroml.reports import DataCursor, ShardFact
@@ -51,11 +52,11 @@ def writer(
     )
     made = ShardWriter(
         store,
-        identity,
-        durable.append,
-        lambda step, reason: abandoned.append((step, reason)),
+        lambda _whose, fact: durable.append(fact),
+        lambda _whose, step, reason: abandoned.append((step, reason)),
         wait_s=(waits if waits is not None else []).append,
     )
+    made.write = partial(made.write, identity)  # type: ignore[method-assign]
     return made, durable, abandoned
 
 

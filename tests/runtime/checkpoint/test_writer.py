@@ -35,7 +35,7 @@ def test_a_shard_becomes_durable(tmp_path) -> None:
     (fact,) = durable
     assert (fact.step, fact.cursor, fact.file) == (100, CURSOR, "worker_0.safetensors")
     assert store.size(f"{DIRECTORY}/{fact.file}") == fact.size_bytes
-    assert made.durable_step == 100
+    assert made.durable == (1, 100)
 
 
 def test_same_bytes_of_an_earlier_generation_are_taken_over(tmp_path) -> None:

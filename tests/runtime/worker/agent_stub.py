@@ -14,15 +14,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from distroml.model import Checkpoint
-from distroml.reports import ShardFact, WorkerFailure, WorkerOutcome, WorkerPhase
+from distroml.reports import Marks, ShardFact, WorkerFailure, WorkerOutcome, WorkerPhase
 from distroml.runtime.checkpoint.commit import publish_latest, write_manifest
 from distroml.runtime.checkpoint.store import LocalStore
 from distroml.runtime.control import (
+    Abort,
     Exited,
     Failed,
     Finished,
@@ -30,7 +31,9 @@ from distroml.runtime.control import (
     FromForkserver,
     FromWorker,
     Hello,
+    Join,
     MetricRecord,
+    Parked,
     Progress,
     Ready,
     Rendezvous,
@@ -41,6 +44,7 @@ from distroml.runtime.control import (
     Spawned,
     SpawnFailed,
     Stop,
+    ToWorker,
     WorkerPlan,
     encode_frame,
 )
@@ -62,6 +66,8 @@ class StubWorker:
 
     plan: WorkerPlan
     spawned_at: float
+    generation: int = 0
+    rank: int = 0
     pid: int | None = None
     link: socket.socket | None = None
     phases: list[tuple[WorkerPhase, float]] = field(default_factory=list)
@@ -74,6 +80,10 @@ class StubWorker:
     failure: WorkerFailure | None = None
     outcome: WorkerOutcome | None = None
     exit_status: int | None = None
+    parked: list[Parked] = field(default_factory=list)
+    marks: dict[int, Marks] = field(default_factory=dict)
+    """By generation."""
+    waiting_s: float = 0.0
 
     def series(self, name: str) -> dict[int, float]:
         """Values of one metric by step."""
@@ -87,12 +97,13 @@ class AgentStub:
         self.directory = directory
         self.store_dir = directory / "store"
         self.store = LocalStore(self.store_dir)
-        self.workers: dict[tuple[str, int, int], StubWorker] = {}
+        self.workers: dict[tuple[str, int], StubWorker] = {}
         self.spawn_failures: list[SpawnFailed] = []
         self.ready_pid: int | None = None
         self.env: dict[str, str] = {}
         """Added to the environment of workers that are spawned from now on."""
         self._runs = 0
+        self._serial = 0
         self._selector = selectors.DefaultSelector()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.control_path = str(directory / "control.sock")
@@ -129,34 +140,43 @@ class AgentStub:
         self._runs += 1
         return f"run-{self._runs}"
 
-    def plan(
+    def join(
         self,
-        spec: JobSpec,
         rank: int = 0,
         world_size: int = 1,
-        run_id: str = "run-0",
         generation: int = 1,
         checkpoint: Checkpoint | None = None,
-    ) -> WorkerPlan:
-        return WorkerPlan(
-            job_id="job",
-            run_id=run_id,
+        at_boundary: bool = False,
+    ) -> Join:
+        return Join(
             generation=generation,
             rank=rank,
             local_rank=rank,
             world_size=world_size,
+            checkpoint=checkpoint,
+            at_boundary=at_boundary,
+        )
+
+    def plan(self, spec: JobSpec, run_id: str = "run-0", join: Join | None = None) -> WorkerPlan:
+        self._serial += 1
+        return WorkerPlan(
+            job_id="job",
+            run_id=run_id,
+            worker=self._serial,
             node="stub",
             host="127.0.0.1",
             spec=spec,
             store_dir=str(self.store_dir),
-            checkpoint=checkpoint,
             control_path=self.control_path,
-            log_path=str(self.directory / f"{run_id}-g{generation}-r{rank}.log"),
+            log_path=str(self.directory / f"{run_id}-w{self._serial}.log"),
+            join=join,
         )
 
     def spawn(self, plan: WorkerPlan) -> StubWorker:
         worker = StubWorker(plan, time.monotonic())
-        self.workers[plan.run_id, plan.generation, plan.rank] = worker
+        if plan.join is not None:
+            worker.generation, worker.rank = plan.join.generation, plan.join.rank
+        self.workers[plan.run_id, plan.worker] = worker
         self._forkserver.sendall(encode_frame(Spawn(plan=plan, env=self.env)))
         return worker
 
@@ -169,11 +189,46 @@ class AgentStub:
         world_size: int | None = None,
     ) -> list[StubWorker]:
         """Spawn all ranks of a generation."""
-        world = world_size or spec.resources.workers
-        return [
-            self.spawn(self.plan(spec, rank, world, run_id, generation, checkpoint))
-            for rank in range(world)
-        ]
+        return self.form(
+            spec,
+            run_id,
+            [None] * (world_size or spec.resources.workers),
+            generation,
+            checkpoint=checkpoint,
+        )
+
+    def form(
+        self,
+        spec: JobSpec,
+        run_id: str,
+        members: Sequence[StubWorker | None],
+        generation: int,
+        *,
+        checkpoint: Checkpoint | None = None,
+        at_boundary: bool = False,
+    ) -> list[StubWorker]:
+        """Make ``members`` the ranks of a generation, in this order; None is a new process."""
+        ranks = []
+        for rank, member in enumerate(members):
+            join = self.join(
+                rank,
+                len(members),
+                generation,
+                checkpoint,
+                at_boundary=at_boundary and member is not None,
+            )
+            if member is None:
+                ranks.append(self.spawn(self.plan(spec, run_id, join)))
+            else:
+                member.generation, member.rank, member.keys = generation, rank, {}
+                self.send(member, join)
+                ranks.append(member)
+        return ranks
+
+    def send(self, worker: StubWorker, message: ToWorker) -> None:
+        self.pump(lambda: worker.link is not None, "the worker to connect")
+        assert worker.link is not None
+        worker.link.sendall(encode_frame(message))
 
     def run(self, spec: JobSpec, **kwargs: object) -> list[StubWorker]:
         """Start a generation of a new run (unless named) and wait for its end."""
@@ -192,11 +247,12 @@ class AgentStub:
     def wait_step(self, worker: StubWorker, step: int) -> None:
         self.pump(
             lambda: worker.step >= step or worker.exit_status is not None,
-            f"rank {worker.plan.rank} to complete step {step}",
+            f"rank {worker.rank} to complete step {step}",
         )
         assert worker.step >= step, self.log(worker)
 
     def kill(self, worker: StubWorker) -> None:
+        self.pump(lambda: worker.pid is not None, "the worker to be forked")
         assert worker.pid is not None
         os.kill(worker.pid, signal.SIGKILL)
 
@@ -207,8 +263,11 @@ class AgentStub:
                 os.killpg(worker.pid, signal.SIGKILL)
 
     def stop(self, worker: StubWorker) -> None:
-        assert worker.link is not None
-        worker.link.sendall(encode_frame(Stop()))
+        self.send(worker, Stop())
+
+    def abort(self, workers: Sequence[StubWorker], generation: int) -> None:
+        for worker in workers:
+            self.send(worker, Abort(generation=generation))
 
     def hang_up(self, worker: StubWorker) -> None:
         """Close the control socket, as a dying agent would."""
@@ -235,7 +294,7 @@ class AgentStub:
             self.store,
             job_id=plan.job_id,
             run_id=plan.run_id,
-            generation=plan.generation,
+            generation=workers[0].generation,
             shards=facts,
             committed_at=0.0,
         )
@@ -277,11 +336,11 @@ class AgentStub:
 
     def _story(self) -> str:
         parts = []
-        for (run, generation, rank), w in list(self.workers.items())[-8:]:
+        for (run, number), w in list(self.workers.items())[-8:]:
             tail = self.log(w)[-1500:] if Path(w.plan.log_path).exists() else ""
             phase = w.phases[-1][0] if w.phases else None
             parts.append(
-                f"--- {run} g{generation} r{rank} pid {w.pid} {phase} step {w.step} "
+                f"--- {run} w{number} g{w.generation} r{w.rank} pid {w.pid} {phase} step {w.step} "
                 f"exit {w.exit_status} {w.failure}\n{tail}"
             )
         return "\n".join(parts)
@@ -294,7 +353,7 @@ class AgentStub:
             if isinstance(message, Ready):
                 self.ready_pid = message.pid
             elif isinstance(message, Spawned):
-                self.workers[message.run_id, message.generation, message.rank].pid = message.pid
+                self.workers[message.run_id, message.worker].pid = message.pid
             elif isinstance(message, SpawnFailed):
                 self.spawn_failures.append(message)
             elif isinstance(message, Exited):
@@ -331,7 +390,7 @@ class AgentStub:
             return
         for message in frames.feed(data):
             if isinstance(message, Hello):
-                worker = self.workers[message.run_id, message.generation, message.rank]
+                worker = self.workers[message.run_id, message.worker]
                 worker.link = link
                 owner.append(worker)
                 self._send_keys(worker)
@@ -342,15 +401,17 @@ class AgentStub:
         keys: dict[str, bytes] = {}
         for other in self._peers(worker):
             keys |= other.keys
-        if keys and worker.link is not None:
+        if keys and worker.link is not None and worker.link.fileno() >= 0:
             worker.link.sendall(encode_frame(RendezvousKeys(keys=keys)))
 
     def _peers(self, worker: StubWorker) -> list[StubWorker]:
-        same = (worker.plan.run_id, worker.plan.generation)
         return [
             w
             for w in self.workers.values()
-            if (w.plan.run_id, w.plan.generation) == same and w is not worker
+            if w.plan.run_id == worker.plan.run_id
+            and w.generation == worker.generation
+            and w is not worker
+            and w.exit_status is None
         ]
 
     def _take(self, worker: StubWorker, message: object) -> None:
@@ -361,11 +422,16 @@ class AgentStub:
                 if other.link is not None and other.link.fileno() >= 0:
                     self._send_keys(other)
         elif isinstance(message, Progress):
+            worker.waiting_s = message.waiting_s
+            if message.marks is not None:
+                worker.marks[message.generation] = message.marks
             if not worker.phases or worker.phases[-1][0] is not message.phase:
                 worker.phases.append((message.phase, now))
             worker.step = message.step
             worker.total_steps = message.total_steps
             worker.metrics += message.metrics
+        elif isinstance(message, Parked):
+            worker.parked.append(message)
         elif isinstance(message, ShardDurable):
             worker.shards.append(message.shard)
         elif isinstance(message, ShardAbandoned):

@@ -36,6 +36,7 @@ def run_ranks(world_size: int, work: Callable[[RankGroup], Result]) -> list[Resu
         except BaseException as error:
             errors.append(error)
 
+    # One process has all ranks here: what is found by comparing descriptors would be the sockets of all of them.
     threads = [threading.Thread(target=live, args=(group,), daemon=True) for group in groups]
     for thread in threads:
         thread.start()

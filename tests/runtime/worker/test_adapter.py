@@ -10,12 +10,14 @@ from torch import nn
 import distroml
 from distroml.errors import DistroMLError
 from distroml.runtime.worker.adapter import FrameworkAdapter
+from distroml.runtime.worker.batches import LocalBatch
 from distroml.runtime.worker.builtin import load_adapter
 from distroml.runtime.worker.digest import state_digest
 from distroml.runtime.worker.dist import Dist
 from distroml.runtime.worker.process_group import RankGroup
 from distroml.runtime.worker.state import StateBlob
 from distroml.runtime.worker.tensor_bytes import as_tensor, buffer_bytes, copy_into
+from distroml.runtime.worker.train import take_step
 from distroml.spec import convert_spec
 from tests.runtime.worker.stub_adapters import Normalised, Regression
 
@@ -44,8 +46,9 @@ def alone() -> Dist:
 def step(adapter: FrameworkAdapter, state, dist: Dist, number: int):  # type: ignore[no-untyped-def]
     dataset = adapter.build_dataset(adapter.spec)
     batch = dataset.batch(torch.arange(8 * number, 8 * number + 8).numpy())
-    dist.begin_step(number, 0, 8, 8, False)
-    return adapter.train_step(state, batch, dist)[0]
+    part = LocalBatch(batch, samples=8, batch_samples=8, epoch=0, ends_epoch=False)
+    state.step = number
+    return take_step(adapter, state, dist, [part])[0]
 
 
 @pytest.mark.parametrize("model", MODELS)

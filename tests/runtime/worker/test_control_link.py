@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import socket
 import tempfile
 import threading
@@ -11,19 +12,20 @@ from typing import Any, NoReturn
 
 import pytest
 
-from distroml.reports import WorkerPhase
+from distroml.reports import Marks, WorkerPhase
 from distroml.runtime.control import (
+    Abort,
     FrameReader,
     FromWorker,
     Hello,
     MetricRecord,
-    Progress,
     RendezvousKeys,
     ShardAbandoned,
     Stop,
+    ToWorker,
     encode_frame,
 )
-from distroml.runtime.worker.control_link import MAX_PENDING_METRICS, ControlLink
+from distroml.runtime.worker.control_link import MAX_PENDING_METRICS, ControlLink, Position
 
 WAIT_S = 20.0
 
@@ -36,10 +38,9 @@ class Agent:
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.listener.bind(self.path)
         self.listener.listen(1)
-        self.keys: list[dict[str, bytes]] = []
-        self.stop = threading.Event()
+        self.messages: queue.SimpleQueue[ToWorker] = queue.SimpleQueue()
         self.gone = threading.Event()
-        self.link = ControlLink(self.path, self.keys.append, self.stop.set, self._end)
+        self.link = ControlLink(self.path, self.messages.put, lambda: 1.5, self._end)
         self.socket, _ = self.listener.accept()
         self.socket.settimeout(WAIT_S)
         self._frames: FrameReader[Any] = FrameReader(FromWorker)
@@ -63,23 +64,36 @@ def agent() -> Iterator[Agent]:
         yield Agent(directory)
 
 
+def training(step: int, total_steps: int | None) -> Position:
+    return Position(1, WorkerPhase.TRAINING, step, 0, total_steps)
+
+
 def record(step: int) -> MetricRecord:
     return MetricRecord(step, 0, 0.0, {"loss": float(step)})
 
 
 def test_lifecycle_frames_come_at_once_and_in_order(agent: Agent) -> None:
-    hello = Hello(run_id="run", generation=1, rank=0, pid=7)
+    hello = Hello(run_id="run", worker=1, generation=1, rank=0, pid=7)
     agent.link.send(hello)
-    agent.link.phase(WorkerPhase.RESTORING, 3, 0)
+    agent.link.phase(Position(1, WorkerPhase.RESTORING, 3, 0), Marks(met_at=5.0))
     assert agent.next() == hello
-    assert agent.next() == Progress(phase=WorkerPhase.RESTORING, step=3, epoch=0)
+    told = agent.next()
+    assert (told.generation, told.phase, told.step) == (1, WorkerPhase.RESTORING, 3)
+    assert told.marks == Marks(met_at=5.0)
+
+
+def test_a_pulse_tells_how_long_the_loop_has_been_waiting(agent: Agent) -> None:
+    agent.link.phase(Position(2, WorkerPhase.TRAINING, 3, 0))
+    assert agent.next().waiting_s == 0.0
+    pulse = agent.next()
+    assert (pulse.generation, pulse.step, pulse.waiting_s) == (2, 3, 1.5)
 
 
 def test_metrics_are_batched_and_stay_in_front_of_what_follows(agent: Agent) -> None:
-    note = ShardAbandoned(step=5, reason="test")
+    note = ShardAbandoned(generation=1, step=5, reason="test")
     with agent.link._wake:  # as if all came within one interval
         for step in range(1, 6):
-            agent.link.progress(WorkerPhase.TRAINING, step, 0, 10, record(step))
+            agent.link.progress(training(step, 10), [record(step)])
         agent.link.send(note)
     progress = agent.next()
     assert [m.step for m in progress.metrics] == [1, 2, 3, 4, 5]
@@ -88,9 +102,9 @@ def test_metrics_are_batched_and_stay_in_front_of_what_follows(agent: Agent) -> 
 
 
 def test_progress_is_sent_without_a_lifecycle_frame(agent: Agent) -> None:
-    agent.link.progress(WorkerPhase.TRAINING, 1, 0, 10, record(1))
+    agent.link.progress(training(1, 10), [record(1)])
     assert agent.next().metrics == (record(1),)
-    agent.link.progress(WorkerPhase.TRAINING, 2, 0, 10)
+    agent.link.progress(training(2, 10))
     assert agent.next().step == 2
 
 
@@ -98,7 +112,7 @@ def test_the_oldest_metrics_are_dropped_and_counted(agent: Agent) -> None:
     extra = 10
     with agent.link._wake:
         for step in range(MAX_PENDING_METRICS + extra):
-            agent.link.progress(WorkerPhase.TRAINING, step, 0, None, record(step))
+            agent.link.progress(training(step, None), [record(step)])
     assert agent.link.dropped_metrics == extra
     seen: list[int] = []
     while len(seen) < MAX_PENDING_METRICS:
@@ -107,18 +121,18 @@ def test_the_oldest_metrics_are_dropped_and_counted(agent: Agent) -> None:
 
 
 def test_flush_waits_for_the_reader(agent: Agent) -> None:
-    megabyte = ShardAbandoned(step=1, reason="x" * 1_000_000)
+    megabyte = ShardAbandoned(generation=1, step=1, reason="x" * 1_000_000)
     agent.link.send(megabyte)
     assert not agent.link.flush(timeout_s=0.05)
     assert agent.next() == megabyte
     assert agent.link.flush(timeout_s=WAIT_S)
 
 
-def test_frames_of_the_agent_reach_the_callbacks(agent: Agent) -> None:
-    agent.socket.sendall(encode_frame(RendezvousKeys(keys={"g1/0/1": b"x"})))
-    agent.socket.sendall(encode_frame(Stop()))
-    assert agent.stop.wait(WAIT_S), "the stop never arrived"
-    assert agent.keys == [{"g1/0/1": b"x"}]
+def test_messages_of_the_agent_reach_the_callback(agent: Agent) -> None:
+    sent = [RendezvousKeys(keys={"g1/0/1": b"x"}), Abort(generation=1), Stop()]
+    for message in sent:
+        agent.socket.sendall(encode_frame(message))
+    assert [agent.messages.get(timeout=WAIT_S) for _ in sent] == sent
 
 
 def test_the_end_of_the_agent_ends_the_worker(agent: Agent) -> None:
@@ -128,4 +142,4 @@ def test_the_end_of_the_agent_ends_the_worker(agent: Agent) -> None:
 
 def test_an_absent_agent_is_an_error() -> None:
     with pytest.raises(OSError, match="No such file"):
-        ControlLink("/nowhere/agent.sock", lambda keys: None, lambda: None)
+        ControlLink("/nowhere/agent.sock", lambda message: None)

@@ -52,14 +52,18 @@ def test_a_wrong_entrypoint_is_named(agent: AgentStub, entrypoint: str, message:
 
 
 def test_the_rank_with_the_bug_is_told_from_its_echoes(agent: AgentStub) -> None:
-    workers = agent.run(user_spec("Raises", 3))
+    workers = agent.start(user_spec("Raises", 3), agent.new_run())
+    agent.wait_exit(workers[2:])
     guilty = failed(workers[2])
     assert guilty.error == "ValueError: the user's own bug"
     assert 'raise ValueError("the user' in guilty.traceback
     assert not guilty.collateral
-    for worker in workers[:2]:
-        assert failed(worker).collateral
     assert "the user's own bug" in agent.log(workers[2])
+    agent.pump(lambda: all(w.parked for w in workers[:2]), "the others to be parked")
+    for worker in workers[:2]:
+        assert [one.step for one in worker.parked] == [3]
+        assert worker.exit_status is None
+        agent.kill(worker)
 
 
 def test_backward_without_dist_is_refused(agent: AgentStub) -> None:
@@ -148,7 +152,7 @@ def test_a_log_that_cannot_be_opened_is_a_failed_spawn(agent: AgentStub) -> None
     agent.spawn(plan)
     agent.pump(lambda: bool(agent.spawn_failures), "the spawn to fail")
     failure = agent.spawn_failures.pop()
-    assert (failure.run_id, failure.rank) == ("no-log", 0)
+    assert (failure.run_id, failure.worker) == ("no-log", plan.worker)
     assert "/nowhere/at/all.log" in failure.reason
 
 

@@ -1,183 +1,265 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from distroml.errors import DistroMLError
-from distroml.runtime.worker import gradient_sync
-from distroml.runtime.worker.dist import Dist, StatisticsSync
-from distroml.runtime.worker.gradient_sync import (
-    GradientSync,
-    Scratch,
-    SmallScratch,
-    ordered_sum,
-    ordered_sum_small,
-)
+from distroml.runtime.worker import buckets, gradient_sync, reduction
+from distroml.runtime.worker.adapter import FrameworkAdapter
+from distroml.runtime.worker.batches import LocalBatch
+from distroml.runtime.worker.buckets import Bucket
+from distroml.runtime.worker.dist import Dist
+from distroml.runtime.worker.logical_shards import LogicalShards
 from distroml.runtime.worker.process_group import RankGroup
+from distroml.runtime.worker.reduction import OrderedSum
+from distroml.runtime.worker.state import TrainState
+from distroml.runtime.worker.train import take_step
+from distroml.spec import convert_spec
 from tests.runtime.worker.rank_threads import run_ranks
 
 
-def values_of(rank: int, count: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(rank)
+def values_of(shard: int, count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(shard)
     return torch.randn(count, generator=generator) * 10.0 ** torch.randint(
         -3, 4, (count,), generator=generator
     )
 
 
-def in_rank_order(world_size: int, count: int) -> torch.Tensor:
+def in_shard_order(shards: int, count: int) -> torch.Tensor:
     total = values_of(0, count)
-    for rank in range(1, world_size):
-        total = total + values_of(rank, count)
+    for shard in range(1, shards):
+        total = total + values_of(shard, count)
     return total
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7, 1000])
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_both_ways_of_adding_give_the_bits_of_rank_order(world_size: int, count: int) -> None:
-    def work(group: RankGroup) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        large, small = values_of(group.rank, count), values_of(group.rank, count)
-        ordered_sum(group, large, Scratch.for_values(large, group.world_size))
-        note = torch.tensor([group.rank, 0.5], dtype=torch.float64)
-        scratch = SmallScratch.for_values(small, note, group.world_size)
-        return large, small, ordered_sum_small(group, small, note, scratch)
+@pytest.mark.parametrize("count", [1, 3, 7, 1000])
+@pytest.mark.parametrize(("shards", "world_size"), [(2, 2), (3, 3), (5, 3), (4, 1), (4, 3)])
+def test_both_ways_of_adding_give_the_bits_of_shard_order(
+    shards: int, world_size: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(group: RankGroup) -> list[Any]:
+        mine = LogicalShards(shards, group.rank, world_size)
+        ordered, summed = OrderedSum(group, mine), []
+        for _ in ("large", "small"):
+            bucket = Bucket([nn.Parameter(torch.zeros(count))], len(mine.mine), shards)
+            for place, shard in enumerate(mine.mine):
+                bucket.view(place, 0).copy_(values_of(shard, count))
+            summed.append(bucket)
+        if world_size > 1:
+            ordered._reduce_large(summed[0])
+            notes = torch.tensor([[shard] for shard in mine.mine], dtype=torch.float64)
+            told = ordered.reduce_with_note(summed[1], notes.view(torch.uint8))
+            assert told.contiguous().view(torch.float64).flatten().tolist() == list(range(shards))
+        else:
+            for bucket in summed:
+                ordered.reduce(bucket)
+        return [bucket.view(0, 0) for bucket in summed]
 
-    expected = in_rank_order(world_size, count)
-    for large, small, notes in run_ranks(world_size, work):
-        assert torch.equal(large, expected)
-        assert torch.equal(small, expected)
-        assert notes.tolist() == [[rank, 0.5] for rank in range(world_size)]
+    expected = in_shard_order(shards, count)
+    for results in run_ranks(world_size, work):
+        for result in results:
+            assert torch.equal(result, expected)
 
 
 torch.manual_seed(0)
-MODEL = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 32), nn.Linear(32, 3))
+MODEL = nn.Sequential(
+    nn.Linear(6, 32), nn.BatchNorm1d(32), nn.Tanh(), nn.Linear(32, 32), nn.Linear(32, 3)
+)
+UNEVEN = [[4, 4, 4], [5, 4, 4], [3, 1, 0], [1, 0, 2], [4, 4, 4]]
 
 
-def make_model() -> nn.Module:
-    return copy.deepcopy(MODEL)  # not seeded per call: the rank threads share torch's generator
+class Plain(FrameworkAdapter):
+    spec = convert_spec({"entrypoint": "stub_adapters:Regression"})
+
+    def build_model(self, spec: Any) -> nn.Module:
+        return copy.deepcopy(MODEL)  # not seeded per call: the rank threads share torch's generator
+
+    def build_optimizer(self, spec: Any, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.1)
 
 
 def train(
     group: RankGroup,
-    reduction: str,
     counts: list[list[int]],
-    rewrap_at: int | None = None,
+    reduction: str = "deterministic",
+    rejoin_at: int | None = None,
+    adapter: FrameworkAdapter | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Steps in which rank r holds ``counts[step][r]`` samples; the gradients of the last one."""
-    model = make_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    dist = Dist(group)
+    """Steps in which logical shard s holds ``counts[step][s]`` samples; the state after the last one."""
+    adapter = adapter or Plain()
+    state = adapter.new_state()
+    dist = Dist(group, len(counts[0]))
     generator = torch.Generator().manual_seed(1)
+    loss = 0.0
     for step, shares in enumerate(counts):
-        if step in (0, rewrap_at):
-            dist.sync = GradientSync(group, reduction)
-            module = dist.sync.wrap(model, False)
+        if step in (0, rejoin_at):
+            dist.close()
+            dist = Dist(group, len(counts[0]))
+            dist.attach(state.model, reduction, unused_allowed=adapter.find_unused_parameters)
         total = sum(shares)
-        inputs = torch.randn(total, 6, generator=generator)
-        targets = torch.randint(0, 3, (total,), generator=generator)
-        begin = sum(shares[: group.rank])
-        mine = slice(begin, begin + shares[group.rank]) if shares[group.rank] else slice(0, 2)
-        dist.begin_step(step, 0, shares[group.rank], total, False)
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(module(inputs[mine]), targets[mine])
+        inputs = torch.randn(total + 2, 6, generator=generator)
+        targets = torch.randint(0, 3, (total + 2,), generator=generator)
+        parts = []
+        for shard in dist.shards.mine:
+            begin = sum(shares[:shard])
+            shown = slice(begin, begin + (shares[shard] or 2))
+            batch = (inputs[shown].repeat(2, 1), targets[shown].repeat(2))  # BatchNorm needs two
+            parts.append(LocalBatch(batch, shares[shard], total, 0, False, (0.0, float(shard))))
+        state.step = step
+        state, totals, _ = take_step(adapter, state, dist, parts)
+        loss = totals.loss
+        assert totals.ids == tuple((0.0, float(shard)) for shard in range(len(shares)))
+    dist.close()
+    return {"loss": torch.tensor(loss)} | state.model.state_dict()
+
+
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("small_bytes", [0, 1 << 20], ids=["large", "small"])
+def test_the_bits_do_not_depend_on_the_number_of_ranks(
+    world_size: int, small_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_ranks(3, lambda group: train(group, UNEVEN))
+    for module in (gradient_sync, reduction):
+        monkeypatch.setattr(module, "SMALL_BYTES", small_bytes)
+    fewer = run_ranks(world_size, lambda group: train(group, UNEVEN))
+    for result in (*whole[1:], *fewer):
+        equal(result, whole[0])
+
+
+def test_fast_reduction_gives_the_mean_over_the_global_batch() -> None:
+    exact = run_ranks(3, lambda group: train(group, UNEVEN))[0]
+    for world_size in (3, 2, 1):
+        for result in run_ranks(world_size, lambda group: train(group, UNEVEN, "fast")):
+            for name, value in exact.items():
+                torch.testing.assert_close(result[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_joining_anew_keeps_the_bits() -> None:
+    whole = run_ranks(3, lambda group: train(group, UNEVEN))[0]
+    equal(run_ranks(3, lambda group: train(group, UNEVEN, rejoin_at=3))[0], whole)
+
+
+def test_many_buckets_overlap_and_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = run_ranks(2, lambda group: train(group, UNEVEN))[0]
+    for name in ("BUCKET_BYTES", "FIRST_BUCKET_BYTES"):
+        monkeypatch.setattr(buckets, name, 1000)
+    equal(run_ranks(2, lambda group: train(group, UNEVEN))[0], one)
+
+
+class Partial(Plain):
+    """Leaves a part of the model out, in a way that depends on the shard."""
+
+    def __init__(self, leave_out: Callable[[int], bool]) -> None:
+        self._leave_out = leave_out
+
+    def train_step(
+        self, state: TrainState, batch: Any, dist: Dist
+    ) -> tuple[TrainState, dict[str, Any]]:
+        state.optimizer.zero_grad()
+        layers = list(state.model)
+        if self._leave_out(dist.shard):
+            layers.pop(3)
+        loss = self.loss(nn.Sequential(*layers)(batch[0]), batch)
         dist.backward(loss)
-        optimizer.step()
-        mean, _ = dist.end_step(None)
-    return {"loss": torch.tensor(mean)} | {n: p.detach() for n, p in model.named_parameters()}
+        state.optimizer.step()
+        return state, {}
 
 
-def alone(counts: list[list[int]]) -> dict[str, torch.Tensor]:
-    """The same steps in a world of one rank."""
-    group = RankGroup(1, 0, 1, "127.0.0.1", lambda key, value: None)
-    model = make_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    dist = Dist(group)
-    generator = torch.Generator().manual_seed(1)
-    for step, shares in enumerate(counts):
-        total = sum(shares)
-        inputs = torch.randn(total, 6, generator=generator)
-        targets = torch.randint(0, 3, (total,), generator=generator)
-        dist.begin_step(step, 0, total, total, False)
-        optimizer.zero_grad()
-        dist.backward(nn.functional.cross_entropy(model(inputs), targets))
-        optimizer.step()
-        mean, _ = dist.end_step(None)
-    return {"loss": torch.tensor(mean)} | {n: p.detach() for n, p in model.named_parameters()}
+class PartialAllowed(Partial):
+    find_unused_parameters = True
 
 
-UNEVEN = [[4, 4, 4], [5, 4, 4], [3, 1, 0], [1, 0, 0], [4, 4, 4]]
+def test_a_parameter_without_gradient_is_refused_by_name() -> None:
+    with pytest.raises(DistroMLError, match=r"No gradient for 2 parameters \(3\.bias, 3\.weight\)"):
+        run_ranks(2, lambda group: train(group, [[2, 2]], adapter=Partial(lambda shard: True)))
 
 
-@pytest.mark.parametrize("reduction", ["deterministic", "fast"])
-def test_uneven_and_empty_ranks_give_the_mean_over_the_global_batch(reduction: str) -> None:
-    results = run_ranks(3, lambda group: train(group, reduction, UNEVEN))
-    expected = alone(UNEVEN)
-    for result in results:
-        for name, value in expected.items():
-            assert torch.equal(result[name], results[0][name]), name
-            torch.testing.assert_close(result[name], value, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("world_size", [2, 1])
+def test_parameters_may_be_left_out_where_that_is_allowed(world_size: int) -> None:
+    counts = [[2, 2]] * 3
+
+    def left_out(leave_out: Callable[[int], bool]) -> dict[str, torch.Tensor]:
+        adapter = PartialAllowed(leave_out)
+        return run_ranks(world_size, lambda group: train(group, counts, adapter=adapter))[0]
+
+    nowhere_used = left_out(lambda shard: True)
+    assert torch.equal(nowhere_used["3.weight"], MODEL.state_dict()["3.weight"])
+    used_by_one = left_out(lambda shard: shard == 0)
+    assert not torch.equal(used_by_one["3.weight"], MODEL.state_dict()["3.weight"])
+    assert all(value.isfinite().all() for value in used_by_one.values())
 
 
-@pytest.mark.parametrize("small_bytes", [0, 1 << 20], ids=["two exchanges", "one exchange"])
-def test_wrapping_anew_keeps_the_bits(small_bytes: int, monkeypatch) -> None:
-    monkeypatch.setattr(gradient_sync, "SMALL_BUCKET_BYTES", small_bytes)
-    counts = [[3, 3, 2]] * 6
-    whole = run_ranks(3, lambda group: train(group, "deterministic", counts))[0]
-    again = run_ranks(3, lambda group: train(group, "deterministic", counts, rewrap_at=3))[0]
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
-
-
-def test_many_buckets_overlap_and_give_the_same_bits(monkeypatch) -> None:
-    counts = [[2, 2]] * 4
-    one = run_ranks(2, lambda group: train(group, "deterministic", counts))[0]
-    monkeypatch.setattr(gradient_sync, "BUCKET_MIB", 0.001)
-    many = run_ranks(2, lambda group: train(group, "deterministic", counts))[0]
-    assert all(torch.equal(one[name], many[name]) for name in one)
+class Unweighted(Plain):
+    def train_step(
+        self, state: TrainState, batch: Any, dist: Dist
+    ) -> tuple[TrainState, dict[str, Any]]:
+        self.loss(state.model(batch[0]), batch).backward()
+        return state, {}
 
 
 def test_a_plain_backward_is_refused_with_what_to_do() -> None:
-    def work(group: RankGroup) -> str:
+    with pytest.raises(DistroMLError, match=r"must call dist\.backward\(loss\)"):
+        run_ranks(2, lambda group: train(group, [[2, 2]], adapter=Unweighted()))
+
+
+class Measured(Plain):
+    """Gives backward a metric, and returns another."""
+
+    def train_step(
+        self, state: TrainState, batch: Any, dist: Dist
+    ) -> tuple[TrainState, dict[str, Any]]:
+        dist.backward(self.loss(state.model(batch[0]), batch), shard=float(dist.shard))
+        return state, {"other": 1.0}
+
+
+@pytest.mark.parametrize("world_size", [3, 2, 1])
+def test_metrics_given_to_backward_are_means_over_the_batch(world_size: int) -> None:
+    def work(group: RankGroup) -> dict[str, float]:
+        adapter = Measured()
+        state = adapter.new_state()
+        dist = Dist(group, 3)
+        dist.attach(state.model, "deterministic", unused_allowed=False)
+        batch = (torch.ones(2, 6), torch.zeros(2, dtype=torch.int64))
+        parts = [LocalBatch(batch, shard, 3, 0, False) for shard in dist.shards.mine]
+        totals = take_step(adapter, state, dist, parts)[1]
+        return totals.metrics
+
+    for metrics in run_ranks(world_size, work):
+        assert metrics == {"shard": (0 * 0 + 1 * 1 + 2 * 2) / 3}
+
+
+def test_flags_of_any_rank_reach_all() -> None:
+    def work(group: RankGroup) -> int:
         dist = Dist(group)
-        dist.sync = GradientSync(group, "deterministic")
-        module = dist.sync.wrap(make_model(), False)
-        dist.begin_step(0, 0, 2, 4, False)
-        module(torch.ones(2, 6)).sum().backward()
-        with pytest.raises(DistroMLError, match=r"must call dist\.backward\(loss\)") as caught:
-            dist.end_step(None)
-        return caught.value.detail
+        state = Plain().new_state()
+        part = LocalBatch(None, 1, 3, 0, False)
+        dist.begin_step(state, [part], flags=2 if group.rank == 2 else 0)
+        dist.begin_shard(state, 0)
+        dist.end_shard(1.0)
+        totals = dist.end_step()
+        assert totals.loss == 1.0
+        return totals.flags
 
-    assert len(set(run_ranks(2, work))) == 1
-
-
-def test_any_rank_stops_all() -> None:
-    def work(group: RankGroup) -> bool:
-        dist = Dist(group)
-        dist.begin_step(0, 0, 1, 3, stop=group.rank == 2)
-        return dist.end_step(1.0)[1]
-
-    assert run_ranks(3, work) == [True, True, True]
+    assert run_ranks(3, work) == [2, 2, 2]
 
 
-def test_statistics_become_the_weighted_mean_and_constants_keep_their_bits() -> None:
-    samples = [3.0, 0.0, 1.0]
+@pytest.mark.parametrize(("shards", "world_size"), [(4, 4), (4, 3), (7, 3), (5, 1)])
+def test_each_shard_has_one_rank(shards: int, world_size: int) -> None:
+    ranks = [LogicalShards(shards, rank, world_size) for rank in range(world_size)]
+    assert [shard for one in ranks for shard in one.mine] == list(range(shards))
+    assert {one.most for one in ranks} == {len(ranks[0].mine)}
 
-    def work(group: RankGroup) -> list[torch.Tensor]:
-        rank = group.rank
-        buffers = [
-            torch.tensor([1.0, 5.0]) * (rank + 1),
-            torch.tensor(7 if rank == 1 else 4),
-            torch.full((3,), 0.1),
-            torch.tensor([True, False]),
-        ]
-        sync = StatisticsSync(group, buffers)
-        sync.start()
-        sync.finish(samples)
-        return buffers
 
-    for mean, counter, constant, flags in run_ranks(3, work):
-        assert mean.tolist() == [1.0 * 0.75 + 3.0 * 0.25, 5.0 * 0.75 + 15.0 * 0.25]
-        assert counter.item() == 4
-        assert torch.equal(constant, torch.full((3,), 0.1))
-        assert flags.tolist() == [True, False]
+def test_more_ranks_than_shards_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 ranks cannot share 2 logical shards"):
+        LogicalShards(2, 0, 3)

@@ -1,0 +1,302 @@
+"""A worker's part in one generation: meet, agree on the state, train, finish.
+
+What outlives generations is ``Prepared``: adapter, data, the state and the memory of its checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from distroml.model import Checkpoint
+from distroml.reports import Marks, WorkerOutcome, WorkerPhase
+from distroml.runtime.checkpoint.store import LocalStore
+from distroml.runtime.control import Join, WorkerPlan
+from distroml.runtime.worker.adapter import FrameworkAdapter
+from distroml.runtime.worker.batches import (
+    BatchSource,
+    Dataset,
+    IndexedBatches,
+    LoadedBatches,
+    as_dataset,
+)
+from distroml.runtime.worker.builtin import load_adapter
+from distroml.runtime.worker.control_link import ControlLink, Position
+from distroml.runtime.worker.digest import state_digest
+from distroml.runtime.worker.dist import STOP, Dist
+from distroml.runtime.worker.process_group import RankGroup
+from distroml.runtime.worker.rendezvous import CollectiveBroken
+from distroml.runtime.worker.seeding import seed_all
+from distroml.runtime.worker.snapshot import Checkpointer, read_checkpoint
+from distroml.runtime.worker.state import TrainState
+from distroml.runtime.worker.state_transfer import (
+    NO_STATE,
+    Standing,
+    check_agreement,
+    choose_source,
+    gather_standings,
+    receive_state,
+    send_state,
+)
+from distroml.runtime.worker.train import Run, Training
+
+
+@dataclass
+class Prepared:
+    """All of a worker that does not depend on who else there is."""
+
+    plan: WorkerPlan
+    adapter: FrameworkAdapter
+    dataset: Dataset | None
+    """None: the adapter brings data loaders."""
+    fresh: TrainState
+    """A state that has completed no step."""
+    store: LocalStore
+    run: Run | None = None
+    """The state of the run, once this process has one."""
+    checkpointer: Checkpointer | None = None
+    left_at: float | None = None
+    """When (Unix seconds) it left the generation before."""
+    source: BatchSource | None = None
+
+
+def prepare(plan: WorkerPlan, tell: Callable[[], None]) -> Prepared:
+    """Load the user's code, its data and its model; everything slow that needs no other rank.
+
+    Args:
+        tell: called once the process is under way.
+    """
+    tell()
+    adapter = load_adapter(plan.spec)
+    adapter.init_distributed(plan)
+    loads = type(adapter).build_dataloader is not FrameworkAdapter.build_dataloader
+    dataset = None if loads else as_dataset(adapter.build_dataset(plan.spec))
+    _ = adapter.holdout  # built here, so that the other ranks do not wait for it in the first epoch
+    seed_all(plan.spec.seed, "model")
+    return Prepared(
+        plan=plan,
+        adapter=adapter,
+        dataset=dataset,
+        fresh=adapter.new_state(),
+        store=LocalStore(plan.store_dir),
+    )
+
+
+class Membership:
+    """One rank of one generation.
+
+    Args:
+        flags: what this rank wishes for the next step boundary.
+    """
+
+    def __init__(
+        self,
+        join: Join,
+        group: RankGroup,
+        prepared: Prepared,
+        link: ControlLink,
+        flags: Callable[[], int],
+    ) -> None:
+        self._join, self._group, self._link = join, group, link
+        self._prepared, self._flags = prepared, flags
+        self._spec = prepared.plan.spec
+        self._dist = Dist(group, self._spec.resources.workers)
+        self._marks = Marks(left_at=prepared.left_at)
+        self._total_steps: int | None = None
+
+    def close(self) -> None:
+        """Leave, in whatever state the group is."""
+        self._dist.close()
+        self._group.close()
+
+    def live(self) -> WorkerOutcome | None:
+        """The outcome of the run, or None where the ranks left together for the next generation.
+
+        Raises:
+            CollectiveBroken: another rank is gone, or the agent ended the generation.
+        """
+        self._tell(WorkerPhase.CONNECTING)
+        self._group.open()
+        self._mark(met_at=time.time())
+        self._tell(WorkerPhase.RESTORING)
+        source = self._batches()
+        self._total_steps = (
+            self._spec.steps or self._spec.hyperparameters.epochs * source.batches_per_epoch
+        )
+        run = self._settle_state(source)
+        self._dist.attach(
+            run.state.model,
+            self._spec.distributed.reduction,
+            unused_allowed=self._prepared.adapter.find_unused_parameters,
+        )
+        self._tell(WorkerPhase.TRAINING)
+        training = self._training(run, source)
+        flags = training.train()
+        if flags and not flags & STOP:
+            self._part_in_order()
+            return None
+        print(
+            "worker was asked to stop" if flags else "worker trained to its last step", flush=True
+        )
+        self._tell(WorkerPhase.FINISHING)
+        return self._finish(training, stopped=bool(flags))
+
+    # --- the state ---------------------------------------------------------------------------------------------
+
+    def _batches(self) -> BatchSource:
+        prepared, spec = self._prepared, self._spec
+        if prepared.dataset is None:
+            return LoadedBatches(self._loader, spec.seed, self._dist)
+        if prepared.source is None:
+            batch_size = spec.hyperparameters.batch_size
+            prepared.source = IndexedBatches(prepared.dataset, batch_size, spec.seed)
+        return prepared.source
+
+    def _loader(self, shard: int) -> Iterable[Any]:
+        loader = self._prepared.adapter.build_dataloader(self._spec, shard, self._dist.shards.count)
+        if loader is None:
+            raise NotImplementedError(
+                "build_dataloader gave a loader for one shard and none for another"
+            )
+        return loader
+
+    def _settle_state(self, source: BatchSource) -> Run:
+        """Make this rank's state the one that all ranks go on from."""
+        prepared, group = self._prepared, self._group
+        assert self._total_steps is not None
+        held = prepared.run.position if prepared.run else NO_STATE
+        standings = gather_standings(
+            group,
+            Standing(
+                position=held,
+                total_steps=self._total_steps,
+                dataset=hashlib.sha256(source.digest.encode()).digest(),
+                model=_model_sha256(prepared.run.state if prepared.run else prepared.fresh),
+            ),
+        )
+        check_agreement(standings)
+        checkpoint = self._join.checkpoint
+        holder = choose_source(standings, 2 * checkpoint.step if checkpoint else None)
+        if holder is not None:
+            told = f"rank {holder}"
+            self._share(
+                holder,
+                [
+                    rank
+                    for rank, one in enumerate(standings)
+                    if one.position != standings[holder].position
+                ],
+            )
+        elif checkpoint is not None:
+            told = f"checkpoint of step {checkpoint.step}"
+            self._read(checkpoint)
+        else:
+            told = "scratch"
+            if group.rank == 0:
+                prepared.run = Run(prepared.fresh)
+            self._share(0, list(range(1, group.world_size)))
+        run = prepared.run
+        assert run is not None
+        run.state.epoch = source.cursor(max(0, run.state.step - 1)).epoch
+        self._mark(restored_at=time.time(), resume_step=run.state.step, source=told)
+        if holder == group.rank and run.records:
+            # Those that rank 0 reported last may have died with it; who has them already ignores them.
+            self._link.progress(self._position(WorkerPhase.RESTORING), list(run.records))
+        return run
+
+    def _share(self, holder: int, behind: list[int]) -> None:
+        """The state of rank ``holder`` on the ranks ``behind`` it."""
+        if not behind:
+            return
+        prepared, group = self._prepared, self._group
+        if group.rank == holder:
+            assert prepared.run is not None
+            send_state(group, prepared.run.blob(prepared.adapter), prepared.run.state.step)
+            return
+        blob, step = receive_state(group, holder)
+        if group.rank in behind:
+            if prepared.run is None:
+                prepared.run = Run(prepared.fresh)
+            prepared.run.take(prepared.adapter, blob, step)
+
+    def _read(self, checkpoint: Checkpoint) -> None:
+        prepared = self._prepared
+        manifest, blob = read_checkpoint(prepared.store, checkpoint)
+        if prepared.run is None:
+            prepared.run = Run(prepared.fresh)
+        prepared.run.take(prepared.adapter, blob, manifest.step)
+
+    # --- training and after ------------------------------------------------------------------------------------
+
+    def _training(self, run: Run, source: BatchSource) -> Training:
+        prepared = self._prepared
+        if self._spec.checkpointing.enabled:
+            if prepared.checkpointer is None:
+                prepared.checkpointer = Checkpointer(prepared.plan, prepared.store, self._link)
+            prepared.checkpointer.join(self._join)
+        assert self._total_steps is not None
+        return Training(
+            adapter=prepared.adapter,
+            run=run,
+            source=source,
+            dist=self._dist,
+            link=self._link,
+            checkpointer=prepared.checkpointer,
+            total_steps=self._total_steps,
+            flags=self._flags,
+            on_first_step=self._on_first_step,
+        )
+
+    def _on_first_step(self) -> None:
+        self._mark(stepped_at=time.time())
+        self._tell(WorkerPhase.TRAINING)
+
+    def _part_in_order(self) -> None:
+        """All ranks have completed the step; none should see another's sockets close before it knows that."""
+        with contextlib.suppress(CollectiveBroken):  # its own step is done, and that is what counts
+            self._group.barrier()
+        self._prepared.left_at = time.time()
+
+    def _finish(self, training: Training, *, stopped: bool) -> WorkerOutcome:
+        """Save the last checkpoint and leave together."""
+        checkpoint_step = training.save_last()
+        self._group.barrier()
+        run = training.run
+        return WorkerOutcome(
+            step=run.state.step,
+            epoch=run.state.epoch,
+            state_digest=state_digest(run.blob(training.adapter)),
+            sample_digest=run.ledger,
+            metrics=run.metrics,
+            stopped=stopped,
+            checkpoint_step=checkpoint_step,
+        )
+
+    # --- telling -----------------------------------------------------------------------------------------------
+
+    def _mark(self, **marks: object) -> None:
+        self._marks = msgspec.structs.replace(self._marks, **marks)
+
+    def _tell(self, phase: WorkerPhase) -> None:
+        self._link.phase(self._position(phase), self._marks)
+
+    def _position(self, phase: WorkerPhase) -> Position:
+        run, checkpoint = self._prepared.run, self._join.checkpoint
+        step, epoch = (checkpoint.step, checkpoint.epoch) if checkpoint else (0, 0)
+        if run is not None:
+            step, epoch = run.state.step, run.state.epoch
+        return Position(self._group.generation, phase, step, epoch, self._total_steps)
+
+
+def _model_sha256(state: TrainState) -> bytes:
+    """Of names, shapes and types: not of the values."""
+    model = hashlib.sha256()
+    for name, tensor in state.model.state_dict().items():
+        model.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+    return model.digest()

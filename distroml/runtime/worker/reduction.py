@@ -1,0 +1,112 @@
+"""Sums over all logical shards, in shard order: the same bits for any number of ranks and any layout.
+
+Every element is added as ((shard 0 + shard 1) + shard 2) + …, whoever holds which shard and however the elements lie
+in buckets; an all-reduce promises neither. Large buckets: all_to_all gives each rank its part of every shard, it
+adds them, all_gather spreads the sums. Small ones: everybody gets everything and adds it itself, in one exchange
+instead of two.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distroml.runtime.worker.buckets import Bucket
+from distroml.runtime.worker.logical_shards import LogicalShards
+from distroml.runtime.worker.process_group import Pending, RankGroup
+
+SMALL_BYTES = 256 * 1024
+"""Up to this size latency is what counts."""
+ALIGNMENT = 8
+
+
+class OrderedSum:
+    """Reduces buckets over the shards of one generation; keeps the memory that it needs between steps."""
+
+    def __init__(self, group: RankGroup, shards: LogicalShards) -> None:
+        self._group, self._shards = group, shards
+        self._scratch: dict[tuple[int, str], Tensor] = {}
+
+    def reduce(self, bucket: Bucket) -> None:
+        """Leave the sum in the first row of ``bucket``.
+
+        Raises:
+            CollectiveBroken: a rank is gone.
+        """
+        if self._shards.world_size == 1:
+            total = _add_in_order(bucket.rows[:, : bucket.count])
+            assert total.data_ptr() == bucket.rows.data_ptr()
+        elif bucket.size_bytes <= SMALL_BYTES:
+            self._reduce_small(bucket)
+        else:
+            self._reduce_large(bucket)
+
+    def begin_fast(self, bucket: Bucket) -> Pending:
+        """Start summing into the first row in whatever order is fastest."""
+        own = bucket.rows[:, : bucket.count]
+        _add_in_order(own)
+        return self._group.all_reduce_async(own[0])
+
+    def reduce_with_note(self, bucket: Bucket, notes: Tensor) -> Tensor:
+        """``reduce`` for a small bucket, with a few bytes of each shard in the same exchange.
+
+        Args:
+            notes: uint8 of shape [shards of this rank, note size], a multiple of ``ALIGNMENT``.
+
+        Returns:
+            The notes of all shards, uint8 of shape [shards, note size]; valid until the next exchange.
+        """
+        note_bytes, end = notes.shape[1], notes.shape[1] + bucket.size_bytes
+        width = -(-end // ALIGNMENT) * ALIGNMENT
+        shards = self._shards
+        packed = self._memory(bucket, "packed", shards.most * width, torch.uint8).view(-1, width)
+        for place in range(len(shards.mine)):
+            packed[place, :note_bytes].copy_(notes[place])
+            row = bucket.rows[place, : bucket.count]
+            packed[place, note_bytes:end].copy_(row.view(torch.uint8))
+        gathered = self._memory(bucket, "gathered", shards.world_size * packed.numel(), torch.uint8)
+        self._group.all_gather_into(gathered, packed.view(-1))
+        rows = (
+            gathered.view(-1, width)[shards.rows()] if shards.most > 1 else gathered.view(-1, width)
+        )
+        rows = rows[: shards.count]
+        values = rows[:, note_bytes:end].view(bucket.rows.dtype)
+        bucket.rows[0, : bucket.count].copy_(_add_in_order(values))
+        return rows[:, :note_bytes]
+
+    def _reduce_small(self, bucket: Bucket) -> None:
+        nothing = torch.empty((len(self._shards.mine), 0), dtype=torch.uint8)
+        self.reduce_with_note(bucket, nothing)
+
+    def _reduce_large(self, bucket: Bucket) -> None:
+        shards = self._shards
+        world, own = shards.world_size, len(shards.mine)
+        part = -(-bucket.count // world)
+        dtype = bucket.rows.dtype
+        if own == 1:
+            sent = bucket.rows[0, : part * world]
+        else:  # by destination first
+            sent = self._memory(bucket, "sent", own * part * world, dtype)
+            by_rank = bucket.rows[:, : part * world].view(own, world, part).transpose(0, 1)
+            sent.view(world, own, part).copy_(by_rank)
+        received = self._memory(bucket, "received", shards.count * part, dtype)
+        self._group.all_to_all(
+            received, sent, [size * part for size in shards.sizes], [own * part] * world
+        )
+        total = _add_in_order(received.view(shards.count, part))
+        self._group.all_gather_into(bucket.rows[0, : part * world], total)
+
+    def _memory(self, bucket: Bucket, use: str, size: int, dtype: torch.dtype) -> Tensor:
+        """Touched once, then reused: fresh memory costs more than the copy into it."""
+        key = (id(bucket), use)
+        if key not in self._scratch or self._scratch[key].numel() != size:
+            self._scratch[key] = torch.zeros(size, dtype=dtype)
+        return self._scratch[key]
+
+
+def _add_in_order(rows: Tensor) -> Tensor:
+    """The sum of the rows, from the first to the last, in place of the first."""
+    total = rows[0]
+    for row in rows[1:]:
+        total.add_(row)
+    return total

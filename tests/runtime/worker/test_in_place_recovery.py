@@ -1,0 +1,229 @@
+"""Real workers that lose ranks, in place: survivors stay, no completed step is redone, the bits at the end are the same."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from typing import Any
+
+import pytest
+
+from distroml.reports import WorkerOutcome, WorkerPhase
+from distroml.spec import JobSpec
+from tests.runtime.worker.agent_stub import AgentStub, StubWorker
+from tests.runtime.worker.test_training import finished, spec_of
+
+MODELS: dict[str, dict[str, Any]] = {
+    "mlp": {"model": "mlp", "model_options": {"hidden": 32}},
+    "cnn": {"model": "cnn", "model_options": {"channels": 4, "dropout": 0.2}},
+}
+
+
+def spec(model: str, steps: int = 60, workers: int = 4) -> JobSpec:
+    return spec_of(
+        workers,
+        steps=steps,
+        checkpointing={"every_n_steps": 1000},
+        hyperparameters={"batch_size": 22, "epochs": 2, "lr": 0.01},
+        **MODELS[model],
+    )
+
+
+def series(workers: list[StubWorker]) -> dict[int, float]:
+    """The loss of each step, by whichever rank told it; told twice, it must be the same."""
+    told: dict[int, float] = {}
+    for worker in workers:
+        for step, loss in worker.series("loss").items():
+            assert told.setdefault(step, loss) == loss, f"step {step} had two losses"
+    return told
+
+
+class Run:
+    """One run and the processes that were part of it."""
+
+    def __init__(self, agent: AgentStub, spec: JobSpec, world_size: int | None = None) -> None:
+        self.agent, self.spec = agent, spec
+        self.run_id = agent.new_run()
+        self.generation = 1
+        self.ranks = agent.start(spec, self.run_id, world_size=world_size)
+        self.everybody = list(self.ranks)
+
+    def train_to(self, step: int) -> None:
+        self.agent.wait_step(self.ranks[0], step)
+
+    def next(self, members: list[StubWorker | None], *, at_boundary: bool = False) -> None:
+        self.generation += 1
+        self.ranks = self.agent.form(
+            self.spec, self.run_id, members, self.generation, at_boundary=at_boundary
+        )
+        self.everybody += [worker for worker in self.ranks if worker not in self.everybody]
+
+    def lose(self, *ranks: int, replace: bool = True) -> None:
+        """Kill ranks; the survivors go on, with new processes in place of the dead ones or without."""
+        victims = [self.ranks[rank] for rank in ranks]
+        for victim in victims:
+            self.agent.kill(victim)
+        self.agent.wait_exit(victims)
+        survivors = [worker for worker in self.ranks if worker not in victims]
+        self.agent.abort(survivors, self.generation)
+        members = [None if worker in victims else worker for worker in self.ranks]
+        self.next(members if replace else [member for member in members if member])
+
+    def outcome(self) -> WorkerOutcome:
+        self.agent.wait_exit(self.ranks)
+        finished(self.ranks)
+        assert self.ranks[0].outcome is not None
+        return self.ranks[0].outcome
+
+    def resume_steps(self) -> list[int | None]:
+        marks = self.ranks[0].marks
+        return [marks[generation].resume_step for generation in sorted(marks)]
+
+
+def same(first: WorkerOutcome, second: WorkerOutcome) -> None:
+    assert first.step == second.step
+    assert first.state_digest == second.state_digest
+    assert first.sample_digest == second.sample_digest
+    assert first.metrics == second.metrics
+
+
+@pytest.fixture(scope="module")
+def undisturbed(agent: AgentStub) -> dict[str, tuple[WorkerOutcome, dict[int, float]]]:
+    agent.env = {}
+    found = {}
+    for model in MODELS:
+        run = Run(agent, spec(model))
+        found[model] = (run.outcome(), series(run.everybody))
+    return found
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_killed_ranks_are_replaced_and_nothing_changes(
+    agent: AgentStub, undisturbed: Any, model: str
+) -> None:
+    rng = random.Random(model)
+    run = Run(agent, spec(model))
+    for number, victims in enumerate([(1,), (0,), (2, 3), (0, 1, 2)]):
+        run.train_to(8 + 10 * number + rng.randrange(5))
+        run.lose(*victims)
+    outcome = run.outcome()
+    expected, losses = undisturbed[model]
+    same(outcome, expected)
+    told = series(run.everybody)
+    assert told == {step: losses[step] for step in told}
+    assert sorted(told) == sorted(losses), "a step's loss was told by nobody"
+    parked = [(worker, one) for worker in run.everybody for one in worker.parked]
+    assert len(parked) == 3 + 3 + 2 + 1, "each survivor parks once per failure"
+    for worker, one in parked:
+        following = worker.marks.get(one.generation + 1)
+        if following is not None:
+            assert following.resume_step is not None
+            assert one.step <= following.resume_step <= one.step + 1, (
+                "a completed step is done again"
+            )
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_world_shrinks_and_grows_and_nothing_changes(
+    agent: AgentStub, undisturbed: Any, model: str
+) -> None:
+    run = Run(agent, spec(model))
+    run.train_to(7)
+    run.lose(2, replace=False)
+    run.train_to(15)
+    run.lose(0, replace=False)
+    run.train_to(22)
+    run.lose(1, replace=False)
+    run.train_to(30)
+    grown_at = run.ranks[0].step
+    run.next([run.ranks[0], None, None], at_boundary=True)
+    run.train_to(grown_at + 8)
+    run.next([*run.ranks, None], at_boundary=True)
+    same(run.outcome(), undisturbed[model][0])
+    assert series(run.everybody) == undisturbed[model][1]
+
+
+def test_a_smaller_world_from_the_start(agent: AgentStub, undisturbed: Any) -> None:
+    run = Run(agent, spec("cnn"), world_size=3)
+    same(run.outcome(), undisturbed["cnn"][0])
+
+
+def test_a_planned_change_costs_no_step(agent: AgentStub, undisturbed: Any) -> None:
+    run = Run(agent, spec("mlp"), world_size=2)
+    run.train_to(10)
+    run.next([*run.ranks, None, None], at_boundary=True)
+    same(run.outcome(), undisturbed["mlp"][0])
+    for worker in run.ranks[:2]:
+        assert [one.step for one in worker.parked] == [worker.marks[2].resume_step]
+
+
+def test_a_stopped_rank_does_not_hold_the_others(agent: AgentStub, undisturbed: Any) -> None:
+    run = Run(agent, spec("mlp"))
+    run.train_to(10)
+    stopped = run.ranks[2]
+    assert stopped.pid is not None
+    os.kill(stopped.pid, signal.SIGSTOP)
+    survivors = [worker for worker in run.ranks if worker is not stopped]
+    agent.abort(survivors, 1)
+    agent.pump(lambda: all(worker.parked for worker in survivors), "the survivors to be parked")
+    run.next([*survivors[:2], None, survivors[2]])
+    os.kill(stopped.pid, signal.SIGKILL)
+    same(run.outcome(), undisturbed["mlp"][0])
+
+
+def test_orders_of_an_older_generation_change_nothing(agent: AgentStub, undisturbed: Any) -> None:
+    run = Run(agent, spec("mlp"))
+    run.train_to(10)
+    run.lose(1)
+    run.train_to(20)
+    agent.abort(run.ranks, 1)
+    agent.send(run.ranks[0], agent.join(3, 4, 1))
+    same(run.outcome(), undisturbed["mlp"][0])
+
+
+def test_a_generation_that_fails_while_it_forms(agent: AgentStub, undisturbed: Any) -> None:
+    run = Run(agent, spec("mlp"))
+    run.train_to(10)
+    run.lose(1)
+    run.lose(1)
+    run.lose(2)
+    same(run.outcome(), undisturbed["mlp"][0])
+
+
+def test_a_spare_is_prepared_and_waits(agent: AgentStub, undisturbed: Any) -> None:
+    run = Run(agent, spec("mlp"))
+    spare = agent.spawn(agent.plan(run.spec, run.run_id))
+    agent.pump(
+        lambda: any(phase is WorkerPhase.SPARE for phase, _ in spare.phases), "a prepared spare"
+    )
+    run.train_to(10)
+    agent.kill(run.ranks[1])
+    agent.wait_exit([run.ranks[1]])
+    run.next([run.ranks[0], spare, *run.ranks[2:]])
+    same(run.outcome(), undisturbed["mlp"][0])
+
+
+def test_without_survivors_the_checkpoint_is_read(agent: AgentStub, undisturbed: Any) -> None:
+    run = Run(agent, spec_of(4, **spec_document("mlp", every_n_steps=10)))
+    run.train_to(10)
+    agent.pump(
+        lambda: all(any(s.step == 10 for s in w.shards) for w in run.ranks), "the checkpoint"
+    )
+    checkpoint = agent.commit(run.ranks, 10)
+    for worker in run.ranks:
+        agent.kill(worker)
+    agent.wait_exit(run.ranks)
+    run.generation += 1
+    run.ranks = agent.start(run.spec, run.run_id, generation=2, checkpoint=checkpoint)
+    same(run.outcome(), undisturbed["mlp"][0])
+    assert run.ranks[0].marks[2].source == "checkpoint of step 10"
+
+
+def spec_document(model: str, every_n_steps: int) -> dict[str, Any]:
+    return {
+        "steps": 60,
+        "checkpointing": {"every_n_steps": every_n_steps},
+        "hyperparameters": {"batch_size": 22, "epochs": 2, "lr": 0.01},
+        **MODELS[model],
+    }
