@@ -36,6 +36,7 @@ class ReporterSources(Struct, frozen=True, kw_only=True):
     workers: Callable[[], tuple[WorkerFact, ...]]
     applied_index: Callable[[], int]
     ready: Callable[[], bool]
+    workers_since: Callable[[], int] = lambda: 0
 
 
 class Reporter:
@@ -125,6 +126,7 @@ class Reporter:
             applied_index=self._sources.applied_index(),
             draining=self.draining,
             ready=self._sources.ready(),
+            workers_since=self._sources.workers_since(),
             memory_bytes=_resident_bytes(),
             cpu_percent=round(os.getloadavg()[0] * 100 / (os.cpu_count() or 1), 1),
         )

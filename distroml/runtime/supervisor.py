@@ -40,6 +40,8 @@ from distroml.runtime.spawner import Spawner, SpawnEvents, WorkerId
 from distroml.runtime.worker_output import HistorySink, WorkerOutput
 from distroml.runtime.worker_server import WorkerLink, WorkerServer, socket_path
 
+ADOPT_TIMEOUT_S = 4.0
+"""How long workers of an earlier agent may take to connect; under the grace that they give it."""
 TEND_S = 0.1
 """How often logs are read and patience is checked."""
 KILL_AGAIN_S = 2.0
@@ -53,6 +55,8 @@ SPAWN_TIMEOUT_S = 120.0
 """A forkserver that has not answered a spawn for this long hangs: it is replaced, and its workers with it."""
 WORKERS_PER_INCARNATION = 1_000_000
 """Names of workers never repeat: each life of an agent has so many of its own."""
+
+_WITHOUT_LINK = "it has no control connection and went on running"
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +76,7 @@ class Supervisor:
         *,
         sink: HistorySink,
         changed: Callable[[], None],
-        spawner: Callable[[Path, SpawnEvents], Spawner] = Spawner,
+        spawner: Callable[[Path, SpawnEvents, Path], Spawner] = Spawner,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
@@ -86,6 +90,7 @@ class Supervisor:
         self._tending: asyncio.Task[None] | None = None
         self._stopping = False
         self._spawns = 0
+        self._spoke = asyncio.Event()
         self._converging = False
         self._changed_meanwhile = False
         self._server = WorkerServer(
@@ -98,17 +103,21 @@ class Supervisor:
             settings.data_dir / "forkserver.log",
             SpawnEvents(
                 ready=self._on_ready,
+                running=self._on_running,
                 spawned=self._on_spawned,
                 failed=self._on_spawn_failed,
                 exited=self._on_exited,
                 lost=self._on_forkserver_lost,
             ),
+            socket_path(settings.data_dir, "forkserver"),
         )
 
     # --- life ---
 
     async def start(self, *, warm: bool) -> None:
         """Open the control socket; with ``warm`` start the forkserver too (a node with slots).
+
+        Workers that an earlier agent left are taken over first, as far as they say in time where they stand.
 
         Raises:
             OSError: the data directory or the socket cannot be used.
@@ -117,7 +126,22 @@ class Supervisor:
         await self._server.start()
         if warm:
             self._spawner.start()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ADOPT_TIMEOUT_S):
+                    await self._spawner.adopted()
+                    await self._strangers_speak()
         self._tending = asyncio.create_task(self._tend_always(), name="supervisor")
+
+    async def _strangers_speak(self) -> None:
+        while any(local.is_stranger for local in self._workers.values()):
+            self._spoke.clear()
+            await self._spoke.wait()
+
+    @property
+    def workers_since(self) -> int:
+        """The incarnation whose agent spawned the oldest worker that was taken over; 0: there is none."""
+        adopted = [worker for (_, worker), local in self._workers.items() if local.adopted]
+        return min(adopted, default=0) // WORKERS_PER_INCARNATION
 
     async def stop(self) -> None:
         """Kill all workers and the forkserver; what they wrote last still goes into history."""
@@ -165,6 +189,8 @@ class Supervisor:
             self._converging = False
 
     def _converge_once(self, state: ClusterState) -> None:
+        if any(local.is_stranger for local in self._workers.values()):
+            return  # whose work cannot be shared out before it is known which it is
         jobs = {job.run_id: job for job in state.jobs.values() if not job.terminal}
         shares = duties(state, self._settings.node, self._settings.incarnation, self._processes())
         for run_id, share in shares.items():  # before anything is spawned on their slots
@@ -284,6 +310,24 @@ class Supervisor:
         self.converge(self._state)
         self._changed()
 
+    def _on_running(self, told: control.Running) -> None:
+        """A worker that an earlier agent spawned; it will connect by itself."""
+        fact = WorkerFact(
+            job_id=told.job_id,
+            run_id=told.run_id,
+            worker=told.worker,
+            generation=0,
+            rank=0,
+            phase=WorkerPhase.SPAWNING,
+            pid=told.pid,
+            started_at=time.time(),
+        )
+        local = LocalWorker(fact, Path(told.log_path), self._monotonic(), from_end=True)
+        local.adopted = True
+        local.patience_ends_s = self._monotonic() + ADOPT_TIMEOUT_S
+        self._workers[told.run_id, told.worker] = local
+        self._by_pid[told.pid] = told.run_id, told.worker
+
     def _on_spawned(self, worker: WorkerId, pid: int) -> None:
         local = self._workers.get(worker)
         if local is None or not local.alive:
@@ -343,7 +387,11 @@ class Supervisor:
             return False
         local.link = link
         local.said_hello = True
-        if local.told:
+        local.patience_ends_s = None
+        if local.adopted:
+            local.introduce(link.hello)
+            self._spoke.set()
+        elif local.told:
             local.update(phase=WorkerPhase.CONNECTING)
         if local.exit_code is not None:
             local.patience_ends_s = self._monotonic() + LAST_FRAMES_S
@@ -438,7 +486,7 @@ class Supervisor:
             if local.exit_code is not None:
                 self._end(local)
             else:
-                self._give_up(local, "it closed its control connection and went on running")
+                self._give_up(local, _WITHOUT_LINK)
         unanswered = local.fact.pid is None and local.exit_code is None
         if local.alive and unanswered and now_s - local.spawned_s >= SPAWN_TIMEOUT_S:
             self._spawner.replace(f"a spawn was not answered for {SPAWN_TIMEOUT_S:g} s")
