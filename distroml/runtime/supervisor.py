@@ -22,7 +22,7 @@ from pathlib import Path
 import msgspec
 
 from distroml.consensus.state import ClusterState
-from distroml.model import TERMINAL, CheckpointStatus, Job, JobStatus
+from distroml.model import CheckpointStatus, Job, JobStatus
 from distroml.reports import NodeReport, WorkerFact, WorkerPhase
 from distroml.runtime import control
 from distroml.runtime.assignment import (
@@ -85,7 +85,10 @@ class Supervisor:
         self._monotonic = monotonic
         self._workers: dict[WorkerId, LocalWorker] = {}
         self._by_pid: dict[int, WorkerId] = {}
-        self._state = ClusterState()
+        self._state = self._active = ClusterState()
+        """What the log says; the same with jobs that have not ended only, of which there are few."""
+        self._awaited: set[tuple[str, int]] = set()
+        """Planned generations (with their run) whose other ranks cannot be met yet."""
         self._keys = KeyExchange()
         self._tending: asyncio.Task[None] | None = None
         self._stopping = False
@@ -176,7 +179,10 @@ class Supervisor:
 
     def converge(self, state: ClusterState) -> None:
         """Bring the local workers in line with ``state``."""
-        self._state = state
+        if state is not self._state:
+            self._state = state
+            jobs = {key: job for key, job in state.jobs.items() if not job.terminal}
+            self._active = msgspec.structs.replace(state, jobs=jobs)
         self._changed_meanwhile = True
         if self._converging or self._stopping:
             return
@@ -184,14 +190,15 @@ class Supervisor:
         try:
             while self._changed_meanwhile:  # a spawn that fails, for one, is looked at once more
                 self._changed_meanwhile = False
-                self._converge_once(self._state)
+                self._converge_once(self._active)
         finally:
             self._converging = False
 
     def _converge_once(self, state: ClusterState) -> None:
         if any(local.is_stranger for local in self._workers.values()):
             return  # whose work cannot be shared out before it is known which it is
-        jobs = {job.run_id: job for job in state.jobs.values() if not job.terminal}
+        self._awaited.clear()
+        jobs = {job.run_id: job for job in state.jobs.values()}
         shares = duties(state, self._settings.node, self._settings.incarnation, self._processes())
         for run_id, share in shares.items():  # before anything is spawned on their slots
             for worker in share.retired:
@@ -205,13 +212,7 @@ class Supervisor:
                 if spare is None:
                     self._spawn(jobs[run_id], None)
         if len(self._keys):
-            self._keys.forget(
-                {
-                    job.run_id: job.generation_number
-                    for job in state.jobs.values()
-                    if job.status not in TERMINAL
-                }
-            )
+            self._keys.forget({run_id: job.generation_number for run_id, job in jobs.items()})
 
     def facts(self) -> tuple[WorkerFact, ...]:
         """Everything known of the local workers, those of ended generations too while they live."""
@@ -242,6 +243,8 @@ class Supervisor:
         joining = job.generation.joining if job.generation else ()
         if not join.at_boundary or have_joined(keys, join.generation, joining):
             self._tell(local, join, keys)
+        else:
+            self._awaited.add((job.run_id, join.generation))
         if job.status is JobStatus.STOPPING:
             local.send_stop()
         if local.fact.shards:
@@ -448,7 +451,8 @@ class Supervisor:
             for (run, _), local in self._workers.items():
                 if (run, local.told) == (run_id, generation):
                     local.send_keys(known)
-            self.converge(self._state)  # a planned change may have waited for them
+            if (run_id, generation) in self._awaited:
+                self.converge(self._state)
 
     def _give_up(self, local: LocalWorker, error: str) -> None:
         """End a worker that cannot be worked with, and say why in its place."""
