@@ -116,12 +116,13 @@ def test_a_learner_may_ask_for_a_read_index_and_for_a_new_leader() -> None:
 def test_a_learner_that_goes_leaves_nothing_behind() -> None:
     node = leader_with_learner()
     node.feed("x", ReadRequest(7))
+    (nonce,) = {m.nonce for _, m in node.last.messages if isinstance(m, ReadProbe)}
     node.turn(lambda: node.core.set_link("x", False))
     turn = node.submit(b"more")
     assert "x" not in {peer for peer, _ in turn.messages}
     for table in (node.raft.progress, node.raft.next_index, node.raft.match_index):
         assert {str(known.id) for known in table} == {"b", "c"}
-    (nonce,) = {m.nonce for m in node.wait(0.2) if isinstance(m, ReadProbe)}
+    assert not any(isinstance(m, ReadProbe) for m in node.wait(0.2))
     node.feed("b", ReadEcho(node.raft.term, nonce))
     assert not any(peer == "x" for peer, _ in node.last.messages)
 
