@@ -26,16 +26,15 @@ from distroml.model import CheckpointStatus, Job, JobStatus
 from distroml.reports import NodeReport, WorkerFact, WorkerPhase
 from distroml.runtime import control
 from distroml.runtime.assignment import (
-    Process,
     SupervisorSettings,
     duties,
     next_join,
-    worker_plan,
 )
 from distroml.runtime.control import PULSE_S, FromWorker, Join
 from distroml.runtime.key_exchange import KeyExchange, have_joined
 from distroml.runtime.local_worker import LocalWorker, failure_of
 from distroml.runtime.process_state import is_stopped
+from distroml.runtime.roster import Roster
 from distroml.runtime.spawner import Spawner, SpawnEvents, WorkerId
 from distroml.runtime.worker_output import HistorySink, WorkerOutput
 from distroml.runtime.worker_server import WorkerLink, WorkerServer, socket_path
@@ -53,9 +52,6 @@ LINK_LOST_S = 2.0
 """How long a worker may live on without its control connection; it would train, but nobody could tell."""
 SPAWN_TIMEOUT_S = 120.0
 """A forkserver that has not answered a spawn for this long hangs: it is replaced, and its workers with it."""
-WORKERS_PER_INCARNATION = 1_000_000
-"""Names of workers never repeat: each life of an agent has so many of its own."""
-
 _WITHOUT_LINK = "it has no control connection and went on running"
 
 _log = logging.getLogger(__name__)
@@ -83,8 +79,6 @@ class Supervisor:
         self._output = WorkerOutput(settings.log_dir, sink=sink, monotonic=monotonic)
         self._changed = changed
         self._monotonic = monotonic
-        self._workers: dict[WorkerId, LocalWorker] = {}
-        self._by_pid: dict[int, WorkerId] = {}
         self._state = self._active = ClusterState()
         """What the log says; the same with jobs that have not ended only, of which there are few."""
         self._awaited: set[tuple[str, int]] = set()
@@ -92,7 +86,6 @@ class Supervisor:
         self._keys = KeyExchange()
         self._tending: asyncio.Task[None] | None = None
         self._stopping = False
-        self._spawns = 0
         self._spoke = asyncio.Event()
         self._converging = False
         self._changed_meanwhile = False
@@ -102,6 +95,8 @@ class Supervisor:
             received=self._on_message,
             closed=self._on_closed,
         )
+        self._roster = Roster(settings, self._server.path)
+        self._workers = self._roster.workers
         self._spawner = spawner(
             settings.data_dir / "forkserver.log",
             SpawnEvents(
@@ -136,15 +131,14 @@ class Supervisor:
         self._tending = asyncio.create_task(self._tend_always(), name="supervisor")
 
     async def _strangers_speak(self) -> None:
-        while any(local.is_stranger for local in self._workers.values()):
+        while self._roster.has_strangers:
             self._spoke.clear()
             await self._spoke.wait()
 
     @property
     def workers_since(self) -> int:
         """The incarnation whose agent spawned the oldest worker that was taken over; 0: there is none."""
-        adopted = [worker for (_, worker), local in self._workers.items() if local.adopted]
-        return min(adopted, default=0) // WORKERS_PER_INCARNATION
+        return self._roster.workers_since
 
     async def stop(self) -> None:
         """Kill all workers and the forkserver; what they wrote last still goes into history."""
@@ -195,11 +189,13 @@ class Supervisor:
             self._converging = False
 
     def _converge_once(self, state: ClusterState) -> None:
-        if any(local.is_stranger for local in self._workers.values()):
+        if self._roster.has_strangers:
             return  # whose work cannot be shared out before it is known which it is
         self._awaited.clear()
         jobs = {job.run_id: job for job in state.jobs.values()}
-        shares = duties(state, self._settings.node, self._settings.incarnation, self._processes())
+        shares = duties(
+            state, self._settings.node, self._settings.incarnation, self._roster.processes()
+        )
         for run_id, share in shares.items():  # before anything is spawned on their slots
             for worker in share.retired:
                 self._retire((run_id, worker))
@@ -216,14 +212,7 @@ class Supervisor:
 
     def facts(self) -> tuple[WorkerFact, ...]:
         """Everything known of the local workers, those of ended generations too while they live."""
-        now_s = self._monotonic()
-        return tuple(local.observed(now_s) for _, local in sorted(self._workers.items()))
-
-    def _processes(self) -> dict[str, list[Process]]:
-        found: dict[str, list[Process]] = {}
-        for (run_id, _), local in self._workers.items():
-            found.setdefault(run_id, []).append(local.process)
-        return found
+        return self._roster.facts(self._monotonic())
 
     def take_peer_report(self, report: NodeReport) -> None:
         """Pass on rendezvous keys that other nodes' ranks published."""
@@ -262,22 +251,8 @@ class Supervisor:
     def _spawn(self, job: Job, join: Join | None) -> None:
         if not self._spawner.ready:
             return
-        self._spawns += 1
-        worker = self._settings.incarnation * WORKERS_PER_INCARNATION + self._spawns
-        plan = worker_plan(job, worker, join, self._settings, self._server.path)
-        fact = WorkerFact(
-            job_id=plan.job_id,
-            run_id=plan.run_id,
-            worker=worker,
-            generation=join.generation if join else 0,
-            rank=join.rank if join else 0,
-            phase=WorkerPhase.SPAWNING,
-            step=job.generation.resume_step if job.generation and join else 0,
-            started_at=time.time(),
-        )
+        plan, local = self._roster.spawned(job, join, self._monotonic())
         path = Path(plan.log_path)
-        local = LocalWorker(fact, path, self._monotonic(), join)
-        self._workers[plan.run_id, worker] = local
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # A node whose data directory was put back may have left one, whose lines are no news.
@@ -315,29 +290,15 @@ class Supervisor:
 
     def _on_running(self, told: control.Running) -> None:
         """A worker that an earlier agent spawned; it will connect by itself."""
-        fact = WorkerFact(
-            job_id=told.job_id,
-            run_id=told.run_id,
-            worker=told.worker,
-            generation=0,
-            rank=0,
-            phase=WorkerPhase.SPAWNING,
-            pid=told.pid,
-            started_at=time.time(),
-        )
-        local = LocalWorker(fact, Path(told.log_path), self._monotonic(), from_end=True)
-        local.adopted = True
+        local = self._roster.taken_over(told, self._monotonic())
         local.patience_ends_s = self._monotonic() + ADOPT_TIMEOUT_S
-        self._workers[told.run_id, told.worker] = local
-        self._by_pid[told.pid] = told.run_id, told.worker
 
     def _on_spawned(self, worker: WorkerId, pid: int) -> None:
         local = self._workers.get(worker)
         if local is None or not local.alive:
             _kill_group(pid)
             return
-        self._by_pid[pid] = worker
-        local.update(pid=pid)
+        self._roster.runs_as(worker, pid)
         self.converge(self._state)
         self._changed()
 
@@ -348,13 +309,12 @@ class Supervisor:
             self._end(local, exit_code=1)
 
     def _on_exited(self, pid: int, status: int) -> None:
-        worker = self._by_pid.pop(pid, None)
-        local = self._workers.get(worker) if worker else None
+        local = self._roster.ended(pid)
         if local is not None and local.alive:
             self._gone(local, status)
 
     def _on_forkserver_lost(self) -> None:
-        self._by_pid.clear()
+        self._roster.all_ended()
         for local in list(self._workers.values()):
             if local.alive and local.exit_code is None:
                 if local.fact.pid is not None:
