@@ -165,5 +165,7 @@ class NodeReport(Struct, frozen=True, gc=False, kw_only=True):
     draining: bool = False
     ready: bool = True
     """False while the warm forkserver is not up."""
+    workers_since: int = 0
+    """The incarnation whose agent spawned workers that still run; 0: they are its own, or none."""
     memory_bytes: int = 0
     cpu_percent: float = 0.0

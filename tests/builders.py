@@ -49,9 +49,15 @@ class Log:
         return self.state.jobs[job_id]
 
 
-def node(name: str, *, incarnation: int = 1, slots: int = 4) -> c.RegisterNode:
+def node(
+    name: str, *, incarnation: int = 1, slots: int = 4, workers_since: int = 0
+) -> c.RegisterNode:
     return c.RegisterNode(
-        name=name, incarnation=incarnation, http=f"http://127.0.0.1/{name}", slots=slots
+        name=name,
+        incarnation=incarnation,
+        http=f"http://127.0.0.1/{name}",
+        slots=slots,
+        workers_since=workers_since,
     )
 
 

@@ -144,6 +144,7 @@ class Node:
                 workers=self.supervisor.facts,
                 applied_index=lambda: self.replica.state.index,
                 ready=self._warm,
+                workers_since=lambda: self.supervisor.workers_since,
             ),
             took=self._take_own_report,
             interval_s=settings.report_interval_ms / 1000,
@@ -199,7 +200,9 @@ class Node:
             parts = await self._start(stack)
             stopped = asyncio.create_task(stop.wait(), name="stop")
             broken = asyncio.create_task(self._broken.wait(), name="broken")
-            register = asyncio.create_task(self.registration.register(), name="register")
+            register = asyncio.create_task(
+                self.registration.register(self.supervisor.workers_since), name="register"
+            )
             ends = {stopped, broken, register}
             try:
                 while not stop.is_set():

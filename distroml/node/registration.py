@@ -56,8 +56,11 @@ class Registration:
         self.done = False
         """Whether the cluster has taken this incarnation in."""
 
-    async def register(self) -> None:
+    async def register(self, workers_since: int = 0) -> None:
         """Tell the cluster of this incarnation; until then it gets no ranks and proposes nothing else.
+
+        Args:
+            workers_since: the incarnation that spawned workers which still run; 0: there are none.
 
         Raises:
             Reincarnate: the cluster has seen this incarnation, or a later one, before.
@@ -68,6 +71,7 @@ class Registration:
             incarnation=self._incarnation,
             http=self._config.http_url,
             slots=self._config.slots,
+            workers_since=workers_since,
         )
         fresh, told = False, ""
         while not self.done:

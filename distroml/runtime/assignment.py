@@ -179,7 +179,13 @@ def _share(job: Job, own: Node, processes: Sequence[Process], room: int) -> Duti
         return Duties(retired=tuple(one.worker for one in processes))
     generation = job.generation
     mine = [m for m in generation.members if m.node == own.name and own.holds(m)]
-    ranks = _ranks(job, generation, mine, processes)
+    lost = {m.rank for m in mine if m.incarnation != own.incarnation}
+    ranks = {
+        rank: worker
+        for rank, worker in _ranks(job, generation, mine, processes).items()
+        # What an earlier incarnation spawned and is gone: the ranks that it met do not wait for another.
+        if worker is not None or rank not in lost
+    }
     taken = {worker for worker in ranks.values() if worker is not None}
     left = [one for one in processes if one.worker not in taken]
     wanted = sum(1 for m in generation.spares if m.node == own.name and own.holds(m))

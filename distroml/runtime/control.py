@@ -177,8 +177,9 @@ ToWorker = RendezvousKeys | Stop | Join | Abort
 
 
 # --- agent <-> forkserver --------------------------------------------------------------------------------------
-# The forkserver inherits one end of a Unix socket pair. End of file from the agent means that the agent is gone:
-# the forkserver then kills every worker with its process group and exits.
+# The forkserver inherits one end of a Unix socket pair. End of file without ``Close`` means that the agent died: the
+# forkserver then waits a while at its own Unix socket for the next one, tells it of the workers that there are and of
+# those that ended meanwhile, and then ``Ready``. If none comes it kills every worker with its process group and exits.
 
 
 class Spawn(Struct, frozen=True, tag=True, kw_only=True):
@@ -186,6 +187,10 @@ class Spawn(Struct, frozen=True, tag=True, kw_only=True):
 
     plan: WorkerPlan
     env: dict[str, str] = {}
+
+
+class Close(Struct, frozen=True, tag=True, kw_only=True):
+    """agent -> forkserver: kill all workers and exit."""
 
 
 class Ready(Struct, frozen=True, tag=True, kw_only=True):
@@ -202,6 +207,16 @@ class Spawned(Struct, frozen=True, tag=True, kw_only=True):
     pid: int
 
 
+class Running(Struct, frozen=True, tag=True, kw_only=True):
+    """forkserver -> an agent that came back: a worker that an earlier one spawned."""
+
+    job_id: str
+    run_id: str
+    worker: int
+    pid: int
+    log_path: str
+
+
 class SpawnFailed(Struct, frozen=True, tag=True, kw_only=True):
     """forkserver -> agent: no process was made for this plan."""
 
@@ -211,14 +226,14 @@ class SpawnFailed(Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Exited(Struct, frozen=True, tag=True, kw_only=True):
-    """forkserver -> agent: a worker ended and was reaped; always after its ``Spawned``."""
+    """forkserver -> agent: a worker ended and was reaped; always after its ``Spawned`` or ``Running``."""
 
     pid: int
     status: int
     """As of ``subprocess``: negative for a signal."""
 
 
-FromForkserver = Ready | Spawned | SpawnFailed | Exited
+FromForkserver = Ready | Spawned | Running | SpawnFailed | Exited
 
 
 # --- framing ---------------------------------------------------------------------------------------------------
@@ -258,7 +273,7 @@ class FrameReader(Generic[_Message]):
         return messages
 
 
-def encode_frame(message: FromWorker | ToWorker | Spawn | FromForkserver) -> bytes:
+def encode_frame(message: FromWorker | ToWorker | Spawn | Close | FromForkserver) -> bytes:
     """Length prefix (4 bytes, big-endian) and MessagePack body.
 
     Raises:

@@ -29,6 +29,8 @@ MAX_ERROR_BYTES = 1024
 MAX_TRACEBACK_BYTES = 8192
 MAX_LAST_LINES = 20
 MAX_LINE_BYTES = 400
+STILL_S = 2.0
+"""Ranks that advanced within this time train."""
 MAX_REASON_BYTES = 500
 """Together well under ``commands.MAX_ENTRY_BYTES``."""
 
@@ -76,16 +78,18 @@ def gather(
     survey: Survey,
     settings: ReconcilerSettings,
     *,
+    wall_s: float,
     may_move: bool = False,
 ) -> list[Evidence]:
     """All that speaks against the ranks of ``generation``, by rank; while a planned change lasts, also those before.
 
     Args:
+        wall_s: the present (Unix seconds).
         may_move: whether ranks on nodes that shut down are about to be moved.
     """
     known = members_facts(job, facts)
     before = ranks_of(job, job.outgoing, facts) if job.outgoing else {}
-    scene = _Scene(job, generation, facts, survey, settings, may_move)
+    scene = _Scene(job, generation, facts, survey, settings, wall_s, may_move)
     found: list[Evidence] = []
     for member in generation.members:
         joins = job.outgoing is not None and member.rank in generation.joining
@@ -112,6 +116,7 @@ class _Scene(Struct, frozen=True):
     facts: Facts
     survey: Survey
     settings: ReconcilerSettings
+    wall_s: float
     may_move: bool
 
 
@@ -135,6 +140,8 @@ def _against(scene: _Scene, member: Member, fact: WorkerFact | None) -> Evidence
             return _of_worker(member, fact)
     elif scene.may_move:
         node_gone = scene.survey.gone(member, may_move=True)
+    if node_gone is not None and node_gone.kind is FailureKind.NODE_LOST and _trains_on(scene):
+        return None
     if node_gone is not None:
         return _of_node(member, node_gone, scene.generation, scene.facts)
     if fact is None:
@@ -206,6 +213,35 @@ def clip_front(text: str, limit_bytes: int) -> str:
 def ranks_text(ranks: Sequence[int]) -> str:
     """Such as ``rank 2`` or ``ranks 2, 3``."""
     return f"rank{'s'[: len(ranks) != 1]} {', '.join(map(str, ranks))}"
+
+
+def _trains_on(scene: _Scene) -> bool:
+    """Whether ranks of a node that is lost train, although its agent is silent: the others could not without them."""
+    generation = scene.job.at_work or scene.generation
+    views = scene.survey.views
+    speaking = {name for name, view in views.items() if view.speaks}
+    lost = [m for m in generation.members if m.node not in speaking]
+    seen = ranks_of(scene.job, generation, scene.facts)
+    heard = [seen.get(m.rank) for m in generation.members if m.node in speaking]
+    if not heard or any(one is None or not _is_at_work(one) for one in heard):
+        return False
+    silent_s = max((_silent_s(scene, member) for member in lost), default=0.0)
+    still_s = scene.facts.looked_s - sighting_of(scene.job, scene.facts).still_since_s
+    slowest_s = max((one.timing.slowest_s for one in heard if one and one.timing), default=0.0)
+    finished = any(one and one.outcome for one in heard)  # which takes all of them
+    advances = finished or still_s < max(STILL_S, 2 * slowest_s)
+    return advances and silent_s < scene.settings.agent_grace_s
+
+
+def _is_at_work(fact: WorkerFact) -> bool:
+    return fact.outcome is not None or fact.phase in (WorkerPhase.TRAINING, WorkerPhase.FINISHING)
+
+
+def _silent_s(scene: _Scene, member: Member) -> float:
+    node = scene.facts.nodes.get(member.node)
+    if node is None or node.heard_at is None:
+        return float("inf")
+    return scene.wall_s - node.heard_at
 
 
 def _of_worker(member: Member, fact: WorkerFact) -> Evidence:

@@ -58,6 +58,8 @@ class ReconcilerSettings(Struct, frozen=True, gc=False, kw_only=True):
     backoff_limit_s: float = 30.0
     grow_pause_s: float = 3.0
     """How long a generation is left alone before it grows (wall clock)."""
+    agent_grace_s: float = 10.0
+    """How long a lost node may hold ranks that train as the others show: its agent may come back to them."""
     regrow_pause_s: float = 30.0
     """The same where a planned change failed or took ranks away."""
     hang: HangSettings = HangSettings()
@@ -74,15 +76,13 @@ class NodeFacts(Struct, frozen=True, gc=False, kw_only=True):
     """The newest one, kept after the node was lost."""
     heard_at: float | None = None
     """When its last report came, in Unix seconds of this leader's clock."""
-    workers_since: int = 0
-    """The incarnation whose agent spawned the workers that it reports; 0: its own."""
 
     def holds(self, member: Member) -> bool:
         """Whether its report speaks of a worker that was given to ``member.incarnation`` of the node."""
         if self.report is None:
             return False
         now = self.report.incarnation
-        return (self.workers_since or now) <= member.incarnation <= now
+        return (self.report.workers_since or now) <= member.incarnation <= now
 
 
 class Sighting(Struct, frozen=True, gc=False, kw_only=True):

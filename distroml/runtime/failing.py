@@ -46,7 +46,13 @@ _ON_THE_WAY = (WorkerPhase.CONNECTING, WorkerPhase.RESTORING)
 def evidence_of(turn: Turn, run: Running, *, may_move: bool = False) -> list[Evidence]:
     """All that speaks against the ranks of the generation, and of the one that it is to relieve."""
     return gather(
-        run.job, run.generation, turn.facts, turn.survey, turn.settings, may_move=may_move
+        run.job,
+        run.generation,
+        turn.facts,
+        turn.survey,
+        turn.settings,
+        wall_s=turn.now.wall_s,
+        may_move=may_move,
     )
 
 

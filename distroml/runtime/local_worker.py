@@ -44,16 +44,25 @@ class LocalWorker:
     Args:
         now_s: monotonic seconds at its spawn.
         join: what it was spawned to become; None for a spare.
+        from_end: what is in its log already was read by an earlier agent.
     """
 
     def __init__(
-        self, fact: WorkerFact, log_path: Path, now_s: float, join: Join | None = None
+        self,
+        fact: WorkerFact,
+        log_path: Path,
+        now_s: float,
+        join: Join | None = None,
+        *,
+        from_end: bool = False,
     ) -> None:
         self.fact = fact
-        self.tail = LogTail(log_path)
+        self.tail = LogTail(log_path, from_end=from_end)
         self.spawned_s = now_s
         self.link: WorkerLink | None = None
         self.said_hello = False
+        self.adopted = False
+        """Whether an earlier agent spawned it."""
         self.stop_sent = False
         self.killed_at_s: float | None = None
         self.exit_code: int | None = None
@@ -72,6 +81,25 @@ class LocalWorker:
         self._ranks = {fact.generation: fact.rank}
         self._aborted = 0
         self._keys_sent: set[str] = set()
+
+    @property
+    def is_stranger(self) -> bool:
+        """An earlier agent spawned it, and it has yet to say where it stands."""
+        return self.adopted and not self.said_hello and self.alive
+
+    def introduce(self, hello: control.Hello) -> None:
+        """A worker that an earlier agent spawned says where it stands."""
+        if hello.generation > 0:
+            self._told = Join(
+                generation=hello.generation,
+                rank=hello.rank,
+                local_rank=0,
+                world_size=0,
+                checkpoint=None,
+            )
+        self._ranks = {hello.generation: hello.rank}
+        phase = WorkerPhase.CONNECTING if hello.generation > 0 else WorkerPhase.SPARE
+        self.update(generation=hello.generation, rank=hello.rank, step=hello.step, phase=phase)
 
     @property
     def alive(self) -> bool:

@@ -32,9 +32,12 @@ KEPT_RUNS = 64
 class LogTail:
     """Incremental reader of one log file; survives that the file does not exist yet."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, from_end: bool = False) -> None:
         self.path = path
         self._offset = 0
+        if from_end:
+            with contextlib.suppress(OSError):
+                self._offset = path.stat().st_size
         self._partial = b""
         self._last: deque[str] = deque(maxlen=LAST_LINES)
 

@@ -36,6 +36,18 @@ class NodeView(Struct, frozen=True, kw_only=True):
     """The newest known, registered or heard."""
     report: NodeReport | None
     """Only if it speaks for the registered incarnation."""
+    returned: NodeReport | None = None
+    """Of a later incarnation, which has yet to register."""
+
+    def holds(self, member: Member) -> bool:
+        """Whether a worker that was given to ``member.incarnation`` may still run there.
+
+        An agent that has come back says so before it is registered.
+        """
+        if self.returned is not None:
+            since = self.returned.workers_since or self.returned.incarnation
+            return since <= member.incarnation <= self.returned.incarnation
+        return self.node.holds(member)
 
     @property
     def changed(self) -> bool:
@@ -85,7 +97,7 @@ class Survey(Struct, frozen=True, kw_only=True):
         view = self.views.get(member.node)
         if view is None:
             return GoneNode(FailureKind.NODE_LOST, "is not registered")
-        if view.incarnation > view.node.incarnation or not view.node.holds(member):
+        if not view.holds(member):
             said = f"restarted (incarnation {view.incarnation}, was {member.incarnation})"
             return GoneNode(FailureKind.NODE_RESTARTED, said)
         if view.status is NodeStatus.LOST:
@@ -162,6 +174,7 @@ def _view(node: Node, seen: NodeFacts | None, now: Now, settings: ReconcilerSett
         health=seen.health if seen else Health.SUSPECT,
         incarnation=max(node.incarnation, heard),
         report=report if heard == node.incarnation else None,
+        returned=report if heard > node.incarnation else None,
     )
 
 

@@ -26,8 +26,8 @@ def queue_window(state: ClusterState, window: int = WINDOW) -> ClusterState:
         return state
     slots = sum(node.slots for node in state.nodes.values())
     queued.sort(key=_queue_order)
-    fitting = [job for job in queued if job.spec.resources.workers <= slots]
-    larger = [job for job in queued if job.spec.resources.workers > slots]
+    fitting = [job for job in queued if job.spec.resources.fewest <= slots]
+    larger = [job for job in queued if job.spec.resources.fewest > slots]
     behind = {job.job_id for job in (*fitting[window:], *larger[window:])}
     return replace(state, jobs={key: job for key, job in state.jobs.items() if key not in behind})
 

@@ -18,8 +18,8 @@ from distroml.reports import NodeReport, WorkerFact
 
 GATHER_S = 0.001
 """How long a report waits for what belongs to the same change: workers that were killed together, a rank's keys."""
-PAUSE_S = 0.005
-"""Least time between two reports; changes meanwhile go out as one."""
+PAUSE_PER_REPORT = 4.0
+"""Pause after a report in parts of the time that it took; changes meanwhile go out as one."""
 MAX_REPORT_BYTES = 3 * 1024 * 1024
 """Under the frame limit of the peer links; a larger report goes without its less needed parts."""
 _log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ class ReporterSources(Struct, frozen=True, kw_only=True):
     workers: Callable[[], tuple[WorkerFact, ...]]
     applied_index: Callable[[], int]
     ready: Callable[[], bool]
+    workers_since: Callable[[], int] = lambda: 0
 
 
 class Reporter:
@@ -97,14 +98,14 @@ class Reporter:
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
-        sent_s = loop.time()
+        due_s = loop.time()
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._interval_s):
                     await self._kicked.wait()
-                await asyncio.sleep(max(GATHER_S, sent_s + PAUSE_S - loop.time()))
+                await asyncio.sleep(max(GATHER_S, due_s - loop.time()))
             self._kicked.clear()
-            sent_s = loop.time()
+            began_s = loop.time()
             try:
                 self.send_now()
             except (
@@ -112,6 +113,8 @@ class Reporter:
             ):  # a node that falls silent for good is taken for dead, and its workers with it
                 self.failures += 1
                 _log.exception("a report could not be sent")
+            now_s = loop.time()
+            due_s = now_s + PAUSE_PER_REPORT * (now_s - began_s)
 
     def _build(self) -> NodeReport:
         self._sequence += 1
@@ -125,6 +128,7 @@ class Reporter:
             applied_index=self._sources.applied_index(),
             draining=self.draining,
             ready=self._sources.ready(),
+            workers_since=self._sources.workers_since(),
             memory_bytes=_resident_bytes(),
             cpu_percent=round(os.getloadavg()[0] * 100 / (os.cpu_count() or 1), 1),
         )

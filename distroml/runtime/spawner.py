@@ -2,14 +2,17 @@
 
 The forkserver (``runtime.worker.forkserver``) has torch imported, so a worker is one ``fork`` away and the agent
 never imports torch. If the forkserver dies, all its workers die with it (the kernel sees to that); the agent is
-told and a new one is started after a pause.
+told and a new one is started after a pause. If the agent dies, forkserver and workers live on for a while: the next
+agent finds them at the forkserver's socket and goes on with them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -18,9 +21,11 @@ from pathlib import Path
 import msgspec
 
 from distroml.runtime.control import (
+    Close,
     Exited,
     FromForkserver,
     Ready,
+    Running,
     Spawn,
     Spawned,
     SpawnFailed,
@@ -37,6 +42,10 @@ MAX_LOG_BYTES = 1024 * 1024
 """What earlier forkservers wrote is dropped when a new one finds more than this."""
 STOP_TIMEOUT_S = 0.5
 """A forkserver busy importing does not see that it should end; killing it loses nothing."""
+STOP_POLL_S = 0.02
+
+ADOPT_TIMEOUT_S = 2.0
+"""How long an earlier agent's forkserver may take to tell what it has."""
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +57,8 @@ class SpawnEvents(msgspec.Struct, frozen=True, kw_only=True):
     """What the owner of a ``Spawner`` wants to hear; called in the event loop."""
 
     ready: Callable[[], None]
+    running: Callable[[Running], None]
+    """A worker that an earlier agent spawned; all of them are told before ``ready``."""
     spawned: Callable[[WorkerId, int], None]
     failed: Callable[[WorkerId, str], None]
     exited: Callable[[int, int], None]
@@ -56,13 +67,20 @@ class SpawnEvents(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Spawner:
-    """Keeps one forkserver process running."""
+    """Keeps one forkserver process running.
 
-    def __init__(self, log_path: Path, events: SpawnEvents) -> None:
+    Args:
+        listen: Unix socket at which the forkserver waits for the next agent if this one dies.
+    """
+
+    def __init__(self, log_path: Path, events: SpawnEvents, listen: Path) -> None:
         self._log_path = log_path
         self._events = events
+        self._listen = listen
         self._writer: asyncio.StreamWriter | None = None
         self._process: asyncio.subprocess.Process | None = None
+        self._pid: int | None = None
+        self._looked = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
         """Runs from ``start`` to ``stop``."""
         self.ready = False
@@ -70,17 +88,21 @@ class Spawner:
     @property
     def pid(self) -> int | None:
         """Process id of the forkserver while one runs."""
-        return self._process.pid if self._process else None
+        return self._process.pid if self._process else self._pid
 
     def start(self) -> None:
         """Begin; ``events.ready`` tells when workers can be asked for."""
         self.task = asyncio.create_task(self._keep_running(), name="forkserver")
 
+    async def adopted(self) -> None:
+        """Wait until all workers of an earlier agent were told, or it is known that there are none."""
+        await self._looked.wait()
+
     def replace(self, why: str) -> None:
         """End a forkserver that does not do its work; another one follows."""
-        if self._process is not None and self._process.returncode is None:
+        if self.pid is not None:
             _log.error("the forkserver is replaced: %s", why)
-            self._process.kill()
+            _kill(self.pid)
 
     async def stop(self) -> None:
         """End the forkserver and with it all workers."""
@@ -96,6 +118,7 @@ class Spawner:
 
     async def _keep_running(self) -> None:
         pause_s = RESTART_FIRST_S
+        await self._adopt()
         while True:
             was_ready = False
             try:
@@ -109,6 +132,22 @@ class Spawner:
             )
             await asyncio.sleep(pause_s)
 
+    async def _adopt(self) -> None:
+        """Go on with the forkserver of an earlier agent, where there is one, until it ends."""
+        try:
+            reader, self._writer = await asyncio.open_unix_connection(self._listen)
+        except OSError:
+            self._looked.set()
+            return
+        try:
+            await self._follow(reader, ADOPT_TIMEOUT_S)
+        except (OSError, TimeoutError, BadFrame) as error:
+            _log.warning("the workers of an earlier agent are lost: %s", error or "no answer")
+        finally:
+            await self._end()
+        self._events.lost()
+        self._looked.set()
+
     async def _run_once(self) -> bool:
         """One forkserver from its start to its end; returns whether it ever became ready.
 
@@ -118,22 +157,25 @@ class Spawner:
             TimeoutError: it did not become ready in time.
         """
         ours, theirs = socket.socketpair()
-        was_ready = False
         try:
             with theirs:
                 reader, self._writer = await asyncio.open_connection(sock=ours)
                 self._process = await self._launch(theirs)
-            messages = read_messages(reader, FromForkserver)
-            async with asyncio.timeout(READY_TIMEOUT_S) as patience:
-                async for message in messages:
-                    if isinstance(message, Ready):
-                        was_ready = True
-                        patience.reschedule(None)
-                    self._handle(message)
+            return await self._follow(reader, READY_TIMEOUT_S)
         finally:
             if self._writer is None:
                 ours.close()
             await self._end()
+
+    async def _follow(self, reader: asyncio.StreamReader, ready_timeout_s: float) -> bool:
+        """Hand on what a forkserver tells until it ends; returns whether it ever became ready."""
+        was_ready = False
+        async with asyncio.timeout(ready_timeout_s) as patience:
+            async for message in read_messages(reader, FromForkserver):
+                if isinstance(message, Ready):
+                    was_ready = True
+                    patience.reschedule(None)
+                self._handle(message)
         return was_ready
 
     async def _launch(self, channel: socket.socket) -> asyncio.subprocess.Process:
@@ -146,6 +188,8 @@ class Spawner:
                 "distroml.runtime.worker.forkserver",
                 "--fd",
                 str(channel.fileno()),
+                "--listen",
+                str(self._listen),
                 pass_fds=(channel.fileno(),),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
@@ -156,9 +200,13 @@ class Spawner:
 
     def _handle(self, message: FromForkserver) -> None:
         match message:
-            case Ready():
+            case Ready(pid=pid):
+                self._pid = pid
                 self.ready = True
+                self._looked.set()
                 self._events.ready()
+            case Running():
+                self._events.running(message)
             case Spawned(run_id=run_id, worker=worker, pid=pid):
                 self._events.spawned((run_id, worker), pid)
             case SpawnFailed(run_id=run_id, worker=worker, reason=reason):
@@ -167,17 +215,38 @@ class Spawner:
                 self._events.exited(pid, status)
 
     async def _end(self) -> None:
-        """Close the channel (the forkserver kills its workers on EOF) and see the process out."""
+        """Have the forkserver kill its workers and exit, and see the process out."""
         self.ready = False
+        pid, process = self.pid, self._process
+        self._process = self._pid = None
         if self._writer is not None:
+            with contextlib.suppress(OSError):
+                self._writer.write(encode_frame(Close()))
             self._writer.close()
             self._writer = None
-        process, self._process = self._process, None
-        if process is None:
-            return
         try:
             async with asyncio.timeout(STOP_TIMEOUT_S):
-                await process.wait()
+                if process is not None:
+                    await process.wait()
+                elif pid is not None:
+                    while _lives(pid):  # noqa: ASYNC110 - no child of this process: nothing tells of its end
+                        await asyncio.sleep(STOP_POLL_S)
         except TimeoutError:
-            process.kill()
-            await process.wait()
+            _kill(pid)
+            if process is not None:
+                await process.wait()
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process that is no child of this one is there."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def _kill(pid: int | None) -> None:
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)

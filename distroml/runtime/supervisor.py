@@ -22,24 +22,25 @@ from pathlib import Path
 import msgspec
 
 from distroml.consensus.state import ClusterState
-from distroml.model import TERMINAL, CheckpointStatus, Job, JobStatus
+from distroml.model import CheckpointStatus, Job, JobStatus
 from distroml.reports import NodeReport, WorkerFact, WorkerPhase
 from distroml.runtime import control
 from distroml.runtime.assignment import (
-    Process,
     SupervisorSettings,
     duties,
     next_join,
-    worker_plan,
 )
 from distroml.runtime.control import PULSE_S, FromWorker, Join
 from distroml.runtime.key_exchange import KeyExchange, have_joined
 from distroml.runtime.local_worker import LocalWorker, failure_of
 from distroml.runtime.process_state import is_stopped
+from distroml.runtime.roster import Roster
 from distroml.runtime.spawner import Spawner, SpawnEvents, WorkerId
 from distroml.runtime.worker_output import HistorySink, WorkerOutput
 from distroml.runtime.worker_server import WorkerLink, WorkerServer, socket_path
 
+ADOPT_TIMEOUT_S = 4.0
+"""How long workers of an earlier agent may take to connect; under the grace that they give it."""
 TEND_S = 0.1
 """How often logs are read and patience is checked."""
 KILL_AGAIN_S = 2.0
@@ -51,8 +52,7 @@ LINK_LOST_S = 2.0
 """How long a worker may live on without its control connection; it would train, but nobody could tell."""
 SPAWN_TIMEOUT_S = 120.0
 """A forkserver that has not answered a spawn for this long hangs: it is replaced, and its workers with it."""
-WORKERS_PER_INCARNATION = 1_000_000
-"""Names of workers never repeat: each life of an agent has so many of its own."""
+_WITHOUT_LINK = "it has no control connection and went on running"
 
 _log = logging.getLogger(__name__)
 
@@ -72,20 +72,21 @@ class Supervisor:
         *,
         sink: HistorySink,
         changed: Callable[[], None],
-        spawner: Callable[[Path, SpawnEvents], Spawner] = Spawner,
+        spawner: Callable[[Path, SpawnEvents, Path], Spawner] = Spawner,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
         self._output = WorkerOutput(settings.log_dir, sink=sink, monotonic=monotonic)
         self._changed = changed
         self._monotonic = monotonic
-        self._workers: dict[WorkerId, LocalWorker] = {}
-        self._by_pid: dict[int, WorkerId] = {}
-        self._state = ClusterState()
+        self._state = self._active = ClusterState()
+        """What the log says; the same with jobs that have not ended only, of which there are few."""
+        self._awaited: set[tuple[str, int]] = set()
+        """Planned generations (with their run) whose other ranks cannot be met yet."""
         self._keys = KeyExchange()
         self._tending: asyncio.Task[None] | None = None
         self._stopping = False
-        self._spawns = 0
+        self._spoke = asyncio.Event()
         self._converging = False
         self._changed_meanwhile = False
         self._server = WorkerServer(
@@ -94,21 +95,27 @@ class Supervisor:
             received=self._on_message,
             closed=self._on_closed,
         )
+        self._roster = Roster(settings, self._server.path)
+        self._workers = self._roster.workers
         self._spawner = spawner(
             settings.data_dir / "forkserver.log",
             SpawnEvents(
                 ready=self._on_ready,
+                running=self._on_running,
                 spawned=self._on_spawned,
                 failed=self._on_spawn_failed,
                 exited=self._on_exited,
                 lost=self._on_forkserver_lost,
             ),
+            socket_path(settings.data_dir, "forkserver"),
         )
 
     # --- life ---
 
     async def start(self, *, warm: bool) -> None:
         """Open the control socket; with ``warm`` start the forkserver too (a node with slots).
+
+        Workers that an earlier agent left are taken over first, as far as they say in time where they stand.
 
         Raises:
             OSError: the data directory or the socket cannot be used.
@@ -117,7 +124,21 @@ class Supervisor:
         await self._server.start()
         if warm:
             self._spawner.start()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ADOPT_TIMEOUT_S):
+                    await self._spawner.adopted()
+                    await self._strangers_speak()
         self._tending = asyncio.create_task(self._tend_always(), name="supervisor")
+
+    async def _strangers_speak(self) -> None:
+        while self._roster.has_strangers:
+            self._spoke.clear()
+            await self._spoke.wait()
+
+    @property
+    def workers_since(self) -> int:
+        """The incarnation whose agent spawned the oldest worker that was taken over; 0: there is none."""
+        return self._roster.workers_since
 
     async def stop(self) -> None:
         """Kill all workers and the forkserver; what they wrote last still goes into history."""
@@ -152,7 +173,10 @@ class Supervisor:
 
     def converge(self, state: ClusterState) -> None:
         """Bring the local workers in line with ``state``."""
-        self._state = state
+        if state is not self._state:
+            self._state = state
+            jobs = {key: job for key, job in state.jobs.items() if not job.terminal}
+            self._active = msgspec.structs.replace(state, jobs=jobs)
         self._changed_meanwhile = True
         if self._converging or self._stopping:
             return
@@ -160,13 +184,18 @@ class Supervisor:
         try:
             while self._changed_meanwhile:  # a spawn that fails, for one, is looked at once more
                 self._changed_meanwhile = False
-                self._converge_once(self._state)
+                self._converge_once(self._active)
         finally:
             self._converging = False
 
     def _converge_once(self, state: ClusterState) -> None:
-        jobs = {job.run_id: job for job in state.jobs.values() if not job.terminal}
-        shares = duties(state, self._settings.node, self._settings.incarnation, self._processes())
+        if self._roster.has_strangers:
+            return  # whose work cannot be shared out before it is known which it is
+        self._awaited.clear()
+        jobs = {job.run_id: job for job in state.jobs.values()}
+        shares = duties(
+            state, self._settings.node, self._settings.incarnation, self._roster.processes()
+        )
         for run_id, share in shares.items():  # before anything is spawned on their slots
             for worker in share.retired:
                 self._retire((run_id, worker))
@@ -179,24 +208,11 @@ class Supervisor:
                 if spare is None:
                     self._spawn(jobs[run_id], None)
         if len(self._keys):
-            self._keys.forget(
-                {
-                    job.run_id: job.generation_number
-                    for job in state.jobs.values()
-                    if job.status not in TERMINAL
-                }
-            )
+            self._keys.forget({run_id: job.generation_number for run_id, job in jobs.items()})
 
     def facts(self) -> tuple[WorkerFact, ...]:
         """Everything known of the local workers, those of ended generations too while they live."""
-        now_s = self._monotonic()
-        return tuple(local.observed(now_s) for _, local in sorted(self._workers.items()))
-
-    def _processes(self) -> dict[str, list[Process]]:
-        found: dict[str, list[Process]] = {}
-        for (run_id, _), local in self._workers.items():
-            found.setdefault(run_id, []).append(local.process)
-        return found
+        return self._roster.facts(self._monotonic())
 
     def take_peer_report(self, report: NodeReport) -> None:
         """Pass on rendezvous keys that other nodes' ranks published."""
@@ -216,6 +232,8 @@ class Supervisor:
         joining = job.generation.joining if job.generation else ()
         if not join.at_boundary or have_joined(keys, join.generation, joining):
             self._tell(local, join, keys)
+        else:
+            self._awaited.add((job.run_id, join.generation))
         if job.status is JobStatus.STOPPING:
             local.send_stop()
         if local.fact.shards:
@@ -233,22 +251,8 @@ class Supervisor:
     def _spawn(self, job: Job, join: Join | None) -> None:
         if not self._spawner.ready:
             return
-        self._spawns += 1
-        worker = self._settings.incarnation * WORKERS_PER_INCARNATION + self._spawns
-        plan = worker_plan(job, worker, join, self._settings, self._server.path)
-        fact = WorkerFact(
-            job_id=plan.job_id,
-            run_id=plan.run_id,
-            worker=worker,
-            generation=join.generation if join else 0,
-            rank=join.rank if join else 0,
-            phase=WorkerPhase.SPAWNING,
-            step=job.generation.resume_step if job.generation and join else 0,
-            started_at=time.time(),
-        )
+        plan, local = self._roster.spawned(job, join, self._monotonic())
         path = Path(plan.log_path)
-        local = LocalWorker(fact, path, self._monotonic(), join)
-        self._workers[plan.run_id, worker] = local
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # A node whose data directory was put back may have left one, whose lines are no news.
@@ -284,13 +288,17 @@ class Supervisor:
         self.converge(self._state)
         self._changed()
 
+    def _on_running(self, told: control.Running) -> None:
+        """A worker that an earlier agent spawned; it will connect by itself."""
+        local = self._roster.taken_over(told, self._monotonic())
+        local.patience_ends_s = self._monotonic() + ADOPT_TIMEOUT_S
+
     def _on_spawned(self, worker: WorkerId, pid: int) -> None:
         local = self._workers.get(worker)
         if local is None or not local.alive:
             _kill_group(pid)
             return
-        self._by_pid[pid] = worker
-        local.update(pid=pid)
+        self._roster.runs_as(worker, pid)
         self.converge(self._state)
         self._changed()
 
@@ -301,13 +309,12 @@ class Supervisor:
             self._end(local, exit_code=1)
 
     def _on_exited(self, pid: int, status: int) -> None:
-        worker = self._by_pid.pop(pid, None)
-        local = self._workers.get(worker) if worker else None
+        local = self._roster.ended(pid)
         if local is not None and local.alive:
             self._gone(local, status)
 
     def _on_forkserver_lost(self) -> None:
-        self._by_pid.clear()
+        self._roster.all_ended()
         for local in list(self._workers.values()):
             if local.alive and local.exit_code is None:
                 if local.fact.pid is not None:
@@ -343,7 +350,11 @@ class Supervisor:
             return False
         local.link = link
         local.said_hello = True
-        if local.told:
+        local.patience_ends_s = None
+        if local.adopted:
+            local.introduce(link.hello)
+            self._spoke.set()
+        elif local.told:
             local.update(phase=WorkerPhase.CONNECTING)
         if local.exit_code is not None:
             local.patience_ends_s = self._monotonic() + LAST_FRAMES_S
@@ -400,7 +411,8 @@ class Supervisor:
             for (run, _), local in self._workers.items():
                 if (run, local.told) == (run_id, generation):
                     local.send_keys(known)
-            self.converge(self._state)  # a planned change may have waited for them
+            if (run_id, generation) in self._awaited:
+                self.converge(self._state)
 
     def _give_up(self, local: LocalWorker, error: str) -> None:
         """End a worker that cannot be worked with, and say why in its place."""
@@ -438,7 +450,7 @@ class Supervisor:
             if local.exit_code is not None:
                 self._end(local)
             else:
-                self._give_up(local, "it closed its control connection and went on running")
+                self._give_up(local, _WITHOUT_LINK)
         unanswered = local.fact.pid is None and local.exit_code is None
         if local.alive and unanswered and now_s - local.spawned_s >= SPAWN_TIMEOUT_S:
             self._spawner.replace(f"a spawn was not answered for {SPAWN_TIMEOUT_S:g} s")

@@ -24,21 +24,22 @@ MAX_SOCKET_PATH_BYTES = 100
 _log = logging.getLogger(__name__)
 
 
-def socket_path(data_dir: Path) -> Path:
-    """Where the agent with this data directory listens; the same after each restart."""
-    path = data_dir / "agent.sock"
+def socket_path(data_dir: Path, name: str = "agent") -> Path:
+    """Where the agent with this data directory listens, or its forkserver; the same after each restart."""
+    path = data_dir / f"{name}.sock"
     if len(os.fsencode(path)) <= MAX_SOCKET_PATH_BYTES:
         return path
     digest = hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"distroml-{os.getuid()}-{digest}.sock"
+    return Path(tempfile.gettempdir()) / f"distroml-{os.getuid()}-{digest}-{name}.sock"
 
 
 class WorkerLink:
     """The connection with one worker."""
 
-    def __init__(self, worker: WorkerId, pid: int, writer: asyncio.StreamWriter) -> None:
-        self.worker = worker
-        self.pid = pid
+    def __init__(self, hello: Hello, writer: asyncio.StreamWriter) -> None:
+        self.worker: WorkerId = (hello.run_id, hello.worker)
+        self.hello = hello
+        self.pid = hello.pid
         self._writer = writer
 
     def send(self, message: ToWorker) -> None:
@@ -134,7 +135,7 @@ class WorkerServer:
             hello = await anext(messages)
         if not isinstance(hello, Hello):
             raise BadFrame(f"expected Hello, got {type(hello).__name__}")
-        link = WorkerLink((hello.run_id, hello.worker), hello.pid, writer)
+        link = WorkerLink(hello, writer)
         if self._connected(link):
             return link
         _log.info("worker %s (pid %d) is not wanted here any more", link.worker, link.pid)

@@ -230,6 +230,15 @@ MUTANTS: tuple[Mutant, ...] = (
         _PEERS + "test_an_older_connection_cannot_replace_a_newer_one",
     ),
     Mutant(
+        "older-connection-wins-late",
+        "S11",
+        "a connection that proves itself late replaces a newer one",
+        "consensus.peers:PeerLinks.established_inbound",
+        "if reason is not None:",
+        "if False:",
+        _PEERS + "test_an_older_connection_that_proves_itself_late_replaces_no_newer_one",
+    ),
+    Mutant(
         "outcomes-forgotten",
         "S12",
         "a retry after an unknown outcome is done twice",
@@ -300,6 +309,15 @@ MUTANTS: tuple[Mutant, ...] = (
         "if term == raft.term and raft.role != LEADER:",
         "if raft.role != LEADER:",
         _CORE + "test_a_probe_is_echoed_only_in_its_own_term",
+    ),
+    Mutant(
+        "read-of-an-earlier-life",
+        "S15",
+        "a read is answered with what an earlier life of its node had asked",
+        "consensus.raft_core:RaftCore.set_link",
+        "if read.peer != peer]",
+        "if read]",
+        _CORE + "test_what_a_follower_asked_before_its_link_broke_is_not_answered_to_its_next_life",
     ),
     Mutant(
         "deposed-leader-keeps-reads",
@@ -685,6 +703,15 @@ MUTANTS: tuple[Mutant, ...] = (
         "for node in self.peers)",
         "for node in self.last_response_at)",
         _LEARNERS + "test_learners_do_not_make_a_leader_loyal_to_itself",
+    ),
+    Mutant(
+        "learner-missed-at-the-start",
+        "learner",
+        "a voter that starts never follows up on a learner that was connected before it had read its disk",
+        "consensus.raft:RaftNode.start",
+        "for peer in self._links.connected_peers():",
+        "for peer in self._voters if False else ():",
+        _RAFT + "test_a_learner_that_is_there_before_a_voter_has_read_its_disk_is_followed",
     ),
     Mutant(
         "transfer-without-end",

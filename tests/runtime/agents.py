@@ -34,7 +34,7 @@ from tests.consensus.live import until
 class FakeSpawner:
     """Notes what it is asked for; the test says what came of it."""
 
-    def __init__(self, log_path: Path, events: SpawnEvents) -> None:
+    def __init__(self, log_path: Path, events: SpawnEvents, listen: Path) -> None:
         self.events = events
         self.ready = True
         self.pid: int | None = None
@@ -44,6 +44,7 @@ class FakeSpawner:
         self.refuses: Exception | None = None
 
     def start(self) -> None: ...
+    async def adopted(self) -> None: ...
     async def stop(self) -> None: ...
 
     def spawn(self, plan: WorkerPlan) -> None:
@@ -67,14 +68,14 @@ class FakeWorker:
         self.pid = pid
         self.got: list[object] = []
         self.closed = False
+        self.hello = Hello(run_id=worker[0], worker=worker[1], pid=pid, generation=0, rank=0)
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
 
     async def connect(self, path: Path) -> FakeWorker:
         reader, self._writer = await asyncio.open_unix_connection(str(path))
         self._reading = asyncio.create_task(self._read(reader))
-        run_id, worker = self.worker
-        self.say(Hello(run_id=run_id, worker=worker, pid=self.pid, generation=0, rank=0))
+        self.say(self.hello)
         return self
 
     def say(self, message: FromWorker) -> None:
@@ -107,7 +108,7 @@ class FakeWorker:
 class Agent:
     """A supervisor on node ``a``, the log it follows, and what it told."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, incarnation: int = 1) -> None:
         self.log = Log()
         self.log.ok(node("a"))
         self.log.ok(node("b"))
@@ -122,7 +123,7 @@ class Agent:
         self.supervisor = Supervisor(
             SupervisorSettings(
                 node="a",
-                incarnation=1,
+                incarnation=incarnation,
                 host="127.0.0.1",
                 data_dir=directory,
                 store_dir=directory / "store",

@@ -120,6 +120,9 @@ class SimNode:
         self.muted = False
         self.draining = False
         self.leaves_tick = 0
+        self.agent_back_tick: int | None = None
+        """When the agent, which crashed, will be back; its workers live on for a while."""
+        self.workers_since = 0
         self.disk_full = False
         self.lag_ticks = 0
         self.sequence = 0
@@ -208,7 +211,7 @@ class Fleet:
     def converge(self) -> None:
         """Agents spawn, tell, call off and kill."""
         for sim in self.nodes.values():
-            if not sim.up:
+            if not sim.up or sim.agent_back_tick is not None:
                 continue
             current = sim.lag_ticks <= 0
             if current:
@@ -307,7 +310,7 @@ class Fleet:
         """What all nodes that can be heard say now."""
         reports = []
         for sim in self.nodes.values():
-            if not sim.up or sim.muted:
+            if not sim.up or sim.muted or sim.agent_back_tick is not None:
                 continue
             sim.sequence += 1
             report = NodeReport(
@@ -319,6 +322,7 @@ class Fleet:
                 workers=tuple(self._observed(sim.workers[key]) for key in sorted(sim.workers)),
                 applied_index=sim.view.index,
                 draining=sim.draining,
+                workers_since=sim.workers_since,
             )
             reports.append(report)
         return reports

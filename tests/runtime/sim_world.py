@@ -86,6 +86,7 @@ class World(Fleet):
         """The whole host dies, with its workers."""
         sim = self.nodes[name]
         sim.up = False
+        sim.agent_back_tick, sim.workers_since = None, 0
         sim.workers.clear()
         self.down_since_s.setdefault(name, self.now.monotonic_s)
         if self.leader == name:
@@ -111,6 +112,32 @@ class World(Fleet):
         for job in self._active(index):
             self.ended_by_request.add(job.job_id)
             self.log.ok(c.CancelJob(job_id=job.job_id, reason="cancelled"), at=self.wall_s)
+
+    def crash_agent(self, name: str, ticks: int) -> None:
+        """The agent dies and comes back; its workers go on meanwhile, if that does not take too long."""
+        sim = self.nodes[name]
+        if sim.up and sim.agent_back_tick is None:
+            sim.agent_back_tick = self.ticks + ticks
+            self.down_since_s.setdefault(name, self.now.monotonic_s)
+            if self.leader == name:
+                self.depose()
+
+    def _agents_come_back(self) -> None:
+        for name, sim in self.nodes.items():
+            due = sim.agent_back_tick
+            if not sim.up or due is None or due > self.ticks:
+                continue
+            sim.agent_back_tick, sim.draining = None, False
+            sim.workers_since = sim.workers_since or sim.incarnation
+            sim.incarnation += 1
+            self.down_since_s.pop(name, None)
+            back = node(
+                name,
+                incarnation=sim.incarnation,
+                slots=sim.slots,
+                workers_since=sim.workers_since,
+            )
+            self.log.ok(back, at=self.wall_s)
 
     def drain(self, name: str, *, undo: bool = False) -> None:
         """A user drains a node, or takes that back."""
@@ -144,8 +171,9 @@ class World(Fleet):
         """End all faults that last."""
         for name, sim in self.nodes.items():
             self.bring_up(name)
+            sim.agent_back_tick = None if sim.agent_back_tick is None else self.ticks
             self.drain(name, undo=True)
-            sim.muted = sim.disk_full = False
+            sim.muted = sim.disk_full = sim.draining = False
             sim.lag_ticks = 0
         self.manifests_fail = False
 
@@ -153,8 +181,10 @@ class World(Fleet):
 
     def tick(self) -> None:
         self.ticks += 1
+        self._agents_come_back()
         for sim in self.nodes.values():
-            if sim.up and sim.draining and sim.leaves_tick <= self.ticks:
+            leaves = sim.draining and sim.agent_back_tick is None
+            if sim.up and leaves and sim.leaves_tick <= self.ticks:
                 self._leave(sim)
         self.converge()
         self.advance()
@@ -182,7 +212,9 @@ class World(Fleet):
     def _lead(self) -> None:
         if self.leader is None:
             self.leaderless_ticks += 1
-            up = [name for name, sim in self.nodes.items() if sim.up]
+            up = [
+                name for name, sim in self.nodes.items() if sim.up and sim.agent_back_tick is None
+            ]
             if self.leaderless_ticks < ELECTION_TICKS or not up:
                 return
             self.leader, self.leader_since_s = up[0], self.now.monotonic_s
@@ -231,9 +263,15 @@ class World(Fleet):
                 reason=verdict.reason,
                 incarnation=verdict.incarnation,
                 report=self.heard[name][0] if name in self.heard else None,
+                heard_at=self._heard_at(name),
             )
             for name, verdict in verdicts.items()
         }
+
+    def _heard_at(self, name: str) -> float | None:
+        if name not in self.heard:
+            return None
+        return self.wall_s - (self.now.monotonic_s - self.heard[name][1])
 
     def _finish_writing(self) -> None:
         for key, (due, effect) in list(self.writing.items()):

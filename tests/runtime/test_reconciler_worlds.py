@@ -34,6 +34,7 @@ _faults = st.one_of(
     st.tuples(st.just("drain"), _names),
     st.tuples(st.just("undrain"), _names),
     st.tuples(st.just("shut_down"), _names),
+    st.tuples(st.just("crash_agent"), _names, st.integers(1, 90)),
     st.tuples(st.just("haunt"), st.integers(1, 40)),
     st.tuples(
         st.just("submit"),
@@ -151,3 +152,20 @@ def test_leader_changes_never_disturb_a_job(pauses: list[int]) -> None:
     world.run_until_over(MAX_TICKS)
     job = world.state.jobs["job-1"]
     assert (job.status, job.restarts, job.generation_number) == (JobStatus.COMPLETED, 0, 1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 12), _names, st.integers(1, 40)), max_size=3))
+def test_an_agent_that_comes_back_in_time_finds_its_workers_and_training_never_noticed(
+    crashes: list[tuple[int, str, int]],
+) -> None:
+    world = World(NODES)
+    _submit(world, 4)
+    world.run_until("job-1", JobStatus.RUNNING)
+    for pause, name, ticks in crashes:
+        world.run(pause)
+        if not any(sim.agent_back_tick for sim in world.nodes.values()):
+            world.crash_agent(name, ticks)
+    world.run_until_over(MAX_TICKS)
+    job = world.state.jobs["job-1"]
+    assert (job.status, job.restarts, job.incidents) == (JobStatus.COMPLETED, 0, ()), job.incidents

@@ -30,6 +30,7 @@ class Lossy:
         self.rng: random.Random = world.stream("network")
         self.links: dict[str, LossyLinks] = {}
         self._connected: dict[tuple[str, str], None] = {}
+        self._told_at: dict[tuple[str, str], float] = {}
 
     def kill(self, name: str) -> None:
         self.links.pop(name, None)
@@ -65,7 +66,11 @@ class Lossy:
         for here, there in (pair, pair[::-1]):
             links = self.links.get(here)
             if links is not None:
-                self.world.later(self.rng.uniform(0.0001, 0.01), links.tell, there, up)
+                # In order: who was told "down" after the "up" that followed it would stay down for ever.
+                soonest = self._told_at.get((here, there), 0.0)
+                told_at = max(soonest, self.world.now + self.rng.uniform(0.0001, 0.01))
+                self._told_at[here, there] = told_at
+                self.world.at(told_at, links.tell, there, up)
 
     def connected(self, here: str, there: str) -> bool:
         return (min(here, there), max(here, there)) in self._connected
@@ -116,8 +121,8 @@ class LossyLinks:
     def on_link(self, handler: Callable[[str, bool], None]) -> None:
         self._link_handlers.append(handler)
 
-    def connected(self, peer: str) -> bool:
-        return peer in self._up
+    def connected_peers(self) -> list[str]:
+        return sorted(self._up)
 
     def send(self, peer: str, channel: Channel, body: bytes) -> bool:
         if not self._lossy.connected(self.name, peer):

@@ -1,11 +1,12 @@
-"""A small process that has torch imported and forks workers from itself: ``... .forkserver --fd N``.
+"""A small process that has torch imported and forks workers from itself: ``... .forkserver --fd N --listen PATH``.
 
 Importing torch takes seconds, a fork some tens of milliseconds. The agent starts one forkserver, hands it one end
 of a Unix socket pair as descriptor N, and sends ``Spawn``; it gets ``Ready``, ``Spawned``, ``SpawnFailed`` and
 ``Exited`` back (``runtime.control``). The forkserver stays single-threaded, since only then is a fork safe.
 
-Nothing outlives its parent: at end of file from the agent the forkserver kills each worker with its process
-group and exits; a worker is killed by the kernel when the forkserver dies.
+An agent that asks for it (``Close``), and one that died and has no successor within ``AGENT_GRACE_S``, is the end: the
+forkserver kills each worker with its process group and exits. A successor connects to PATH and goes on with the workers
+that there are. A worker is killed by the kernel when the forkserver dies.
 """
 
 from __future__ import annotations
@@ -20,15 +21,19 @@ import selectors
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections import deque
+from pathlib import Path
 from typing import NoReturn
 
 from distroml.runtime.control import (
+    Close,
     Exited,
     FrameReader,
     FromForkserver,
     Ready,
+    Running,
     Spawn,
     Spawned,
     SpawnFailed,
@@ -39,6 +44,8 @@ from distroml.runtime.control import (
 READ_BYTES = 65_536
 MAX_WORKERS = 1024
 MAX_UNSENT_FRAMES = 16_384
+AGENT_GRACE_S = 10.0
+"""How long workers live on without an agent."""
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
 LOG_MODE = 0o644
@@ -67,40 +74,90 @@ class Forkserver:
 
     Args:
         agent: connected stream socket to the agent.
+        listener: where the next agent connects; without it the end of the first one is the end of all.
     """
 
-    def __init__(self, agent: socket.socket) -> None:
-        self._agent = agent
-        self._agent.setblocking(False)
-        self._frames: FrameReader[Spawn] = FrameReader(Spawn)
+    def __init__(self, agent: socket.socket, listener: socket.socket | None = None) -> None:
+        self._agent: socket.socket | None = agent
+        self._listener = listener
+        self._frames: FrameReader[Spawn | Close] = FrameReader(Spawn | Close)
         self._unsent: deque[bytes] = deque()
-        self._children: set[int] = set()
+        self._workers: dict[int, Running] = {}
+        self._orphaned_s: float | None = None
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._pid = os.getpid()
 
     def run(self) -> NoReturn:
-        """Serve until the agent is gone."""
+        """Serve until the last agent is gone."""
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         self._selector.register(self._wake_read, selectors.EVENT_READ)
-        self._selector.register(self._agent, selectors.EVENT_READ)
-        self._send(Ready(pid=self._pid))
+        if self._listener is not None:
+            self._listener.setblocking(False)
+            self._selector.register(self._listener, selectors.EVENT_READ)
+        assert self._agent is not None  # it has not been served yet
+        self._serve(self._agent)
         while True:
-            for key, events in self._selector.select():
+            for key, events in self._selector.select(self._patience_s()):
                 if key.fileobj == self._wake_read:
                     with contextlib.suppress(BlockingIOError):
                         os.read(self._wake_read, READ_BYTES)
                     self._reap()
-                    continue
-                if events & selectors.EVENT_WRITE:
-                    self._flush()
-                if events & selectors.EVENT_READ:
-                    self._receive()
+                elif key.fileobj is self._listener:
+                    self._accept()
+                elif key.fileobj is self._agent:
+                    if events & selectors.EVENT_WRITE:
+                        self._flush()
+                    if events & selectors.EVENT_READ and key.fileobj is self._agent:
+                        self._receive()
 
     # --- the agent ---------------------------------------------------------------------------------------------
 
+    def _serve(self, agent: socket.socket) -> None:
+        """Go on with this agent: tell it what there is, in the order in which it came to be."""
+        ended = list(self._unsent)
+        self._agent, self._orphaned_s = agent, None
+        self._frames = FrameReader(Spawn | Close)
+        self._unsent.clear()
+        agent.setblocking(False)
+        self._selector.register(agent, selectors.EVENT_READ)
+        self._unsent.extend(encode_frame(worker) for worker in self._workers.values())
+        self._unsent.extend(ended)
+        self._send(Ready(pid=self._pid))
+
+    def _accept(self) -> None:
+        assert self._listener is not None  # only then it is selected
+        try:
+            agent, _ = self._listener.accept()
+        except OSError:
+            return
+        if self._agent is not None:
+            agent.close()  # there is one, and it is alive
+        else:
+            self._serve(agent)
+
+    def _agent_is_gone(self) -> None:
+        """It died. Its workers live on for a while if there are any and another agent could come."""
+        if self._agent is not None:
+            self._selector.unregister(self._agent)
+            self._agent.close()
+            self._agent = None
+        self._unsent.clear()  # a successor is told of all workers anew
+        if self._listener is None or not self._workers:
+            self._end()
+        self._orphaned_s = time.monotonic()
+
+    def _patience_s(self) -> float | None:
+        if self._orphaned_s is None:
+            return None
+        left_s = self._orphaned_s + AGENT_GRACE_S - time.monotonic()
+        if left_s <= 0:
+            self._end()
+        return left_s
+
     def _receive(self) -> None:
+        assert self._agent is not None  # only then it is selected
         try:
             data = self._agent.recv(READ_BYTES)
         except BlockingIOError:
@@ -108,9 +165,12 @@ class Forkserver:
         except OSError:
             data = b""
         if not data:
-            self._end()
-        for spawn in self._frames.feed(data):
-            self._spawn(spawn)
+            self._agent_is_gone()
+            return
+        for message in self._frames.feed(data):
+            if isinstance(message, Close):
+                self._end()
+            self._spawn(message)
 
     def _send(self, message: FromForkserver) -> None:
         self._unsent.append(encode_frame(message))
@@ -119,6 +179,8 @@ class Forkserver:
         self._flush()
 
     def _flush(self) -> None:
+        if self._agent is None:
+            return
         try:
             while self._unsent:
                 frame = self._unsent[0]
@@ -130,13 +192,14 @@ class Forkserver:
         except BlockingIOError:
             pass
         except OSError:
-            self._end()
+            self._agent_is_gone()
+            return
         wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._unsent else 0)
         self._selector.modify(self._agent, wanted)
 
     def _end(self) -> NoReturn:
-        """The agent is gone: so is everything that it watched."""
-        for pid in self._children:
+        """There is no agent any more: so is everything that it watched."""
+        for pid in self._workers:
             _kill_group(pid)
         os._exit(0)
 
@@ -145,7 +208,7 @@ class Forkserver:
     def _spawn(self, spawn: Spawn) -> None:
         plan = spawn.plan
         run_id, worker = plan.run_id, plan.worker
-        if len(self._children) >= MAX_WORKERS:
+        if len(self._workers) >= MAX_WORKERS:
             full = f"there are {MAX_WORKERS} workers already"
             self._send(SpawnFailed(run_id=run_id, worker=worker, reason=full))
             return
@@ -166,14 +229,16 @@ class Forkserver:
                 os.close(log)
         if pid == 0:
             become_worker(spawn, log, self._pid)
-        self._children.add(pid)
+        self._workers[pid] = Running(
+            job_id=plan.job_id, run_id=run_id, worker=worker, pid=pid, log_path=plan.log_path
+        )
         # Both sides do this, so that the group exists before Spawned is sent and before the child runs on.
         with contextlib.suppress(OSError):
             os.setpgid(pid, pid)
         self._send(Spawned(run_id=run_id, worker=worker, pid=pid))
 
     def _reap(self) -> None:
-        while self._children:
+        while self._workers:
             ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if ended is None:
                 return
@@ -181,7 +246,9 @@ class Forkserver:
             # What the worker started itself ends with it; before reaping, while the id is still its own.
             _kill_group(pid)
             _, status = os.waitpid(pid, 0)
-            self._children.discard(pid)
+            worker = self._workers.pop(pid)
+            if self._agent is None:  # the next one has to learn who that was
+                self._unsent.append(encode_frame(worker))
             self._send(Exited(pid=pid, status=os.waitstatus_to_exitcode(status)))
 
 
@@ -244,11 +311,36 @@ def _kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
+def _is_gone(agent: socket.socket) -> bool:
+    """Whether the agent closed its end while everything was being imported."""
+    try:
+        return not agent.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def _listen(path: Path) -> socket.socket:
+    """A Unix socket that only this user can connect to."""
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o177)
+    try:
+        listener.bind(str(path))
+    finally:
+        os.umask(mask)
+    listener.listen(1)
+    return listener
+
+
 def main() -> NoReturn:
     """Command line of the forkserver."""
     parser = argparse.ArgumentParser(description="forks DistroML workers; started by distroml-node")
     parser.add_argument("--fd", type=int, required=True, help="descriptor of the agent's socket")
-    agent = socket.socket(fileno=parser.parse_args().fd)
+    parser.add_argument("--listen", type=Path, help="Unix socket at which the next agent connects")
+    given = parser.parse_args()
+    agent = socket.socket(fileno=given.fd)
     # Out of the terminal's session: its signals are the agent's to handle.
     with contextlib.suppress(PermissionError):
         os.setsid()
@@ -256,7 +348,9 @@ def main() -> NoReturn:
     preload()
     gc.collect()
     gc.freeze()  # keeps the collector from touching, and so copying, the pages shared with workers
-    Forkserver(agent).run()
+    if _is_gone(agent):
+        sys.exit(0)  # a successor has its own by now, and the socket
+    Forkserver(agent, _listen(given.listen) if given.listen else None).run()
 
 
 if __name__ == "__main__":
