@@ -20,7 +20,7 @@ import os
 import struct
 import zlib
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -34,6 +34,7 @@ from distroml.consensus.raft_log import (
     image_records,
 )
 from distroml.consensus.raft_types import StorageCorrupt
+from distroml.errors import UNDECODABLE
 
 FORMAT: Final = 1
 _MAGIC: Final = b"DMLWAL\x00\x01"
@@ -58,7 +59,7 @@ class _Header(msgspec.Struct, frozen=True):
     format: int
     identity: Identity
     number: int
-    salt: int
+    salt: Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Replayed(msgspec.Struct):
@@ -117,7 +118,7 @@ def replay(content: bytes, where: str, identity: Identity) -> Replayed:
                 raise StorageCorrupt("the segment does not begin with an anchor")
             for record in records:
                 apply_record(image, record)
-        except (msgspec.MsgspecError, StorageCorrupt) as error:
+        except (*UNDECODABLE, StorageCorrupt) as error:
             raise _damage(where, offset, f"batch {sequence} is unreadable: {error}") from error
         offset, sequence = end, sequence + 1
     if sequence == 0:
@@ -146,7 +147,7 @@ def _decode_header(content: bytes, where: str) -> tuple[_Header, int]:
         raise _damage(where, 0, "its header is damaged")
     try:
         header = msgspec.msgpack.decode(raw, type=_Header)
-    except msgspec.MsgspecError as error:
+    except UNDECODABLE as error:
         raise _damage(where, 0, f"its header is unreadable: {error}") from error
     if header.format != FORMAT:
         raise StorageCorrupt(f"{where} has format {header.format}; this program reads {FORMAT}")
