@@ -52,7 +52,7 @@ def fuzz_each(names: list[str], limit_s: float, seed: int) -> int:
         print(f"{name:20} {inputs:>10} inputs {per_s:>9} /s, coverage {covered[0]}", flush=True)
         if done.returncode:
             failed += 1
-            print(told[-4000:])
+            print(done.stdout[-2000:], done.stderr[-2000:], sep="\n")
     print(f"{total} inputs, {failed} targets failed")
     return 1 if failed else 0
 

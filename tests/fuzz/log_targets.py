@@ -215,8 +215,7 @@ def entry(data: bytes) -> None:
     assert len(applied.state.jobs) <= len(_STATE.jobs) + 1
     for job in applied.state.jobs.values():
         assert job.status in JobStatus
-    for event in applied.events:
-        msgspec.json.encode(event)  # streams hand them to clients
+    msgspec.json.encode((applied.outcome, applied.events, applied.state))  # clients get to see all
 
 
 def _entries() -> list[bytes]:
@@ -243,6 +242,41 @@ def _entries() -> list[bytes]:
         command = builders.form(job_id, number, builders.members("a", "b"))
         entries.append(Entry("b", 1, number, 0, 1.5, command))
     return [encode_entry(one) for one in entries]
+
+
+_several: Final[msgspec.msgpack.Decoder[Any]] = msgspec.msgpack.Decoder(list[msgspec.Raw])
+
+
+def entries(data: bytes) -> None:
+    """Several entries: each takes effect once however often it is applied, and a replica that starts from a snapshot
+    between them ends in the same bytes."""
+    chosen = caught(_several.decode, data, UNDECODABLE)
+    if chosen is None:
+        return
+    replica, joined = Replica(), Replica()
+    replica.restore(_STATE.index, _ENCODED_STATE)
+    for number, raw in enumerate(chosen[:24]):
+        if number == len(chosen) // 2:
+            joined.restore(replica.state.index, replica.snapshot())
+        for one in (replica, joined):
+            if one.state.index:
+                one.apply(one.state.index + 1, bytes(raw))
+        once = _effects(replica.state)
+        for one in (replica, joined):
+            if one.state.index:
+                one.apply(one.state.index + 1, bytes(raw))
+        assert _effects(replica.state) == once
+    if joined.state.index:
+        assert joined.snapshot() == replica.snapshot()
+
+
+def _effects(state: ClusterState) -> bytes:
+    return msgspec.msgpack.encode((state.jobs, state.nodes, state.keys))
+
+
+def _several_entries() -> list[bytes]:
+    rng, raws = random.Random(9), [msgspec.Raw(one) for one in _entries()]
+    return [msgspec.msgpack.encode(rng.choices(raws, k=rng.randrange(1, 12))) for _ in range(60)]
 
 
 def snapshot_state(data: bytes) -> None:
@@ -344,6 +378,7 @@ TARGETS: Final = (
     Target("snapshot_file", snapshot_file, lambda: [encode_file(_SNAPSHOT)], 1),
     Target("snapshot_header", snapshot_header, _snapshot_headers, 1),
     Target("entry", entry, _entries, 3),
+    Target("entries", entries, _several_entries, 1),
     Target("snapshot_state", snapshot_state, lambda: [_ENCODED_STATE], 1),
     Target("raft_inputs", raft_inputs, _conversations, 1),
 )
