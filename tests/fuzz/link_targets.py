@@ -29,6 +29,7 @@ from distroml.consensus.frames import (
     Ping,
     Refused,
     Welcome,
+    decode_link_message,
     encode_frame,
     encode_link_message,
     encode_tagged_frame,
@@ -248,9 +249,12 @@ def _acceptors() -> list[bytes]:
 
 
 def link_message(data: bytes) -> None:
-    reader = FrameReader(MAX_HANDSHAKE_BYTES)
-    for channel, _ in reader.feed(encode_frame(LINK_CHANNEL, data[:MAX_HANDSHAKE_BYTES])):
-        assert channel == LINK_CHANNEL
+    """Refused by BadFrame, or read as it was written, with names and numbers within their limits."""
+    message = caught(decode_link_message, data, BadFrame)
+    if message is not None:
+        (channel, body), *more = FrameReader(2**20).feed(encode_link_message(message))
+        assert (channel, more) == (LINK_CHANNEL, [])
+        assert decode_link_message(body) == message
 
 
 # --- what frames carry -----------------------------------------------------------------------------------------
@@ -314,6 +318,7 @@ TARGETS: Final = (
     Target("inbound_with_key", inbound_with_key, _dialers, 1),
     Target("outbound", outbound, _acceptors),
     Target("outbound_with_key", outbound_with_key, _acceptors, 1),
+    Target("link_message", link_message, lambda: encoded(LinkMessage, 8)),
     Target("raft_message", raft_message, _raft_messages, 4),
     Target("node_report", node_report, _reports, 4),
     Target("history_message", history_message, lambda: encoded(sync.Message, 6)),

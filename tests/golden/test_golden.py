@@ -81,6 +81,20 @@ def test_a_core_that_stops_itself_is_told(monkeypatch: pytest.MonkeyPatch) -> No
         difference(SCRIPTS / "first_election.txt")
 
 
+@pytest.mark.xfail(
+    strict=True,
+    raises=Violated,
+    reason="two voters that know nothing, one never reached and one emptied, take all for new "
+    "while the only one that knows better is down",
+)
+def test_an_emptied_voter_founds_no_second_cluster_with_one_that_was_never_reached() -> None:
+    play(
+        "> voters n1 n2 n3\n> start n1 n2\n> elect n1\n> propose n1 a\n> settle\n"
+        "> crash n1 n2\n> wipe n2\n> start n2 n3\n> tick n3 100ms\n> settle\n",
+        "founding",
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "why"),
     [
