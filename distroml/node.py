@@ -43,6 +43,7 @@ from distroml.errors import ConfigError, TooManyRequests, Unavailable
 from distroml.http.app import HttpServer
 from distroml.model import Event, NodeStatus
 from distroml.runtime.assignment import SupervisorSettings, assigned_to
+from distroml.runtime.barrier_wire import BarrierWire
 from distroml.runtime.checkpoint.store import LocalStore
 from distroml.runtime.coordinator import Coordinator, CoordinatorSettings
 from distroml.runtime.facts import ReconcilerSettings
@@ -140,6 +141,14 @@ class Node:
             peers=self.links.peers.keys,
             known_jobs=lambda: self.replica.state.jobs.keys(),
         )
+        self.barriers = BarrierWire(
+            node=config.name,
+            links=self.links,
+            raft=self.raft,
+            state=lambda: self.replica.state,
+            released=lambda *release: self.supervisor.release(*release),
+            monotonic=time.monotonic,
+        )
         self.supervisor = Supervisor(
             SupervisorSettings(
                 node=config.name,
@@ -151,6 +160,7 @@ class Node:
             ),
             sink=HistorySink(metrics=self.writer.take_metrics, logs=self.writer.take_logs),
             changed=self._local_change,
+            arrived=self.barriers.arrive,
         )
         self.reporter = Reporter(
             node=config.name,
@@ -197,6 +207,7 @@ class Node:
                 warm=self._warm,
                 coordinator=self.coordinator,
                 reporter=self.reporter,
+                barriers=self.barriers,
             )
         )
         self.http = HttpServer(self.services)
@@ -261,6 +272,7 @@ class Node:
         with _directory_errors(self.config):
             await self.supervisor.start(warm=self.config.slots > 0)
         stack.push_async_callback(self.supervisor.stop)
+        stack.callback(self.barriers.close)
         self.reporter.start()
         stack.push_async_callback(self.reporter.stop)
         self.coordinator.start()
@@ -282,6 +294,7 @@ class Node:
     def _wire(self) -> None:
         self.links.subscribe(Channel.PROPOSE, self.proposer.on_forwarded)
         self.links.subscribe(Channel.REPORT, self._take_report)
+        self.links.subscribe(Channel.BARRIER, self.barriers.on_frame)
         self.links.on_link(self._on_link)
         self.replica.listen(self.proposer.on_applied)
         self.replica.listen(self.services.events.applied)
@@ -373,6 +386,7 @@ class Node:
         self._applied.set()
         self._converge_due.set()
         self.coordinator.kick()
+        self.barriers.on_applied()
         if self.registered and self._known_incarnation() > self.incarnation:
             self._break(
                 f"another process has registered as '{self.config.name}' (incarnation "
@@ -393,12 +407,14 @@ class Node:
         if self.raft.failure:
             self._break(self.raft.failure)
         self.proposer.on_leader_change()
+        self.barriers.on_leader_change()
         self.coordinator.kick()
 
     def _on_link(self, peer: str, up: bool) -> None:
         self.observations.link(peer, up)
         if up:
             self.reporter.kick()
+            self.barriers.on_leader_change()
         self.coordinator.kick()
 
     def _take_report(self, peer: str, body: bytes) -> None:
