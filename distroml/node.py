@@ -125,7 +125,7 @@ class Node:
         )
         self.relay = ReportRelay(
             links=self.links,
-            learners=lambda: [name for name in self.links.peers if name in self.links.learners],
+            learners=lambda name: name in self.links.learners,
             leads=lambda: self.raft.is_leader,
             monotonic=time.monotonic,
         )
@@ -414,14 +414,16 @@ class Node:
         self.observations.link(peer, up)
         if up:
             self.reporter.kick()
-            self.barriers.on_leader_change()
+            self.barriers.on_link(peer)
         self.coordinator.kick()
 
     def _take_report(self, peer: str, body: bytes) -> None:
-        report = self.observations.receive(peer, body)
-        if report is not None:
-            self.relay.take(report, body)
+        received = self.observations.receive(peer, body)
+        for report in received.reports:
+            if report.node == peer:
+                self.relay.take(report, body)
             self.supervisor.take_peer_report(report)
+        if received.news:
             self.coordinator.kick()
 
     def _take_own_report(self, report: object) -> None:

@@ -103,8 +103,8 @@ class LinkLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Silence after which a connection counts as dead, whatever TCP believes."""
     frame_timeout_s: float = 30.0
     """In which a whole frame must arrive; trickling bytes alone are no sign of life."""
-    pending_handshakes: int = 64
-    """Accepted connections that have not yet said who they are."""
+    pending_handshakes: int = 1024
+    """Accepted connections that have not yet said who they are. All learners may dial at once, on both lanes."""
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):

@@ -30,9 +30,10 @@ MAX_GATHERED: Final = 64
 """Barriers of one generation that a leader gathers at the same time."""
 MAX_KEPT: Final = 256
 """Released barriers that are remembered of one generation, the newest ones; see ``Standing``."""
-REPEAT_S: Final = 0.1
-"""How often an agent repeats what it waits for."""
-ASK_S: Final = 0.25
+REPEAT_S: Final = 0.25
+"""How long an agent waits for an answer before it repeats; twice as long each time, up to ``REPEAT_MOST_S``."""
+REPEAT_MOST_S: Final = 1.0
+ASK_S: Final = 0.2
 """How often a leader asks for the ranks that one barrier still misses."""
 
 BarrierName = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
@@ -127,12 +128,14 @@ class Standing:
     """An agent's part: at which barriers its ranks stand, and which they have passed.
 
     A passed barrier is needed only while some other rank has not heard of its release. It can be pushed out by
-    ``MAX_KEPT`` later ones, all of which that rank took part in, while its agent repeats ten times a second.
+    ``MAX_KEPT`` later ones, all of which that rank took part in, while its agent repeats.
     """
 
     def __init__(self) -> None:
         self._waiting: dict[Barrier, dict[int, int]] = {}
         """The value of each rank that arrived and was not released."""
+        self._due: set[Barrier] = set()
+        """Those that waited already when ``repeat`` was last asked."""
         self._passed = _Passed()
 
     def arrive(self, barrier: Barrier, rank: int, value: int) -> Released | Arrived:
@@ -167,9 +170,14 @@ class Standing:
         ranks = self._waiting.get(asked.barrier)
         return _arrived(asked.barrier, ranks) if ranks else None
 
-    def repeat(self) -> list[Arrived]:
+    def unanswered(self) -> list[Arrived]:
         """All that is not answered yet."""
         return [_arrived(barrier, ranks) for barrier, ranks in self._waiting.items()]
+
+    def repeat(self) -> list[Arrived]:
+        """What has not been answered since it was asked for this before: so the newest is given its time."""
+        due, self._due = self._due, set(self._waiting)
+        return [_arrived(barrier, self._waiting[barrier]) for barrier in due & self._due]
 
     def forget(self, over: Iterable[RunGeneration]) -> None:
         """Those generations have ended: who waits there is not released any more."""

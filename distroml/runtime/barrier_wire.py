@@ -6,7 +6,7 @@
     worker <─ Released ─ agent <─ Released ── leader      one frame per agent
 
 The frames have a channel of their own on the control lane: history that streams by does not hold them up. An agent
-that waits repeats at ``REPEAT_S``, and at once where the leader or the link to it is new.
+that waits repeats after ``REPEAT_S``, then ever less often, and at once where the leader or the link to it is new.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from distroml.consensus.frames import Channel
 from distroml.consensus.state import ClusterState
 from distroml.errors import UNDECODABLE
 from distroml.runtime.barrier import (
+    REPEAT_MOST_S,
     REPEAT_S,
     Arrived,
     Asked,
@@ -73,6 +74,7 @@ class BarrierWire:
             BarrierMessage
         )
         self._timer: asyncio.TimerHandle | None = None
+        self._pause_s = REPEAT_S
         self.counters: dict[str, int] = {}
         """arrivals, releases, repeats, asks, refused_<reason>."""
 
@@ -93,7 +95,7 @@ class BarrierWire:
             self._tell(barrier.generation, (rank,), barrier.name, said.value)
             return
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(REPEAT_S, self._repeat)
+            self._arm()
         # Before all local ranks are there, the leader could do nothing with it.
         if len(said.ranks) == len(roster[self._node]):
             self._to_leader(said)
@@ -108,8 +110,14 @@ class BarrierWire:
         self._take(peer, message)
 
     def on_leader_change(self) -> None:
-        """Somebody else may lead, or be reachable again: say what is waited for."""
-        self._say_again()
+        """Somebody else may lead: say what is waited for."""
+        self._pause_s = REPEAT_S
+        self._say_again(self._standing.unanswered())
+
+    def on_link(self, peer: str) -> None:
+        """A peer is reachable again, and may have missed what was said."""
+        if peer == self._raft.leader:
+            self.on_leader_change()
 
     def on_applied(self) -> None:
         """The replicated state has changed: what belongs to ended generations is dropped."""
@@ -159,14 +167,21 @@ class BarrierWire:
             barrier = message.barrier
             self._tell(barrier.generation, ranks, barrier.name, message.value)
 
+    def _arm(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._pause_s, self._repeat)
+
     def _repeat(self) -> None:
         self._timer = None
-        if len(self._standing):
-            self._timer = asyncio.get_running_loop().call_later(REPEAT_S, self._repeat)
-            self._say_again()
+        if not len(self._standing):
+            self._pause_s = REPEAT_S
+            return
+        overdue = self._standing.repeat()
+        self._pause_s = min(self._pause_s * 2, REPEAT_MOST_S) if overdue else REPEAT_S
+        self._arm()
+        self._say_again(overdue)
 
-    def _say_again(self) -> None:
-        for message in self._standing.repeat():
+    def _say_again(self, messages: Iterable[Arrived]) -> None:
+        for message in messages:
             self._count("repeats")
             self._to_leader(message)
 

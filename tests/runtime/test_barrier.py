@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distroml.runtime import barrier as module
+from distroml.runtime import barrier_wire as wire_module
 from distroml.runtime.barrier import ASK_S, MAX_GATHERED, MAX_OPEN, Arrived, NotTaken, Released
+from tests.consensus.live import until
 from tests.runtime.barrier_world import World, barrier
 
 NAMES = ("drain", "step/1")
@@ -46,6 +48,33 @@ async def test_repeats_tell_a_leader_who_is_missing(world: World) -> None:
     world.settle()
     assert world.ends["v"].wire.missing() == {barrier(): (1, 2)}
     assert world.ends["v"].wire.counters["asks"] > 0
+
+
+async def test_an_agent_repeats_by_itself_what_is_overdue_and_stops_when_answered(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire_module, "REPEAT_S", 0.001)
+    wire = world.ends["y"].wire
+    wire._pause_s = 0.001
+    world.arrive(2)
+    world.frames.clear()
+    await until(lambda: len(world.frames) >= 2, "y to repeat twice")
+    for rank in (0, 1):
+        world.arrive(rank)
+    while world.frames:
+        world.deliver()
+    assert len(world.released) == 3
+    await until(lambda: wire._timer is None, "y to stop")
+    assert world.frames == []
+
+
+async def test_a_link_to_the_leader_that_came_back_is_used_at_once(world: World) -> None:
+    world.arrive(2)
+    world.frames.clear()
+    world.ends["y"].wire.on_link("x")
+    assert world.frames == []
+    world.ends["y"].wire.on_link("v")
+    assert [(sender, to) for sender, to, _ in world.frames] == [("y", "v")]
 
 
 async def test_a_lost_release_is_told_again(world: World) -> None:
