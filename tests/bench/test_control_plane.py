@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from bench import barrier, heartbeats
-from bench.control_plane import control_plane, percentile
+from bench.control_plane import SLOTS, control_plane, percentile
 from bench.heartbeats import Window
 from bench.parts import run_parts
 from bench.players import playing
@@ -100,3 +103,28 @@ def window(sent_per_s: float, handled: float, delay_s: float = 0.0, dropped: int
 def test_a_rate_is_held_only_if_all_was_sent_and_handled_in_time(seen: Window, why: str) -> None:
     assert why in heartbeats._not_held(seen, 8000)
     assert bool(heartbeats._not_held(seen, 8000)) == bool(why)
+
+
+async def test_the_search_for_the_rate_ends_at_the_highest_that_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @asynccontextmanager
+    async def nothing(directory: Path, workers: int) -> AsyncIterator[None]:
+        yield
+
+    async def played(plane: None, interval_s: float, window_s: float) -> Window:
+        rate = WORKERS / interval_s
+        return window(rate / SLOTS, 1.0 if rate <= 400 else 0.5)
+
+    monkeypatch.setattr(heartbeats, "control_plane", nothing)
+    monkeypatch.setattr(heartbeats, "_window", played)
+    scale = heartbeats.Scale(
+        workers=WORKERS, windows=1, window_s=1.0, searches=2, rates=(200, 400, 800, 1600)
+    )
+    bench = heartbeats.Bench(scale=scale, directory=tmp_path, say=say)
+    held, per_cpu = await heartbeats.rate(bench)
+    assert (held.ours, held.runs, per_cpu.ours) == (400.0, 2, 800.0)
+    assert "handled 50% of 800/s" in held.note
+    scale = replace(scale, rates=(800,))
+    with pytest.raises(Broken, match="not even 800"):
+        await heartbeats.rate(replace(bench, scale=scale))

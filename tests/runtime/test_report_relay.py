@@ -10,7 +10,7 @@ from distroml.consensus.frames import Channel
 from distroml.reports import NodeReport, WorkerFact, WorkerPhase
 from distroml.runtime import report_relay as module
 from distroml.runtime.observations import Observations
-from distroml.runtime.report_relay import PASS_ON_S, ReportRelay
+from distroml.runtime.report_relay import PASS_ON_MOST_S, PASS_ON_S, ReportRelay
 
 FACT = WorkerFact(
     job_id="job-1",
@@ -111,6 +111,9 @@ def test_what_is_passed_on_is_bounded_in_time_and_by_frame(monkeypatch: pytest.M
     scene.now_s += 1.5
     assert scene.take(report("x", 3)) == {"x": {"y", "z"}}
     assert len(scene.sent) == 2
+    monkeypatch.setattr(module, "PASS_ON_BYTES_PER_S", 1)
+    scene.now_s += PASS_ON_MOST_S
+    assert scene.take(report("x", 4)) == {"x": {"y", "z"}}, "keys that were lost come again in time"
 
 
 def test_a_learner_takes_a_voters_word_about_other_learners_only() -> None:
