@@ -24,6 +24,8 @@ from bench.table import Report, Row, environment, show, write_json
 
 BENCHMARKS = {
     "spine": "start, submit, steps per second, acknowledged writes and recovery, beside plain torchrun",
+    "heartbeats": "1,000 workers on 125 agents that report to one leader: cost of a report, and the rate held",
+    "barrier": "100 and 1,000 workers that meet in the control plane, beside bare asyncio",
 }
 """Name of the module -> one line on what it measures."""
 
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def listing() -> str:
     """The benchmarks, one per line."""
-    lines = [f"  {name:8} {line}" for name, line in BENCHMARKS.items()]
+    lines = [f"  {name:10} {line}" for name, line in BENCHMARKS.items()]
     return "\n".join(["python -m bench NAME [--quick] [--only PART,...] [--json FILE]", *lines])
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from bench import ours, starts, torchrun, writes
+from bench.parts import Say, run_parts
 from bench.processes import Broken
 from bench.table import Aim, Row, compare
 from bench.workloads import MILLION, SMALL, TrainedRun, Workload, steps_per_s
@@ -27,8 +28,6 @@ WARM_TIMEOUT_S = 60.0
 ENDLESS_EPOCHS = 1_000_000
 LOSS_TOLERANCE = 0.01
 """Relative; sides that train the same thing end with the same loss but for rounding."""
-
-Say = Callable[[str], None]
 
 
 class Scale(Struct, frozen=True, kw_only=True):
@@ -243,16 +242,7 @@ async def run(
     quick: bool, directory: Path, say: Say, only: tuple[str, ...] = ()
 ) -> tuple[list[Row], list[str]]:
     """All parts, or those named: rows, and one line for each part that failed."""
-    rows: list[Row] = []
-    failures: list[str] = []
-    for name in only or tuple(PARTS):
-        place = directory / name
-        place.mkdir()
-        try:
-            rows += await PARTS[name](
-                Bench(scale=QUICK if quick else FULL, directory=place, say=say)
-            )
-        except Exception as error:  # the other parts are still worth their time
-            say(f"{name} failed: {error}")
-            failures.append(f"{name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
-    return rows, failures
+    scale = QUICK if quick else FULL
+    return await run_parts(
+        PARTS, lambda place: Bench(scale=scale, directory=place, say=say), directory, say, only
+    )
