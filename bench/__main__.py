@@ -24,6 +24,7 @@ from bench.table import Report, Row, environment, show, write_json
 
 BENCHMARKS = {
     "spine": "start, submit, steps per second, acknowledged writes and recovery, beside plain torchrun",
+    "consensus": "writes per second and their latency on three nodes with fsync, beside etcd",
 }
 """Name of the module -> one line on what it measures."""
 
