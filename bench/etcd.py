@@ -14,9 +14,8 @@ import shutil
 import signal
 import subprocess
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ HOW_TO_GET = (
     "etcd is not installed, so there is no peer but the disk; "
     "install Debian's package (apt-get install etcd-server) or put an etcd of your own on PATH"
 )
+PUT = "/v3/kv/put"
 MEMBERS = ("m0", "m1", "m2")
 VALUE_BYTES = 256
 KEYS = 1000
@@ -63,7 +63,7 @@ def puts() -> Callable[[], bytes]:
 
 def put_request(key: str, value: bytes) -> bytes:
     """One write over the gateway."""
-    return post("/v3/kv/put", _json({"key": _base64(key.encode()), "value": _base64(value)}))
+    return post(PUT, _json(_pair(key, value)))
 
 
 class EtcdCluster:
@@ -151,7 +151,7 @@ class EtcdCluster:
     def _status(self, name: str) -> dict[str, Any] | None:
         return self.call(name, "/v3/maintenance/status", {})
 
-    def call(self, name: str, path: str, document: dict[str, Any]) -> dict[str, Any] | None:
+    def call(self, name: str, path: str, document: Mapping[str, Any]) -> dict[str, Any] | None:
         """One blocking request to one member; None where it does not answer with success."""
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.ports[name]}{path}", data=_json(document)
@@ -162,12 +162,20 @@ class EtcdCluster:
         except (OSError, ValueError):
             return None
 
+    def put(self, name: str, key: str, value: bytes) -> bool:
+        """One blocking write at one member: whether it was acknowledged."""
+        return self.call(name, PUT, _pair(key, value)) is not None
+
     def _log(self, name: str) -> Path:
         return self._directory / f"{name}.log"
 
 
-def _json(document: dict[str, Any]) -> bytes:
+def _json(document: Mapping[str, Any]) -> bytes:
     return json.dumps(document).encode()
+
+
+def _pair(key: str, value: bytes) -> dict[str, str]:
+    return {"key": _base64(key.encode()), "value": _base64(value)}
 
 
 def _base64(raw: bytes) -> str:

@@ -11,6 +11,7 @@ import asyncio
 import socket
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from msgspec import Struct
 
@@ -68,7 +69,8 @@ async def closed_loop(
             for number in range(clients):
                 client = _Client(request, latencies_s)
                 run.append(client)
-                await loop.create_connection(lambda c=client: c, *endpoints[number % len(endpoints)])  # type: ignore[misc]
+                host, port = endpoints[number % len(endpoints)]
+                await loop.create_connection(partial(_itself, client), host, port)
             began = time.perf_counter()
             for client in run:
                 client.start(until=began + seconds)
@@ -77,6 +79,10 @@ async def closed_loop(
         for client in run:
             client.close()
     return Load(latencies_s, time.perf_counter() - began)
+
+
+def _itself(client: _Client) -> _Client:
+    return client
 
 
 class _Client(asyncio.Protocol):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-import time
 from pathlib import Path
 
 import msgspec
@@ -91,18 +90,23 @@ class RaftTrio:
         async with within(seconds + ANSWER_TIMEOUT_S, f"the load of {clients} clients"):
             answer = await self._ask(name, Ask(clients, seconds))
         if not answer.leads or answer.load is None:
-            raise Broken(f"member {name} lost leadership under load; its figures are not the leader's")
+            raise Broken(
+                f"member {name} lost leadership under load; its figures are not the leader's"
+            )
         return answer.load
 
     async def _ask(self, name: str, ask: Ask) -> Answer:
         process = self.processes[name]
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         with contextlib.suppress(ConnectionError):
             process.stdin.write(msgspec.json.encode(ask) + b"\n")
             await process.stdin.drain()
         line = await process.stdout.readline()
         if not line:
-            raise Broken(f"member {name} ended: {tail(self._log(name).read_text(errors='replace'))}")
+            raise Broken(
+                f"member {name} ended: {tail(self._log(name).read_text(errors='replace'))}"
+            )
         return msgspec.json.decode(line, type=Answer)
 
     def _log(self, name: str) -> Path:

@@ -157,7 +157,12 @@ async def _throughput(
 
 
 async def _run(
-    side: str, bench: Bench[Scale], client: AsyncClient, workload: Workload, workers: int, epochs: int
+    side: str,
+    bench: Bench[Scale],
+    client: AsyncClient,
+    workload: Workload,
+    workers: int,
+    epochs: int,
 ) -> TrainedRun:
     if side == "peer":
         return await torchrun.train(workload.spec(workers, epochs=epochs), bench.directory)

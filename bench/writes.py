@@ -76,7 +76,7 @@ async def _round(directory: Path, writes: int) -> Round:
             for warm in (submit_near, submit_far):
                 await _timed(WARM_UP, warm)
             appends(directory / "appends", WARM_UP)
-            appends = appends(directory / "appends", writes)
+            appended = appends(directory / "appends", writes)
             health = await _timed(writes, near.health)
             alone = await _timed(writes, submit_near)
             forwarded = await _timed(writes, submit_far)
@@ -85,7 +85,7 @@ async def _round(directory: Path, writes: int) -> Round:
             loops = await asyncio.gather(*(_timed(each, submit_near) for _ in range(CLIENTS)))
             wall_s = time.perf_counter() - began
     crowd = [seconds for loop in loops for seconds in loop]
-    return Round(appends, health, alone, forwarded, crowd, wall_s)
+    return Round(appended, health, alone, forwarded, crowd, wall_s)
 
 
 def _latency(
