@@ -144,7 +144,7 @@ def rows(what: str, own: list[Loads], peer: list[Loads], disk: list[list[float]]
                 ours=[loads[clients].rate for loads in own],
                 peer_name=name,
                 peer=[loads[clients].rate for loads in peer],
-                aim=Aim("ratio", ">=", 1) if at_most else None,
+                aim=Aim("ratio", ">=", 1) if peer and at_most else None,
                 note=note if at_one else "",
             )
         )

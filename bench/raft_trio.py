@@ -35,8 +35,9 @@ class RaftTrio:
         try:
             for name in NAMES:
                 self.processes[name] = await self._start(name)
-            async with within(START_TIMEOUT_S, "three members to elect a leader"):
-                await self.leader()
+            async with within(START_TIMEOUT_S, "three members to know each other"):
+                for name in NAMES:
+                    await self._ask(name, Ask())  # answered once it is registered
         except BaseException:
             await self._end()
             raise
@@ -64,13 +65,16 @@ class RaftTrio:
         for process in self.processes.values():
             assert process.stdin is not None
             process.stdin.close()
-        for process in self.processes.values():
-            try:
-                async with asyncio.timeout(STOP_TIMEOUT_S):
-                    await process.wait()
-            finally:
+        try:
+            ends = [asyncio.create_task(process.wait()) for process in self.processes.values()]
+            if ends:
+                await asyncio.wait(ends, timeout=STOP_TIMEOUT_S)
+        finally:
+            for process in self.processes.values():
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
+        for process in self.processes.values():
+            await process.wait()
 
     async def leader(self) -> str:
         """The name of the member that leads, once one does."""
