@@ -96,6 +96,7 @@ class RaftNode:
         self._submission_bytes = 0
         self._wake = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
         self._stopping = asyncio.Event()
         self._reads = ReadBarriers()
         self._role_handlers: list[Callable[[RaftStatus], None]] = []
@@ -369,14 +370,14 @@ class RaftNode:
         if turn.again or self._inbox or self._submissions:
             self._wake.set()
             return
-        delay_s = max(0.0, turn.wake_at - self._clock())
         loop = asyncio.get_running_loop()
-        at = loop.time() + delay_s
+        now = loop.time()
+        at = now + max(0.0, turn.wake_at - self._clock())
         if self._timer is not None:
-            if not self._timer.cancelled() and loop.time() < self._timer.when() <= at:
+            if now < self._timer_at <= at:
                 return  # it fires early enough; a turn too many costs less than a timer per turn
             self._timer.cancel()
-        self._timer = loop.call_at(at, self._wake.set)
+        self._timer, self._timer_at = loop.call_at(at, self._wake.set), at
 
     def _publish(self) -> None:
         trouble = self._trouble

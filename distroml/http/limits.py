@@ -195,8 +195,9 @@ async def read_body(request: web.Request, settings: HttpSettings) -> bytes:
     announced = request.content_length
     if announced is not None and announced > settings.body_max_bytes:
         raise _too_large(settings)
+    has_arrived = request.content.is_eof()  # then there is nothing to wait for, and no timer to pay
     try:
-        async with asyncio.timeout(settings.body_timeout_s):
+        async with asyncio.timeout(None if has_arrived else settings.body_timeout_s):
             return await request.read()
     except web.HTTPRequestEntityTooLarge:
         raise _too_large(settings) from None
