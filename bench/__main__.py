@@ -35,6 +35,7 @@ BENCHMARKS = {
 OPTIONS = ("load", "minutes")
 """Options of single benchmarks; a module names those that it takes in its own ``OPTIONS``."""
 MAX_MINUTES = 24 * 60
+RESULTS = Path("bench-results")
 PIPE_WIDTH = 140
 """Characters of a line where the output is no terminal."""
 
@@ -63,10 +64,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, asyncio.CancelledError):
         print("interrupted; everything that was started has been ended", file=sys.stderr)
         return 130
-    if arguments.json is not None:
-        write_json(report, arguments.json)
+    file = arguments.json or result_file(arguments.name, arguments.quick)
+    write_json(report, file)
     show(report, Console(width=None if sys.stdout.isatty() else PIPE_WIDTH))
+    print(f"written to {file}")
     return 1 if report.failures else 0
+
+
+def result_file(name: str, quick: bool) -> Path:
+    """Where the rows go if nothing else is said; the last run replaces the one before."""
+    return RESULTS / f"{name}{'-quick' if quick else ''}.json"
 
 
 def listing() -> str:
@@ -82,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", default="", metavar="PART,...", help="some parts of it")
     parser.add_argument("--load", action="store_true", default=None, help="failover: all cores are busy")  # fmt: skip
     parser.add_argument("--minutes", type=_minutes, metavar="N", help="elections: how long to watch")  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help=f"where the rows go (default: {RESULTS}/NAME.json)")  # fmt: skip
     return parser
 
 

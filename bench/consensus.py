@@ -56,7 +56,7 @@ async def http(bench: Bench[Scale]) -> list[Row]:
 
 async def raft(bench: Bench[Scale]) -> list[Row]:
     """Commits of proposals that are made in the leader's process."""
-    return await _compare(bench, "commits in process", _our_raft, bench.scale)
+    return await _compare(bench, "commits in process", partial(_our_raft, bench.say), bench.scale)
 
 
 async def _compare(
@@ -101,10 +101,13 @@ async def _our_http(place: Path, seconds: float) -> Loads:
         }
 
 
-async def _our_raft(place: Path, seconds: float) -> Loads:
+async def _our_raft(say: Say, place: Path, seconds: float) -> Loads:
     async with RaftTrio(place) as trio:
         await trio.load(1, WARM_UP_S)
-        return {clients: await trio.load(clients, seconds) for clients in CLIENTS}
+        loads = {clients: await trio.load(clients, seconds) for clients in CLIENTS}
+        if trio.leaders_lost:
+            say(f"leadership was lost {trio.leaders_lost} times; those loads were repeated")
+        return loads
 
 
 async def _etcd(place: Path, seconds: float) -> Loads:

@@ -161,9 +161,11 @@ async def test_role_handlers_hear_of_every_change(tmp_path: Path) -> None:
     heard: list[RaftStatus] = []
     live = await cluster.start("a")
     live.node.on_role(heard.append)
-    await cluster.leader()
+    await until(
+        lambda: any(status.role is Role.LEADER and status.leader == "a" for status in heard),
+        "it hears that it leads",
+    )
     await cluster.close()
-    assert any(status.role is Role.LEADER and status.leader == "a" for status in heard)
     assert heard[-1].healthy is False
 
 

@@ -170,6 +170,11 @@ async def test_a_connection_that_ends_fails_the_load() -> None:
 # --- usage
 
 
+def test_rows_are_kept_where_nothing_else_is_said() -> None:
+    assert program.result_file("spine", quick=False) == Path("bench-results/spine.json")
+    assert program.result_file("spine", quick=True) == Path("bench-results/spine-quick.json")
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
