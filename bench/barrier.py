@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 from msgspec import Struct
 
 from bench.control_plane import SLOTS, ControlPlane, control_plane, percentile
-from bench.parts import Say, run_parts
+from bench.parts import Bench, Part, Say, run_parts
 from bench.players import Player, playing
 from bench.table import Aim, Row, compare
 
@@ -51,14 +51,6 @@ FULL = Scale(repetitions=7, rounds={100: 60, 1000: 12}, periods_s=PERIODS_S)
 QUICK = Scale(repetitions=3, rounds={100: 15, 1000: 5}, periods_s=PERIODS_S)
 
 
-class Bench(Struct, frozen=True, kw_only=True):
-    """What a part works with."""
-
-    scale: Scale
-    directory: Path
-    say: Say
-
-
 class Meeting(Struct, frozen=True):
     """One repetition: many barriers one after the other."""
 
@@ -73,7 +65,7 @@ class Meeting(Struct, frozen=True):
     repeats: int = 0
 
 
-async def hundred(bench: Bench) -> list[Row]:
+async def hundred(bench: Bench[Scale]) -> list[Row]:
     """100 workers on 13 agents."""
     rows = await _measured(bench, 100)
     p99 = rows[1].values.ours
@@ -82,12 +74,12 @@ async def hundred(bench: Bench) -> list[Row]:
     return [*rows, versus]
 
 
-async def thousand(bench: Bench) -> list[Row]:
+async def thousand(bench: Bench[Scale]) -> list[Row]:
     """1,000 workers on 125 agents."""
     return await _measured(bench, 1000)
 
 
-async def _measured(bench: Bench, workers: int) -> list[Row]:
+async def _measured(bench: Bench[Scale], workers: int) -> list[Row]:
     scale = bench.scale
     rounds, period_s = scale.rounds[workers], scale.periods_s[workers]
     own: list[Meeting] = []
@@ -186,7 +178,7 @@ def _meeting(
     )
 
 
-PARTS: dict[str, Callable[[Bench], Awaitable[list[Row]]]] = {
+PARTS: dict[str, Part[Scale]] = {
     "hundred": hundred,
     "thousand": thousand,
 }
@@ -197,6 +189,4 @@ async def run(
 ) -> tuple[list[Row], list[str]]:
     """All parts, or those named: rows, and one line for each part that failed."""
     scale = QUICK if quick else FULL
-    return await run_parts(
-        PARTS, lambda place: Bench(scale=scale, directory=place, say=say), directory, say, only
-    )
+    return await run_parts(PARTS, only, scale, directory, say)

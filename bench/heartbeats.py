@@ -10,14 +10,13 @@ and no TLS. Agents acknowledge the log and keep none of it; they send no metrics
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
 
 from bench.control_plane import SLOTS, ControlPlane, control_plane, percentile
-from bench.parts import Say, run_parts
+from bench.parts import Bench, Part, Say, run_parts
 from bench.processes import Broken
 from bench.table import Aim, Row, compare
 
@@ -56,14 +55,6 @@ FULL = Scale(
 QUICK = Scale(workers=200, windows=2, window_s=2.0, searches=1, rates=(2_000, 11_500, 30_000))
 
 
-class Bench(Struct, frozen=True, kw_only=True):
-    """What a part works with."""
-
-    scale: Scale
-    directory: Path
-    say: Say
-
-
 class Window(Struct, frozen=True, kw_only=True):
     """One stretch of reports at one rate."""
 
@@ -87,7 +78,7 @@ class Window(Struct, frozen=True, kw_only=True):
         return 1000 * percentile(self.leader[what], part)
 
 
-async def steady(bench: Bench) -> list[Row]:
+async def steady(bench: Bench[Scale]) -> list[Row]:
     """Each agent reports every 200 ms, as in production."""
     scale, windows, alone = bench.scale, [], []
     async with control_plane(bench.directory, scale.workers) as plane:
@@ -115,7 +106,7 @@ async def steady(bench: Bench) -> list[Row]:
     return rows
 
 
-async def rate(bench: Bench) -> list[Row]:
+async def rate(bench: Bench[Scale]) -> list[Row]:
     """The agents report ever faster until the leader does not keep up."""
     scale = bench.scale
     held: list[float] = []
@@ -208,7 +199,7 @@ def _row(
     )
 
 
-PARTS: dict[str, Callable[[Bench], Awaitable[list[Row]]]] = {"steady": steady, "rate": rate}
+PARTS: dict[str, Part[Scale]] = {"steady": steady, "rate": rate}
 
 
 async def run(
@@ -216,6 +207,4 @@ async def run(
 ) -> tuple[list[Row], list[str]]:
     """All parts, or those named: rows, and one line for each part that failed."""
     scale = QUICK if quick else FULL
-    return await run_parts(
-        PARTS, lambda place: Bench(scale=scale, directory=place, say=say), directory, say, only
-    )
+    return await run_parts(PARTS, only, scale, directory, say)

@@ -241,6 +241,8 @@ class Cluster:
         self._answer(node, turn)
         delay_s = self.rng.uniform(0.5, 2.0) * self.disk_delay_s if turn.disk else 0.0
         node.busy_until = self.now + delay_s
+        for peer, message in turn.early:
+            self.send(node.name, peer, message)
         self.later(delay_s, lambda: self._finish(node, turn))
         self._perform(node, turn)
 

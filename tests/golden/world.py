@@ -169,7 +169,7 @@ class World:
         for token, index in turn.reads:
             lines.append(f"answers read {token} at {index}" if index else f"refuses read {token}")
         self.story += [f"  {node.name} {line}" for line in lines]
-        for peer, message in turn.messages:
+        for peer, message in (*turn.early, *turn.messages):
             self.story.append(f"  {node.name} -> {peer}: {wording.message(message)}")
             if self.reachable(node.name, peer):
                 self.flight.append((node.name, peer, decode(encode(message))))
