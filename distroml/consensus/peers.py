@@ -98,6 +98,10 @@ class PeerLinks:
     def connected(self, peer: str) -> bool:
         return peer in self._up
 
+    def connected_peers(self) -> list[str]:
+        """Who is connected now, learners included, in name order."""
+        return sorted(self._up)
+
     def send(self, peer: str, channel: Channel, body: bytes) -> bool:
         """Queues one frame. Never blocks; False (counted) if the peer is down or its lane is full.
 

@@ -134,9 +134,10 @@ class RaftNode:
             raise
         self._links.subscribe(Channel.RAFT, self._on_frame)
         self._links.on_link(self._on_link)
-        for voter in self._voters:
-            if voter != self.name and self._links.connected(voter):
-                self._on_link(voter, True)
+        for (
+            peer
+        ) in self._links.connected_peers():  # learners too, that came while the disk was read
+            self._on_link(peer, True)
         self._wake.set()  # the first turn needs no cause: it sets the first timer
         self._task = asyncio.create_task(self._run(), name=f"raft-{self.name}")
 
