@@ -134,9 +134,8 @@ class RaftNode:
             raise
         self._links.subscribe(Channel.RAFT, self._on_frame)
         self._links.on_link(self._on_link)
-        for (
-            peer
-        ) in self._links.connected_peers():  # learners too, that came while the disk was read
+        # Learners too: some may have come while the disk was read.
+        for peer in self._links.connected_peers():
             self._on_link(peer, True)
         self._wake.set()  # the first turn needs no cause: it sets the first timer
         self._task = asyncio.create_task(self._run(), name=f"raft-{self.name}")
@@ -293,6 +292,12 @@ class RaftNode:
             level = logging.WARNING if total & (total - 1) == 0 else logging.DEBUG
             logger.log(level, "dropped frame %d of %s: %s", total, peer, error)
             return
+        if not self._inbox and not self._sync.busy:
+            answers = self.core.receive_heartbeat(peer, message)
+            if answers is not None:
+                for answer in answers:
+                    self._links.send(peer, Channel.RAFT, encode(answer))
+                return
         self._post(partial(self.core.receive, peer, message), len(body))
 
     def _on_link(self, peer: str, up: bool) -> None:

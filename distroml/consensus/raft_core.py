@@ -19,6 +19,8 @@ import msgspec
 from distroml.consensus.hardening import HardenedRaft
 from distroml.consensus.library_fields import CANDIDATE, FOLLOWER, LEADER
 from distroml.consensus.messages import (
+    Append,
+    AppendReply,
     Message,
     ReadEcho,
     ReadProbe,
@@ -141,6 +143,24 @@ class RaftCore:
                     self.raft.refused += 1
                     return
                 self._receive_read(peer, message)
+
+    def receive_heartbeat(self, peer: str, message: Message) -> list[Message] | None:
+        """Takes a heartbeat or its acknowledgement between two turns, where it brings nothing new.
+
+        Returns the answers, which may leave at once: nothing changes but when the sender was last heard, and all that
+        they promise is durable as long as no turn is under way. None: the message needs a turn like any other.
+        """
+        raft = self.raft
+        node = raft.nodes.get(peer)
+        if node is None or peer == self.name:
+            return None
+        self.begin()
+        if type(message) is Append:
+            answer = raft.answer_to_heartbeat(node, message)
+            return None if answer is None else [answer]
+        if type(message) is AppendReply and raft.hears_nothing_new(node, message):
+            return []
+        return None
 
     def set_link(self, peer: str, up: bool) -> None:
         self.raft.set_link(peer, up)

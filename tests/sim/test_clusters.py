@@ -224,3 +224,21 @@ def test_a_learner_that_connects_before_a_voter_has_read_its_disk_is_not_overloo
     leader.do(lambda: leader.spawn(leader.raft.transfer_leadership(late, 2.0)))
     assert cluster.world.run_until(lambda: process.leads, 3.0)
     converge(cluster)
+
+
+def test_no_heartbeat_is_answered_with_entries_that_are_still_on_their_way_to_disk() -> None:
+    cluster, leader = elected()
+    cluster.world.run(1.0)
+    for follower in cluster.followers():
+        cluster.slow_disk_s[follower.name] = 1.0
+    submit(leader, "job")
+    cluster.world.run(0.4)
+    for follower in cluster.followers():
+        assert follower.log.last_index > leader.raft.commit_index, "it has the entry in memory"
+        assert follower.disk_until > cluster.world.now
+    assert not leader.replica.state.jobs
+    for follower in cluster.followers():
+        cluster.kill(follower.name, power=True)
+    cluster.slow_disk_s.clear()
+    cluster.heal()
+    converge(cluster)
