@@ -68,8 +68,8 @@ def plan(seed: int, config: Config, seconds: float) -> list[Fault]:
     names = [f"n{place}" for place in range(config.nodes)]
     names += [f"x{place}" for place in range(config.learners)]
     kinds = [kind for kind in _WEIGHTS if rng.random() < 0.65] or ["kill"]
-    if config.nodes == 1:
-        # What it has is nowhere else; and it may be without anybody to cut it off from.
+    if config.nodes < 3:
+        # One or two voters need all that each of them has.
         kinds = [kind for kind in kinds if kind != "wipe"] or ["kill"]
     if len(names) == 1:
         kinds = [kind for kind in kinds if kind not in _OF_TWO] or ["kill"]

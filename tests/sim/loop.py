@@ -108,8 +108,12 @@ class NodeLoop(asyncio.AbstractEventLoop):
             return
         events._set_running_loop(self)
         try:
-            self._call(callback, args)
-            self._run_ready()
+            try:
+                callback(*args)
+            except Exception as error:
+                self._raised(error)
+            if self._ready:
+                self._run_ready()
         finally:
             events._set_running_loop(None)
 
@@ -135,7 +139,12 @@ class NodeLoop(asyncio.AbstractEventLoop):
 
     def _call_all(self, found: list[tuple[Callable[..., object], tuple[Any, ...]]]) -> None:
         for callback, args in found:
-            self._call(callback, args)
+            if self.dead:
+                return
+            try:
+                callback(*args)
+            except Exception as error:
+                self._raised(error)
 
     def _run_ready(self) -> None:
         ready, budget = self._ready, MAX_CALLBACKS_PER_EVENT
@@ -150,14 +159,6 @@ class NodeLoop(asyncio.AbstractEventLoop):
             if budget == 0:
                 self.world.violate(f"{self.name} spins: {handle.callback!r}")
                 return
-
-    def _call(self, callback: Callable[..., object], args: Any) -> None:
-        if self.dead:
-            return
-        try:
-            callback(*args)
-        except Exception as error:
-            self._raised(error)
 
     def _raised(self, error: Exception) -> None:
         if not self.dead:

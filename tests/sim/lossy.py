@@ -79,9 +79,6 @@ class Lossy:
                 links.told_at[there] = at = max(at, links.told_at.get(there, 0.0))
                 self.world.at(at, links.tell, there, up)
 
-    def connected(self, here: str, there: str) -> bool:
-        return (min(here, there), max(here, there)) in self._connected
-
     def send(self, source: LossyLinks, target: str, channel: int, body: bytes) -> None:
         receiver, cuts, random = self.links.get(target), self.cuts, self.rng.random
         if receiver is None or random() < self.drop:
@@ -134,7 +131,7 @@ class LossyLinks:
         return sorted(self._up)
 
     def send(self, peer: str, channel: Channel, body: bytes) -> bool:
-        if not self._lossy.connected(self.name, peer):
+        if peer not in self._up:
             return False
         self._lossy.send(self, peer, int(channel), body)
         return True

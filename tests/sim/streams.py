@@ -201,9 +201,9 @@ class _Pipe:
             receiver.peer_closed()
             return
         self.unread -= len(chunk)
-        if not self.broken and not receiver.gone:
+        if not self.broken and not receiver.gone and receiver.protocol is not None:
             self.streams.world.note(1, len(chunk), self._mark)
-            receiver.receive(chunk)
+            receiver.protocol.data_received(chunk)
 
 
 class Stream(asyncio.Transport):
@@ -226,10 +226,6 @@ class Stream(asyncio.Transport):
         self.protocol.connection_made(self)
         if self.gone:
             self._lose(None)
-
-    def receive(self, data: bytes) -> None:
-        if not self.gone and self.protocol is not None:
-            self.protocol.data_received(data)
 
     def peer_closed(self) -> None:
         self._lose(None)
