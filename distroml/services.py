@@ -223,11 +223,8 @@ class NodeServices:
         except NotLeader:
             raise Unavailable("Nobody leads now; leadership cannot be handed over.") from None
         if leader is None:
-            who = f"Node '{target}'" if target else "No other node"
-            raise Conflict(
-                f"{who} did not take over within {timeout_s:g} s (it is down, cut off or far behind); "
-                f"'{raft.leader or 'nobody'}' leads on."
-            )
+            now = f"'{raft.leader}' leads on" if raft.leader else "nobody leads now"
+            raise Conflict(f"{_nobody_took_over(target, raft.voters)}; {now}.")
         return leader
 
     def caught_up(self) -> bool:
@@ -322,6 +319,14 @@ class NodeServices:
             parts.proposer.forwarded_dropped,
             "Entries of other nodes that this one could not take; they are offered again.",
         )
+
+
+def _nobody_took_over(target: str | None, voters: Sequence[str]) -> str:
+    if len(voters) == 1:
+        return "There is no other voter"
+    if target is None:
+        return "No other voter took over (they are down, cut off or far behind)"
+    return f"Node '{target}' did not take over (it is down, cut off or far behind)"
 
 
 def _counter(name: str, value: float, about: str, labels: dict[str, str] | None = None) -> Counter:

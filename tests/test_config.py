@@ -6,16 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from distroml.config import (
-    NodeConfig,
-    NodeSettings,
-    build_parser,
-    detector_settings,
-    load,
-    raft_settings,
-    unknown_variables,
-)
+from distroml.config import NodeConfig, detector_settings, load, raft_settings
 from distroml.errors import ConfigError
+from distroml.settings import NodeSettings, build_parser, unknown_variables
 
 THREE = "a=127.0.0.1:7101,b=127.0.0.1:7102,c=127.0.0.1:7103"
 

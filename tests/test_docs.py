@@ -9,9 +9,9 @@ import pytest
 
 from distroml.cli.main import _COMMANDS
 from distroml.cli.specfile import read_spec
-from distroml.config import build_parser
 from distroml.http.app import ROUTES
 from distroml.model import TRANSITIONS
+from distroml.settings import build_parser
 from distroml.spec import convert_spec
 
 ROOT = Path(__file__).parent.parent

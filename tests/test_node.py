@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from distroml.node import NodeBroken, _raise_for_dead
+from distroml.node.composition import NodeBroken, _raise_for_dead
 
 
 async def _fails() -> None:

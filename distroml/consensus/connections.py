@@ -167,9 +167,15 @@ class _Connection(asyncio.Protocol):
         raise NotImplementedError
 
     @property
+    def known_as(self) -> str:
+        """Name of the peer, or empty where there is no more to it than the other end's own word."""
+        return self.peer
+
+    @property
     def other(self) -> str:
         """The other end as people know it."""
-        return f"peer {self.peer}" if self.peer else f"{self._certified()} at {self._address()}"
+        name = self.known_as
+        return f"peer {name}" if name else f"{self._certified()} at {self._address()}"
 
     def _certified(self) -> str:
         return (self._tls.peer_names() if self._tls else "") or "a stranger"
@@ -214,7 +220,7 @@ class _Connection(asyncio.Protocol):
 
     def _log(self, counter: str, what: str) -> None:
         """Counts, and warns now and then: a stranger must not fill the log."""
-        total, loud = self.owner.count_loudly(counter, self.peer)
+        total, loud = self.owner.count_loudly(counter, self.known_as)
         level = logging.WARNING if loud else logging.DEBUG
         logger.log(level, "%s %s (%s, %d so far)", self.owner.name, what, counter, total)
 
@@ -316,6 +322,12 @@ class Inbound(_Connection):
     @property
     def peer(self) -> str:
         return "" if self.hello is None else self.hello.name
+
+    @property
+    def known_as(self) -> str:
+        # Anybody can say that he is a learner of some name: names without end would be kept and logged.
+        unproved = self.hello is None or (self.hello.learner_at and not self.established)
+        return "" if unproved else self.peer
 
     @property
     def lane(self) -> Lane:

@@ -42,21 +42,16 @@ holds all that a leader has committed (`RaftLog.proven`), except to found a clus
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import logging
 import random
-import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar, Final
 
-import pysyncobj.syncobj as library
-from pysyncobj.node import Node
-from pysyncobj.transport import Transport
+from pysyncobj import syncobj
 
 from distroml.consensus.elections import Elections
 from distroml.consensus.following import Following
+from distroml.consensus.library import Journal, Outbox, Peer, adopt_library, ambient
 from distroml.consensus.library_fields import LEADER
 from distroml.consensus.messages import (
     REGULAR,
@@ -71,12 +66,10 @@ from distroml.consensus.messages import (
     VoteGranted,
     VoteReply,
 )
-from distroml.consensus.raft_log import FIRST_INDEX, LogImage, RaftLog
+from distroml.consensus.raft_log import LogImage
 from distroml.consensus.raft_types import (
     RaftSettings,
-    SafetyViolation,
     StateMachine,
-    UnsafeLibrary,
     check_voters,
 )
 from distroml.consensus.replication import Progress, Replication
@@ -84,117 +77,13 @@ from distroml.consensus.snapshot import IncomingSnapshot, Snapshot
 
 logger = logging.getLogger(__name__)
 
-LIBRARY_SHA256: Final = "e8bdf06797085d734df86e24ab4802fe87893dff77268565ec036f7ad4a1cfe4"
-"""Of pysyncobj/syncobj.py in version 0.3.17."""
 APPLY_PER_TURN: Final = 1_024
 """Entries applied in one turn, at most, so that a long replay does not stop the event loop."""
 _COMPACT_AT_LEAST: Final = 256
 """Applied entries that make a snapshot worth its while even where the log is full of bytes."""
 
 
-def check_library(path: Path | None = None) -> None:
-    """Raises UnsafeLibrary unless the installed library is the audited source."""
-    source = Path(path or library.__file__)
-    found = hashlib.sha256(source.read_bytes()).hexdigest()
-    if found != LIBRARY_SHA256:
-        raise UnsafeLibrary(
-            f"{source} has SHA-256 {found}, expected {LIBRARY_SHA256}: it is not the PySyncObj "
-            "0.3.17 whose hazards are closed here, and running it could lose acknowledged state. "
-            "Install pysyncobj==0.3.17"
-        )
-
-
-class _Ambient(threading.local):
-    """Clock and randomness of the core that is running now: cores of one process take turns."""
-
-    now: float = 0.0
-    rng: random.Random = random.Random(0)
-
-
-_ambient = _Ambient()
-
-
-class _AmbientRandom:
-    """Stands in for the module `random` inside the library."""
-
-    def random(self) -> float:
-        return _ambient.rng.random()
-
-
-class _NoPoller:
-    """The library's poller, with nothing to poll: sockets are ours."""
-
-    def subscribe(self, *_: object) -> None: ...
-    def unsubscribe(self, *_: object) -> None: ...
-    def poll(self, _timeout_s: float) -> None: ...
-
-
-@functools.cache
-def adopt_library() -> None:
-    """Checks the library, then replaces its module globals: the one place that does."""
-    check_library()
-    library.monotonicTime = lambda: _ambient.now
-    library.random = _AmbientRandom()
-    library.createPoller = lambda _kind: _NoPoller()
-    library.createJournal = lambda journal: journal
-
-
-class _Peer(Node):  # type: ignore[misc]
-    """A voter or learner. It equals itself only, and its name is a plain attribute: both are asked for
-    several times per message. What is sent to all goes out in the order of `others`, never in a set's order."""
-
-    id = ""
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        object.__setattr__(self, "id", name)  # the library's own makes it a property
-
-
-class _Journal(RaftLog):
-    """The names under which the library knows a journal."""
-
-    def __getitem__(self, key: Any) -> Any:
-        return self.entries[key]
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def add(self, command: bytes, index: int, term: int) -> None:
-        self.append(command, index, term)
-
-    def getCurrentTerm(self) -> int:  # noqa: N802
-        return self.term
-
-    def getVotedForNodeId(self) -> str | None:  # noqa: N802
-        return self.vote
-
-    def setCurrentTerm(self, term: int, vote: str | None) -> None:  # noqa: N802
-        self.set_term(term, vote)
-
-    def getRaftCommitIndex(self) -> int:  # noqa: N802
-        return FIRST_INDEX  # Raft needs no durable commit index
-
-    def setRaftCommitIndex(self, _index: int) -> None: ...  # noqa: N802
-    def onOneSecondTimer(self) -> None: ...  # noqa: N802
-
-
-class _Outbox(Transport):  # type: ignore[misc]
-    """The library's transport: collects what it wants sent. Only vote replies are left to it."""
-
-    def __init__(self, raft: HardenedRaft) -> None:
-        super().__init__(None, None, None)
-        self._raft = raft
-
-    def send(self, node: Any, message: dict[str, Any]) -> bool:
-        if message["type"] != "response_vote":
-            raise SafetyViolation(f"the library sent a {message['type']!r} past its override")
-        self._raft.emit(node, VoteGranted(message["term"]))
-        return True
-
-
-class HardenedRaft(Elections, Following, Replication, library.SyncObj):  # type: ignore[misc]
+class HardenedRaft(Elections, Following, Replication, syncobj.SyncObj):  # type: ignore[misc]
     """One voter or, where its name is not among the voters, a learner. Input methods change state and fill `outbox`; `turn` runs the library's tick.
 
     The caller sets `now` (through `begin`) before any input, performs `log.take_ops()` after the
@@ -219,10 +108,10 @@ class HardenedRaft(Elections, Following, Replication, library.SyncObj):  # type:
         self.snapshot, self.rng = snapshot, rng
         self.outbox: list[tuple[str, Message]] = []
         self.submissions: list[bytes] = []
-        self.nodes = {voter: _Peer(voter) for voter in sorted(voters)}
+        self.nodes = {voter: Peer(voter) for voter in sorted(voters)}
         self.learner = name not in voters
         if self.learner:
-            self.nodes[name] = _Peer(name)
+            self.nodes[name] = Peer(name)
         self.others = [self.nodes[voter] for voter in sorted(voters) if voter != name]
         self.learners: dict[str, Any] = {}
         self.progress: dict[Any, Progress] = {}
@@ -237,12 +126,12 @@ class HardenedRaft(Elections, Following, Replication, library.SyncObj):  # type:
         self.incoming = IncomingSnapshot()
         self.begin(now)
         self.heartbeat_at = now  # the library reads every attribute while it constructs itself
-        conf = library.SyncObjConf(
+        conf = syncobj.SyncObjConf(
             autoTick=False,
             useFork=False,
             dynamicMembershipChange=False,
             commandsWaitLeader=False,
-            journalFile=_Journal(image),
+            journalFile=Journal(image),
             raftMinTimeout=settings.election_min_s,
             raftMaxTimeout=settings.election_max_s,
             appendEntriesPeriod=settings.heartbeat_s,
@@ -250,7 +139,7 @@ class HardenedRaft(Elections, Following, Replication, library.SyncObj):  # type:
             connectionTimeout=settings.election_max_s,
             appendEntriesUseBatch=True,
         )
-        super().__init__(self.nodes[name], self.others, conf, transport=_Outbox(self))
+        super().__init__(self.nodes[name], self.others, conf, transport=Outbox(self.emit))
         if snapshot is not None:
             machine.restore(snapshot.index, snapshot.blob)
             self.applied_index = self.commit_index = snapshot.index
@@ -262,8 +151,8 @@ class HardenedRaft(Elections, Following, Replication, library.SyncObj):  # type:
 
     def begin(self, now: float) -> None:
         """Binds the library's clock and randomness to this node for the inputs that follow."""
-        self.now = _ambient.now = now
-        _ambient.rng = self.rng
+        self.now = ambient.now = now
+        ambient.rng = self.rng
 
     def receive(self, peer: str, message: Message) -> None:
         # Hazards S8, X2: only the other voters are heard at all, and learners where they acknowledge.
@@ -310,7 +199,7 @@ class HardenedRaft(Elections, Following, Replication, library.SyncObj):  # type:
             for table in (self.progress, self.next_index, self.match_index, self.last_response_at):
                 table.pop(known, None)
         if up:
-            node = _Peer(name)
+            node = Peer(name)
             self.nodes[name] = self.learners[name] = node
             self.connected.add(node)
             self.progress[node] = Progress()

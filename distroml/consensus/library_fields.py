@@ -1,7 +1,7 @@
 """The library's private state and methods under typed names: the only place that spells them.
 
 PySyncObj keeps its state in name-mangled attributes. Our overrides read and write them through
-these; the hash check in `hardening.py` guarantees that they exist and mean what we think.
+these; the hash check in `library.py` guarantees that they exist and mean what we think.
 """
 
 from __future__ import annotations

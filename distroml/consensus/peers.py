@@ -99,7 +99,7 @@ class PeerLinks:
         return peer in self._up
 
     def connected_peers(self) -> list[str]:
-        """Who is connected now, learners included, in name order."""
+        """Names of the peers that are connected now, in order."""
         return sorted(self._up)
 
     def send(self, peer: str, channel: Channel, body: bytes) -> bool:
@@ -271,6 +271,11 @@ class PeerLinks:
         if hello is None or self._closed:
             connection.abort()
             return
+        # Asked again: between hello and proof a newer connection, or another learner of this name, came.
+        reason = self.admit(connection, hello)
+        if reason is not None:
+            connection.refuse(reason, f"{connection.other} has proved itself too late")
+            return
         self._pending.discard(connection)
         if hello.learner_at:
             self._take_in(hello)
@@ -298,6 +303,12 @@ class PeerLinks:
     def _forget_learners(self, now: float) -> None:
         for name in self.learners.forgettable(now):
             self._cease_to_dial(name)
+            for lane in Lane:
+                # One that reaches us, yet is not reached, has to come anew, or nobody would dial it again.
+                inbound = self._inbound.get((name, lane))
+                if inbound is not None:
+                    inbound.abort()
+            self._warned = {key: told for key, told in self._warned.items() if key[1] != name}
             self.learners.forget(name)
             del self.peers[name]
             self.count("learners_forgotten")

@@ -97,7 +97,7 @@ class RaftNode:
         self._wake = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._stopping = asyncio.Event()
-        self._reads = ReadBarriers()
+        self._reads = ReadBarriers(self._rng)
         self._role_handlers: list[Callable[[RaftStatus], None]] = []
         self._handover = Handover(self, links, self._post)
         self._published: tuple[object, ...] = ()
@@ -134,8 +134,7 @@ class RaftNode:
             raise
         self._links.subscribe(Channel.RAFT, self._on_frame)
         self._links.on_link(self._on_link)
-        # Learners too: some may have come while the disk was read.
-        for peer in self._links.connected_peers():
+        for peer in self._links.connected_peers():  # they came while the disk was read
             self._on_link(peer, True)
         self._wake.set()  # the first turn needs no cause: it sets the first timer
         self._task = asyncio.create_task(self._run(), name=f"raft-{self.name}")

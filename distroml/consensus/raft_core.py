@@ -166,6 +166,8 @@ class RaftCore:
         self.raft.set_link(peer, up)
         if not up:
             self._refuse_forwarded_to(peer)
+            # It gives its reads up too, and must not take an answer for one that it asks in its next life.
+            self._reads = [read for read in self._reads if read.peer != peer]
 
     def check_append(self, entry: bytes) -> None:
         """Raises NotLeader or EntryTooLarge where `submit` would be in vain."""

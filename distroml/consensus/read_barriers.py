@@ -6,14 +6,19 @@ A read first waits for its read index (from the core), then until this node has 
 from __future__ import annotations
 
 import asyncio
+import random
 from itertools import count
+from typing import Final
 
 from distroml.consensus.raft_types import NotLeader
 
+_TOKEN_BITS: Final = 60
+
 
 class ReadBarriers:
-    def __init__(self) -> None:
-        self._tokens = count(1)
+    def __init__(self, rng: random.Random) -> None:
+        # A leader may still hold a read of this node's last life, whose index is too low for one of this life.
+        self._tokens = count(rng.getrandbits(_TOKEN_BITS))
         self._asked: dict[int, asyncio.Future[int]] = {}
         self._waiting: list[tuple[int, asyncio.Future[int]]] = []
 

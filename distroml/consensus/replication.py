@@ -153,15 +153,19 @@ class Replication(LibraryFields):
             self.last_response_at[node] = self.now
         return nothing_new
 
-    def on_append_reply(self, node: Any, reply: AppendReply) -> None:
-        # Hazard S7: an acknowledgement counts only in the term it was given in (Raft, section 5.3),
-        # and none may speak of entries beyond this log.
-        if reply.term > self.term:
-            self.step_down(reply.term)
-            return
-        if reply.term != self.term or self.role != LEADER:
-            return
+    def _answers_this_term(self, node: Any, term: int) -> bool:
+        # Hazard S7: an acknowledgement counts only in the term it was given in (Raft, section 5.3).
+        if term > self.term:
+            self.step_down(term)
+            return False
+        if term != self.term or self.role != LEADER:
+            return False
         self.last_response_at[node] = self.now
+        return True
+
+    def on_append_reply(self, node: Any, reply: AppendReply) -> None:
+        if not self._answers_this_term(node, reply.term):
+            return
         progress = self.progress[node]
         if not reply.accepted:
             # Hazards L1, L3: the hint only ever lowers next_index, never below what is known to
@@ -172,7 +176,7 @@ class Replication(LibraryFields):
             self.send_needed = True
             return
         if reply.next_index > self.log.last_index + 1:
-            return
+            return  # hazard S7: nobody may speak of entries beyond this log
         if reply.next_index - 1 > self.match_index[node]:
             self.match_index[node] = reply.next_index - 1
         self.next_index[node] = max(self.next_index[node], self.match_index[node] + 1)
@@ -183,12 +187,8 @@ class Replication(LibraryFields):
             progress.transfer = None
 
     def on_snapshot_reply(self, node: Any, reply: SnapshotReply) -> None:
-        if reply.term > self.term:
-            self.step_down(reply.term)
+        if not self._answers_this_term(node, reply.term):
             return
-        if reply.term != self.term or self.role != LEADER:
-            return
-        self.last_response_at[node] = self.now
         transfer = self.progress[node].transfer
         if transfer is not None and reply.sha256 == transfer.snapshot.sha256:
             transfer.acknowledged(reply.next_offset, self.now)

@@ -15,10 +15,8 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-
-from msgspec import Struct
 
 from distroml.consensus.state import ClusterState
 from distroml.model import TERMINAL, CheckpointStatus, Job, JobStatus
@@ -30,11 +28,11 @@ from distroml.runtime.assignment import (
     assigned_to,
     worker_plan,
 )
-from distroml.runtime.control import FromWorker, MetricRecord
+from distroml.runtime.control import FromWorker
 from distroml.runtime.key_exchange import KeyExchange
 from distroml.runtime.local_worker import LocalWorker, failure_of
-from distroml.runtime.log_tail import remove_logs, stale_logs
 from distroml.runtime.spawner import Spawner, SpawnEvents, WorkerId
+from distroml.runtime.worker_output import HistorySink, WorkerOutput
 from distroml.runtime.worker_server import WorkerLink, WorkerServer, socket_path
 
 TEND_S = 0.1
@@ -48,16 +46,8 @@ LINK_LOST_S = 2.0
 """How long a worker may live on without its control connection; it would train, but nobody could tell."""
 SPAWN_TIMEOUT_S = 120.0
 """A forkserver that has not answered a spawn for this long hangs: it is replaced, and its workers with it."""
-PRUNE_S = 60.0
 
 _log = logging.getLogger(__name__)
-
-
-class HistorySink(Struct, frozen=True, kw_only=True):
-    """Where metrics and log lines of local workers go; both are called in the event loop."""
-
-    metrics: Callable[[WorkerFact, tuple[MetricRecord, ...]], None]
-    logs: Callable[[WorkerFact, list[str]], None]
 
 
 class Supervisor:
@@ -79,7 +69,7 @@ class Supervisor:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
-        self._sink = sink
+        self._output = WorkerOutput(settings.log_dir, sink=sink, monotonic=monotonic)
         self._changed = changed
         self._monotonic = monotonic
         self._workers: dict[WorkerId, LocalWorker] = {}
@@ -87,8 +77,6 @@ class Supervisor:
         self._state = ClusterState()
         self._keys = KeyExchange()
         self._tending: asyncio.Task[None] | None = None
-        self._pruning: asyncio.Task[None] | None = None
-        self._prune_due_s = 0.0
         self._stopping = False
         self._server = WorkerServer(
             socket_path(settings.data_dir),
@@ -132,7 +120,7 @@ class Supervisor:
         await self._spawner.stop()
         for local in self._workers.values():
             if local.alive:
-                self._ship_log(local, final=True)
+                self._output.ship_log(local, final=True)
         await self._server.stop()
 
     @property
@@ -226,9 +214,8 @@ class Supervisor:
             del self._workers[worker]
             self._changed()
             return
-        self._kill(
-            local
-        )  # one that has no pid yet is killed when it gets it: ``_on_spawned`` converges
+        # One that has no pid yet is killed when it gets it: ``_on_spawned`` converges.
+        self._kill(local)
 
     def _kill(self, local: LocalWorker) -> None:
         now_s = self._monotonic()
@@ -289,7 +276,7 @@ class Supervisor:
 
     def _end(self, local: LocalWorker, *, exit_code: int | None = None) -> None:
         local.exit_code = local.exit_code if exit_code is None else exit_code
-        self._ship_log(local, final=True)
+        self._output.ship_log(local, final=True)
         local.settle_end()
         self.converge(self._state)
         self._changed()
@@ -337,12 +324,11 @@ class Supervisor:
         told = local.take(message)
         match message:
             case control.Progress(metrics=metrics) if metrics:
-                with _telemetry_may_fail():
-                    self._sink.metrics(local.fact, metrics)
+                self._output.ship_metrics(local.fact, metrics)
             case control.Rendezvous(key=key, value=value):
                 self._share_keys(worker[0], worker[1], {key: value})
             case control.Failed():
-                self._ship_log(local)
+                self._output.ship_log(local)
                 local.update(last_lines=local.tail.last_lines)
         if told:
             self._changed()
@@ -381,7 +367,7 @@ class Supervisor:
     def _tend(self, local: LocalWorker, now_s: float) -> None:
         if not local.alive:
             return
-        self._ship_log(local)
+        self._output.ship_log(local)
         if local.patience_ends_s is not None and now_s >= local.patience_ends_s:
             if local.exit_code is not None:
                 self._end(local)
@@ -391,41 +377,17 @@ class Supervisor:
         if local.alive and unanswered and now_s - local.spawned_s >= SPAWN_TIMEOUT_S:
             self._spawner.replace(f"a spawn was not answered for {SPAWN_TIMEOUT_S:g} s")
 
-    def _ship_log(self, local: LocalWorker, *, final: bool = False) -> None:
-        try:
-            lines = local.tail.poll(final=final)
-        except OSError as error:
-            _log.warning("the log %s cannot be read: %s", local.tail.path, error)
-            return
-        if lines:
-            with _telemetry_may_fail():
-                self._sink.logs(local.fact, lines)
-
     def _knows_the_log(self) -> bool:
         """Whether this replica has seen its own registration; before that it knows too few jobs to prune by."""
         own = self._state.nodes.get(self._settings.node)
         return own is not None and own.incarnation == self._settings.incarnation
 
     def _prune_when_due(self) -> None:
-        due = self._monotonic() >= self._prune_due_s and self._knows_the_log()
-        if not due or (self._pruning is not None and not self._pruning.done()):
-            return
-        self._prune_due_s = self._monotonic() + PRUNE_S
-        runs = {job.run_id: job.generation_number for job in self._state.jobs.values()}
-        busy = {worker[:2] for worker, local in self._workers.items() if local.alive}
-        # Looked up here and now, removed in a thread: what begins meanwhile is not on the list.
-        stale = stale_logs(self._settings.log_dir, runs, busy)
-        if stale:
-            self._pruning = asyncio.create_task(asyncio.to_thread(remove_logs, stale))
-
-
-@contextlib.contextmanager
-def _telemetry_may_fail() -> Iterator[None]:
-    """Training does not suffer from what happens to its metrics and logs."""
-    try:
-        yield
-    except Exception:
-        _log.exception("metrics or log lines were lost")
+        if self._output.prune_due and self._knows_the_log():
+            self._output.prune(
+                {job.run_id: job.generation_number for job in self._state.jobs.values()},
+                {worker[:2] for worker, local in self._workers.items() if local.alive},
+            )
 
 
 def _kill_group(pid: int | None) -> None:

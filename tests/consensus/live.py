@@ -76,14 +76,21 @@ class LiveCluster:
         self.nodes: dict[str, LiveNode] = {}
         self.lives = 0
 
-    def make(self, name: str, disk: Disk | None = None) -> LiveNode:
+    def learner(self, name: str) -> LiveNode:
+        """A node that is no voter."""
+        (at,) = free_addresses(name).values()
+        return self.make(name, at=at)
+
+    def make(self, name: str, disk: Disk | None = None, at: Address | None = None) -> LiveNode:
+        """`at`: where a learner listens."""
         self.lives += 1
         links = PeerLinks(
             name=name,
             incarnation=self.lives,
             cluster_id="test",
-            listen=self.addresses[name],
+            listen=at or self.addresses[name],
             peers=self.addresses,
+            advertise=at,
         )
         journal = Journal()
         node = RaftNode(

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distroml.consensus import hardening
-from distroml.consensus.hardening import check_library
+from distroml.consensus import hardening, library
+from distroml.consensus.library import check_library
 from distroml.consensus.messages import (
     Append,
     AppendReply,
@@ -43,18 +43,18 @@ from tests.consensus.lone import FIVE, THREE, Lone, entries, image
 
 def test_another_library_source_is_refused(tmp_path: Path) -> None:
     source = tmp_path / "syncobj.py"
-    source.write_text(Path(hardening.library.__file__).read_text() + "\n# patched\n")
+    source.write_text(Path(library.syncobj.__file__).read_text() + "\n# patched\n")
     with pytest.raises(UnsafeLibrary, match=r"is not the PySyncObj 0\.3\.17.*Install pysyncobj==0"):
         check_library(source)
     check_library()
 
 
 def test_a_wrong_library_keeps_a_node_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:
-    hardening.adopt_library.cache_clear()
-    monkeypatch.setattr(hardening, "LIBRARY_SHA256", "0" * 64)
+    library.adopt_library.cache_clear()
+    monkeypatch.setattr(library, "LIBRARY_SHA256", "0" * 64)
     with pytest.raises(UnsafeLibrary):
         Lone()
-    hardening.adopt_library.cache_clear()
+    library.adopt_library.cache_clear()
 
 
 # ---------------------------------------------------------------------- the follower's log

@@ -23,6 +23,7 @@ from distroml.consensus.messages import (
     VoteGranted,
     VoteReply,
 )
+from distroml.consensus.raft_log import LogImage
 from distroml.consensus.raft_types import RaftSettings, Role
 from tests.consensus.lone import Lone, entries, image
 
@@ -116,12 +117,13 @@ def test_a_learner_may_ask_for_a_read_index_and_for_a_new_leader() -> None:
 def test_a_learner_that_goes_leaves_nothing_behind() -> None:
     node = leader_with_learner()
     node.feed("x", ReadRequest(7))
+    (nonce,) = {m.nonce for _, m in node.last.messages if isinstance(m, ReadProbe)}
     node.turn(lambda: node.core.set_link("x", False))
     turn = node.submit(b"more")
     assert "x" not in {peer for peer, _ in turn.messages}
     for table in (node.raft.progress, node.raft.next_index, node.raft.match_index):
         assert {str(known.id) for known in table} == {"b", "c"}
-    (nonce,) = {m.nonce for m in node.wait(0.2) if isinstance(m, ReadProbe)}
+    assert not any(isinstance(m, ReadProbe) for m in node.wait(0.2))
     node.feed("b", ReadEcho(node.raft.term, nonce))
     assert not any(peer == "x" for peer, _ in node.last.messages)
 
@@ -157,6 +159,25 @@ def test_a_learner_never_campaigns_and_knows_no_leader_after_silence() -> None:
     assert (node.raft.term, node.core.leader) == (2, None)
     node.feed("b", Append(2, 5, 2, 5, []), TimeoutNow(2))
     assert node.raft.term == 2
+
+
+def test_what_a_learner_kept_from_its_time_as_a_voter_does_not_stand_in_its_way() -> None:
+    node = learner(image=LogImage(entries=image(9, term=4).entries, term=4, vote="a", proven=True))
+    node.wait(2.0)
+    assert (node.core.role, node.raft.term) == (Role.LEARNER, 4)
+    assert node.feed("b", Append(5, 6, 4, 7, entries(7, 7, 5))) == [AppendReply(5, True, 8)]
+    assert (node.raft.log.last_index, node.raft.commit_index, node.raft.voted_for) == (7, 7, None)
+
+
+def test_a_leader_goes_to_the_term_that_a_learner_knows_from_its_time_as_a_voter() -> None:
+    node = leader_with_learner()
+    term = node.raft.term
+    node.feed("x", AppendReply(term + 3, False, 2))
+    assert (node.core.role, node.raft.term, node.raft.voted_for) == (
+        Role.FOLLOWER,
+        term + 3,
+        None,
+    )
 
 
 @pytest.mark.parametrize("question", [PreVote(3, 99, 2), RequestVote(3, 99, 2, True)])

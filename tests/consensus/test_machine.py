@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from distroml import commands as c
 from distroml.consensus import machine, state
+from distroml.consensus.handlers import jobs, nodes
 from distroml.consensus.state import ClusterState, decode_state, encode_state
 from distroml.model import (
     TERMINAL,
@@ -183,7 +184,7 @@ class TestManyNodes:
     def test_the_one_that_has_been_gone_for_longest_makes_room(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(machine, "MAX_NODES", 3)
+        monkeypatch.setattr(nodes, "MAX_NODES", 3)
         log = Log()
         for name in "abc":
             log.ok(node(name))
@@ -198,7 +199,7 @@ class TestManyNodes:
     def test_a_node_whose_rank_may_still_run_is_not_forgotten(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(machine, "MAX_NODES", 1)
+        monkeypatch.setattr(nodes, "MAX_NODES", 1)
         log = Log()
         log.ok(node("a"))
         log.ok(submit("job-1"))
@@ -255,7 +256,7 @@ class TestClientWrites:
     def test_full_house_makes_room_only_by_forgetting_finished_jobs(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(machine, "MAX_JOBS", 2)
+        monkeypatch.setattr(jobs, "MAX_JOBS", 2)
         log = Log()
         log.ok(submit("job-1"))
         log.ok(submit("job-2"))

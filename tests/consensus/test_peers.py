@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -26,6 +27,7 @@ from distroml.consensus.frames import (
     encode_frame,
     encode_link_message,
 )
+from distroml.consensus.learner_table import FORGET_S
 from distroml.consensus.peers import Address, Channel, LinkLimits, PeerLinks
 from tests.consensus.live import free_addresses, until
 
@@ -207,12 +209,18 @@ def greeting(peer: str, /, **changes: object) -> Hello:
 
 async def speak(net: Net, hello: Hello) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Dials node a by hand and completes the handshake."""
+    reader, writer = await half_spoken(net, hello)
+    writer.write(encode_link_message(Confirm(b"")))
+    return reader, writer
+
+
+async def half_spoken(net: Net, hello: Hello) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Dials node a by hand and hears its welcome; nothing is proved yet."""
     reader, writer = await connect(net)
     writer.write(encode_link_message(hello))
     header = await reader.readexactly(5)
     body = await reader.readexactly(struct.unpack(">IB", header)[0])
     assert isinstance(decode_link_message(body), Welcome)
-    writer.write(encode_link_message(Confirm(b"")))
     return reader, writer
 
 
@@ -307,6 +315,67 @@ async def test_an_older_connection_cannot_replace_a_newer_one(
     await until(lambda: bool(net.received["a"]), "the newer connection still counts")
     writer.close()
     newer.close()
+
+
+@pytest.mark.parametrize(
+    ("older", "newer", "counter"),
+    [
+        ({"epoch": 1}, {"epoch": 2}, "refused_stale_epoch"),
+        ({"epoch": 9}, {"incarnation": 2}, "refused_stale_incarnation"),
+    ],
+)
+async def test_an_older_connection_that_proves_itself_late_replaces_no_newer_one(
+    net: Net, older: dict[str, object], newer: dict[str, object], counter: str
+) -> None:
+    a = await net.start("a")
+    reader, late = await half_spoken(net, greeting("b", **older))
+    _, current = await speak(net, greeting("b", **newer))
+    current.write(encode_frame(Channel.RAFT, b"newer"))
+    await until(lambda: len(net.received["a"]) == 1, "the newer connection counts")
+    late.write(encode_link_message(Confirm(b"")) + encode_frame(Channel.RAFT, b"older"))
+    async with asyncio.timeout(5):
+        await reader.read()
+    assert a.counters[counter] == 1
+    current.write(encode_frame(Channel.RAFT, b"still here"))
+    await until(lambda: len(net.received["a"]) == 2, "the newer connection still counts")
+    assert [body for _, _, body in net.received["a"]] == [b"newer", b"still here"]
+    late.close()
+    current.close()
+
+
+async def test_learners_that_prove_nothing_leave_nothing_behind(
+    net: Net, caplog: pytest.LogCaptureFixture
+) -> None:
+    a = await net.start("a")
+    caplog.set_level(logging.WARNING)
+    for number in range(32):
+        hello = greeting(f"l{number}", learner_at="127.0.0.1:7")
+        reader, writer = await half_spoken(net, hello)
+        writer.write(encode_link_message(Confirm(b"not a proof")))
+        async with asyncio.timeout(5):
+            await reader.read()
+        writer.close()
+    assert a.counters["refused_wrong_key"] == 32
+    assert not a.learners
+    assert len(caplog.messages) == 6, "one stranger after the other: the 1st, 2nd, 4th … 32nd"
+
+
+async def test_a_learner_that_was_forgotten_while_it_was_cut_off_comes_back(net: Net) -> None:
+    a = await net.start("a")
+    (at,) = free_addresses("x").values()
+    hello = greeting("x", learner_at=str(at))
+    reader, writer = await speak(net, hello)
+    await until(lambda: "x" in a.peers, "a learner is a peer")
+    # It reaches us and we do not reach it: nobody listens there.
+    a._forget_learners(asyncio.get_running_loop().time() + FORGET_S + 1)
+    assert "x" not in a.peers
+    async with asyncio.timeout(5):
+        with suppress(ConnectionError):
+            assert await reader.read() == b"", "it is told, so that it dials anew"
+    _, again = await speak(net, msgspec.structs.replace(hello, epoch=2))
+    await until(lambda: "x" in a.peers, "it is taken in again")
+    writer.close()
+    again.close()
 
 
 async def test_a_silent_stranger_is_cut_off(net: Net) -> None:

@@ -156,6 +156,22 @@ async def test_a_transfer_to_a_dead_node_leaves_the_leader_in_place(three: LiveC
     assert leader.node.is_leader
 
 
+async def test_a_learner_that_is_there_before_a_voter_has_read_its_disk_is_followed(
+    tmp_path: Path,
+) -> None:
+    cluster = LiveCluster(tmp_path, "a")
+    voter, learner = cluster.make("a"), cluster.learner("x")
+    await learner.links.start()
+    await learner.node.start()
+    await voter.links.start()
+    await until(lambda: voter.links.connected("x"), "the learner is connected")
+    await voter.node.start()
+    cluster.nodes |= {"a": voter, "x": learner}
+    await cluster.commit(b"for the learner too")
+    assert learner.node.status().role is Role.LEARNER
+    await cluster.close()
+
+
 async def test_role_handlers_hear_of_every_change(tmp_path: Path) -> None:
     cluster = LiveCluster(tmp_path, "a")
     heard: list[RaftStatus] = []

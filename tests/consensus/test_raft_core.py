@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
+
 import pytest
 
 from distroml.consensus.messages import (
@@ -23,6 +26,7 @@ from distroml.consensus.raft_types import (
     NotLeader,
     Role,
 )
+from distroml.consensus.read_barriers import ReadBarriers
 from tests.consensus.lone import FIVE, Lone, image
 
 
@@ -78,6 +82,25 @@ def test_a_follower_asks_the_leader() -> None:
     read(node, token=3)
     node.turn(lambda: node.core.set_link("b", False))
     assert node.last.reads == [(3, 0)]
+
+
+def test_what_a_follower_asked_before_its_link_broke_is_not_answered_to_its_next_life() -> None:
+    node = Lone()
+    term = node.lead()
+    node.feed("c", ReadRequest(1))
+    nonce = next(m.nonce for _, m in node.last.messages if isinstance(m, ReadProbe))
+    node.turn(lambda: (node.core.set_link("c", False), node.core.set_link("c", True)))
+    node.feed("b", ReadEcho(term, nonce))
+    assert not any(isinstance(m, ReadReply) for _, m in node.last.messages)
+
+
+def test_reads_of_two_lives_have_different_names() -> None:
+    lives = [ReadBarriers(random.Random(seed)) for seed in range(2)]
+
+    async def ask() -> set[int]:
+        return {life.ask()[0] for life in lives for _ in range(100)}
+
+    assert len(asyncio.run(ask())) == 200
 
 
 def test_a_probe_is_echoed_only_in_its_own_term() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from distroml.errors import Conflict, NotFound
+from distroml.errors import Conflict, NotFound, Unavailable
 from distroml.local_cluster import LocalCluster, LocalNode, free_ports
 from tests.integration.conftest import StartCluster
 from tests.integration.jobs import long_spec, until_checkpoint, until_step
@@ -82,6 +83,53 @@ async def test_leadership_moves_among_voters_on_a_word_at_any_node(
         with pytest.raises(Conflict, match=f"'{dead}' did not take over .* '{leader}' leads on"):
             await client.transfer_leadership(dead)
         assert await cluster.leader() == leader
+        third = next(name for name in "abc" if name not in (leader, dead))
+        cluster.nodes[third].kill()
+        with pytest.raises((Conflict, Unavailable), match=r"No other voter took over|Nobody leads"):
+            await client.transfer_leadership()
+
+
+async def test_the_only_voter_keeps_leadership_and_says_why(start_cluster: StartCluster) -> None:
+    async with (
+        start_cluster(nodes=1, slots=0) as cluster,
+        cluster.client() as client,
+    ):
+        (name,) = cluster.nodes
+        assert (await client.transfer_leadership(name))["leader"] == name
+        with pytest.raises(Conflict, match=f"There is no other voter; '{name}' leads on"):
+            await client.transfer_leadership()
+        assert await cluster.nodes[name].stop() == 0
+
+
+async def test_a_learner_outlives_a_rolling_restart_of_all_voters_and_the_loss_of_its_directory(
+    start_cluster: StartCluster,
+) -> None:
+    async with (
+        start_cluster(nodes=3, learners=1, slots=0) as cluster,
+        cluster.client("a", "b", "c") as client,
+        cluster.client("l1") as reader,
+    ):
+
+        async def follows() -> None:
+            job_id = (await client.submit(long_spec(steps=1, workers=1)))["job_id"]
+            await cluster.until(
+                reader.jobs,
+                lambda page: job_id in {job["job_id"] for job in page["jobs"]},
+                "the learner to see the new job",
+            )
+
+        for name in "abc":
+            assert await cluster.nodes[name].stop() == 0
+            cluster.nodes[name].start()
+            await cluster.wait_ready(name)
+            await follows()
+        cluster.nodes["l1"].kill()
+        shutil.rmtree(cluster.directory / "l1")
+        cluster.nodes["l1"].start()
+        await cluster.wait_ready("l1")
+        await follows()
+        listed = {node["name"]: node for node in (await client.nodes())["nodes"]}
+        assert (listed["l1"]["status"], listed["l1"]["incarnation"]) == ("ALIVE", 2)
 
 
 async def test_a_learner_that_does_not_belong_is_told_why(

@@ -125,8 +125,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "acknowledgement-of-any-term",
         "S7",
         "an acknowledgement of an older term counts",
-        "consensus.replication:Replication.on_append_reply",
-        "if reply.term != self.term or self.role != LEADER:",
+        "consensus.replication:Replication._answers_this_term",
+        "if term != self.term or self.role != LEADER:",
         "if self.role != LEADER:",
         _HARDENING + "test_s7_an_acknowledgement_of_another_term_does_not_count",
     ),
@@ -231,6 +231,15 @@ MUTANTS: tuple[Mutant, ...] = (
         _PEERS + "test_an_older_connection_cannot_replace_a_newer_one",
     ),
     Mutant(
+        "older-connection-wins-late",
+        "S11",
+        "a connection that proves itself late replaces a newer one",
+        "consensus.peers:PeerLinks.established_inbound",
+        "if reason is not None:",
+        "if False:",
+        _PEERS + "test_an_older_connection_that_proves_itself_late_replaces_no_newer_one",
+    ),
+    Mutant(
         "outcomes-forgotten",
         "S12",
         "a retry after an unknown outcome is done twice",
@@ -303,6 +312,15 @@ MUTANTS: tuple[Mutant, ...] = (
         _CORE + "test_a_probe_is_echoed_only_in_its_own_term",
     ),
     Mutant(
+        "read-of-an-earlier-life",
+        "S15",
+        "a read is answered with what an earlier life of its node had asked",
+        "consensus.raft_core:RaftCore.set_link",
+        "if read.peer != peer]",
+        "if read]",
+        _CORE + "test_what_a_follower_asked_before_its_link_broke_is_not_answered_to_its_next_life",
+    ),
+    Mutant(
         "deposed-leader-keeps-reads",
         "S15",
         "a leader that was deposed answers reads later",
@@ -347,16 +365,6 @@ MUTANTS: tuple[Mutant, ...] = (
         "and reply.next_index - 1 <= self.match_index[node]",
         "and True",
         _CORE + "test_what_brings_news_to_a_leader_needs_a_turn",
-    ),
-    Mutant(
-        "learner-overlooked",
-        "learner",
-        "a learner that connected while the disk was read is never sent the log",
-        "consensus.raft:RaftNode.start",
-        "for peer in self._links.connected_peers():",
-        "for peer in filter(self._links.connected, self._voters):",
-        _CLUSTERS
-        + "test_a_learner_that_connects_before_a_voter_has_read_its_disk_is_not_overlooked",
     ),
     # ------------------------------------------------------------------ liveness
     Mutant(
@@ -665,8 +673,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "check-quorum",
         "a leader without a majority goes on for ever",
         "consensus.hardening:HardenedRaft.begin",
-        "self.now = _ambient.now = now",
-        "self.now = _ambient.now = now\n"
+        "self.now = ambient.now = now",
+        "self.now = ambient.now = now\n"
         "    if hasattr(self, '_SyncObj__lastResponseTime'):\n"
         "        self.last_response_at.update(dict.fromkeys(self.last_response_at, now))",
         _ELECTIONS + "test_check_quorum_deposes_a_leader_that_nobody_answers",
@@ -733,6 +741,15 @@ MUTANTS: tuple[Mutant, ...] = (
         "for node in self.peers)",
         "for node in self.last_response_at)",
         _LEARNERS + "test_learners_do_not_make_a_leader_loyal_to_itself",
+    ),
+    Mutant(
+        "learner-missed-at-the-start",
+        "learner",
+        "a voter that starts never follows up on a learner that was connected before it had read its disk",
+        "consensus.raft:RaftNode.start",
+        "for peer in self._links.connected_peers():",
+        "for peer in self._voters if False else ():",
+        _RAFT + "test_a_learner_that_is_there_before_a_voter_has_read_its_disk_is_followed",
     ),
     Mutant(
         "transfer-without-end",

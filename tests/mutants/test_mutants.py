@@ -79,5 +79,7 @@ def test_what_does_not_count_as_caught(changes: dict[str, str], why: str) -> Non
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_each_mutant_fits_the_source_and_names_a_test(mutant: Mutant) -> None:
     assert fits(mutant)
-    file, test = mutant.caught_by.split("::")[0], mutant.caught_by.split("::")[-1]
-    assert f"def {test.partition('[')[0]}(" in (ROOT / file).read_text()
+    file, *classes, test = mutant.caught_by.split("::")
+    text = (ROOT / file).read_text()
+    assert f"def {test.partition('[')[0]}(" in text
+    assert all(f"class {name}:" in text for name in classes)

@@ -23,7 +23,8 @@ from distroml.runtime.control import (
     encode_frame,
 )
 from distroml.runtime.spawner import SpawnEvents, WorkerId
-from distroml.runtime.supervisor import HistorySink, Supervisor
+from distroml.runtime.supervisor import Supervisor
+from distroml.runtime.worker_output import HistorySink
 from distroml.runtime.worker_server import socket_path
 from tests.builders import Log, form, members, node, submit
 from tests.consensus.live import until

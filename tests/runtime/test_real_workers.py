@@ -13,7 +13,8 @@ import pytest
 from distroml import commands as c
 from distroml.reports import WorkerFact, WorkerPhase
 from distroml.runtime.assignment import SupervisorSettings
-from distroml.runtime.supervisor import HistorySink, Supervisor
+from distroml.runtime.supervisor import Supervisor
+from distroml.runtime.worker_output import HistorySink
 from distroml.spec import Checkpointing
 from tests.builders import Log, fail, form, members, node, submit
 from tests.consensus.live import until

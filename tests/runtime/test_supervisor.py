@@ -529,7 +529,7 @@ class TestLogs:
         kept.mkdir(parents=True)
         for _ in range(3):
             agent.supervisor._prune_when_due()
-        assert agent.supervisor._pruning is None
+        assert agent.supervisor._output.prune_due, "nothing was looked for"
         assert kept.exists()
 
     async def test_the_last_lines_of_workers_that_a_stopping_node_kills_are_kept(

@@ -37,6 +37,7 @@ class Lossy:
         self.rng: random.Random = world.stream("network")
         self.links: dict[str, LossyLinks] = {}
         self._connected: dict[tuple[str, str], None] = {}
+        self._told_at: dict[tuple[str, str], float] = {}
 
     def kill(self, name: str) -> None:
         self.links.pop(name, None)
@@ -74,10 +75,11 @@ class Lossy:
         for here, there in (pair, pair[::-1]):
             links = self.links.get(here)
             if links is not None:
-                # Late, but in order: a link that came up again must not be told to be down.
-                at = self.world.now + self.rng.uniform(0.0001, 0.01)
-                links.told_at[there] = at = max(at, links.told_at.get(there, 0.0))
-                self.world.at(at, links.tell, there, up)
+                # In order: who was told "down" after the "up" that followed it would stay down for ever.
+                soonest = self._told_at.get((here, there), 0.0)
+                told_at = max(soonest, self.world.now + self.rng.uniform(0.0001, 0.01))
+                self._told_at[here, there] = told_at
+                self.world.at(told_at, links.tell, there, up)
 
     def send(self, source: LossyLinks, target: str, channel: int, body: bytes) -> None:
         receiver, cuts, random = self.links.get(target), self.cuts, self.rng.random
@@ -113,7 +115,6 @@ class LossyLinks:
         self._handlers: dict[int, Callable[[str, bytes], None]] = {}
         self._link_handlers: list[Callable[[str, bool], None]] = []
         self._up: dict[str, None] = {}
-        self.told_at: dict[str, float] = {}
 
     async def start(self) -> None:
         self._lossy.join(self)
@@ -123,9 +124,6 @@ class LossyLinks:
 
     def on_link(self, handler: Callable[[str, bool], None]) -> None:
         self._link_handlers.append(handler)
-
-    def connected(self, peer: str) -> bool:
-        return peer in self._up
 
     def connected_peers(self) -> list[str]:
         return sorted(self._up)

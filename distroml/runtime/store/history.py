@@ -5,22 +5,21 @@ History is a set of append-only streams (see ``records.StreamKey``). Agents appe
 background within about ``flush_s`` (no fsync: it must survive this process, not this host, since the other voters
 hold it too), and only what is written can be read.
 
-On disk: ``<directory>/<job_id>/<segment files>``; an empty ``<job_id>.evicted`` remembers a job whose history
-had to make room, a ``<job_id>.removed`` is on its way out. All methods belong to the event loop's thread.
+On disk: ``<directory>/<job_id>/<segment files>``; see ``holdings`` for what else is there. All methods
+belong to the event loop's thread.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from distroml.runtime.store import retention
+from distroml.runtime.store.holdings import Holdings
 from distroml.runtime.store.jobs import JobHistory, open_job
-from distroml.runtime.store.records import StreamKey, check_id, check_key, valid_id
+from distroml.runtime.store.records import StreamKey, check_id, check_key
 from distroml.runtime.store.retention import HistoryLimits
 from distroml.runtime.store.streams import Stream, StreamWrite
 from distroml.runtime.store.subscriptions import Subscription, Subscriptions, Written
@@ -29,7 +28,6 @@ from distroml.runtime.store.writeback import Writeback
 log = logging.getLogger(__name__)
 
 READ_BYTES = 256 * 1024
-EVICTED, REMOVED = ".evicted", ".removed"
 
 
 class HistoryStore:
@@ -50,16 +48,9 @@ class HistoryStore:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.limits = limits or HistoryLimits()
-        self._directory = directory
         self._active = active
-        self._clock = clock
         self._jobs: dict[str, JobHistory] = {}
         """Jobs whose streams are in memory, the least recently used first."""
-        self._evicted: set[str] = set()
-        self._sizes: dict[str, int] = {}
-        self._total_bytes = 0
-        self._touched: dict[str, float] = {}
-        """When each job that has history here was last written."""
         self._digests: dict[str, bytes] = {}
         self._damaged: dict[StreamKey, int] = {}
         self._subscriptions = Subscriptions(self.limits.subscriptions)
@@ -69,26 +60,11 @@ class HistoryStore:
             segment_bytes=self.limits.segment_bytes,
             flush_s=self.limits.flush_s,
         )
-        self._find_jobs()
-
-    def _find_jobs(self) -> None:
-        self._directory.mkdir(parents=True, exist_ok=True)
-        for entry in self._directory.iterdir():
-            if entry.name.endswith(REMOVED):
-                self._writeback.doom([entry])
-            elif entry.name.endswith(EVICTED):
-                self._evicted.add(entry.name.removesuffix(EVICTED))
-            elif valid_id(entry.name):
-                self._touched[entry.name] = entry.stat().st_mtime
-        for job_id in self._evicted & self._touched.keys():
-            self._let_go(job_id)  # died between the mark and the removal
+        self._held = Holdings(directory, doom=self._writeback.doom, clock=clock)
 
     async def start(self) -> None:
         """Measure what is there and write in the background from now on (until then only ``flush`` writes)."""
-        sizes = await asyncio.to_thread(retention.measure, self._directory, list(self._touched))
-        for job_id, size in sizes.items():
-            if job_id in self._touched and job_id not in self._sizes:
-                self._resize(job_id, size)
+        await self._held.measure()
         self._writeback.start()
 
     async def close(self) -> None:
@@ -199,11 +175,11 @@ class HistoryStore:
 
     def wanted(self, key: StreamKey) -> int | None:
         """As ``next_seq``; None for a stream that is not kept here (evicted job, old generation)."""
-        if key.job_id in self._evicted:
+        if key.job_id in self._held.evicted:
             return None
         job = self._job(key.job_id)
         if job is None:
-            return 0 if key.job_id not in self._touched else None
+            return 0 if key.job_id not in self._held.touched else None
         if job.below_floor(key):
             return None
         return self.next_seq(key)
@@ -244,7 +220,7 @@ class HistoryStore:
 
     def digest_known(self, job_id: str) -> bool:
         """Whether ``digest`` answers without opening files."""
-        return job_id in self._digests or job_id in self._jobs or job_id not in self._touched
+        return job_id in self._digests or job_id in self._jobs or job_id not in self._held.touched
 
     def read(self, key: StreamKey, from_seq: int, max_bytes: int = READ_BYTES) -> list[bytes]:
         """Records from ``from_seq`` on, up to ``max_bytes`` but at least one.
@@ -268,16 +244,16 @@ class HistoryStore:
 
     def jobs(self) -> list[str]:
         """Ids of all jobs with history here, the most recently written first."""
-        return sorted(self._touched, key=lambda job_id: (-self._touched[job_id], job_id))
+        return sorted(self._held.touched, key=lambda job_id: (-self._held.touched[job_id], job_id))
 
     def evicted(self, job_id: str) -> bool:
         """Whether this node gave up the history of a job to stay within its total limit."""
-        return job_id in self._evicted
+        return job_id in self._held.evicted
 
     @property
     def size_bytes(self) -> int:
         """Bytes on disk, all jobs together, as far as they were measured."""
-        return self._total_bytes
+        return self._held.total_bytes
 
     # --- following ---------------------------------------------------------------------------------------------
 
@@ -303,9 +279,7 @@ class HistoryStore:
         """Forget all of a job, also that it was evicted; its followers end."""
         check_id(job_id, "job_id")
         self._let_go(job_id)
-        if job_id in self._evicted:
-            self._evicted.discard(job_id)
-            self._writeback.doom([self._directory / f"{job_id}{EVICTED}"])
+        self._held.forget_eviction(job_id)
         self._subscriptions.end_job(job_id)
 
     def _let_go(self, job_id: str) -> None:
@@ -313,27 +287,16 @@ class HistoryStore:
         for key, stream in job.streams.items() if job else ():
             self._writeback.forget(stream)
             self._damaged.pop(key, None)
-        self._total_bytes -= self._sizes.pop(job_id, 0)
         self._digests.pop(job_id, None)
-        if self._touched.pop(job_id, None) is None:
-            return
-        # renamed at once, so that a crash before the removal does not bring it back
-        gone = self._directory / f"{job_id}{REMOVED}"
-        try:
-            (self._directory / job_id).rename(gone)
-        except OSError:  # an earlier one of this name is still being removed
-            self._writeback.doom([self._directory / job_id])
-        self._writeback.doom([gone])
+        self._held.let_go(job_id)
 
     def _make_room(self) -> None:
-        excess = self._total_bytes - self.limits.total_bytes
+        excess = self._held.total_bytes - self.limits.total_bytes
         if excess > 0:
             active = self._active()
-            for job_id in retention.to_evict(self._sizes, self._touched, active, excess):
+            for job_id in retention.to_evict(self._held.sizes, self._held.touched, active, excess):
                 log.warning("history: job %s makes room (%d bytes over)", job_id, excess)
-                with contextlib.suppress(OSError):  # then it is forgotten at the next start
-                    (self._directory / f"{job_id}{EVICTED}").mkdir(exist_ok=True)
-                self._evicted.add(job_id)
+                self._held.mark_evicted(job_id)
                 self._let_go(job_id)
         idle = [job_id for job_id, job in self._jobs.items() if not job.busy]
         for job_id in idle[: max(0, len(self._jobs) - self.limits.open_jobs)]:
@@ -353,16 +316,16 @@ class HistoryStore:
     # --- jobs and streams --------------------------------------------------------------------------------------
 
     def _job(self, job_id: str) -> JobHistory | None:
-        if job_id not in self._touched:
+        if job_id not in self._held.touched:
             return None
         job = self._jobs.pop(job_id, None)
         if job is None:
             try:
-                job = open_job(job_id, self._directory / job_id)
+                job = open_job(job_id, self._held.path(job_id))
             except OSError as error:
                 log.error("history: cannot open job %s: %s", job_id, error)
                 return None
-            self._resize(job_id, job.size_bytes)
+            self._held.resize(job_id, job.size_bytes)
         self._jobs[job_id] = job
         return job
 
@@ -375,16 +338,13 @@ class HistoryStore:
         if stream := self._stream(key):
             return stream
         check_key(key)
-        if key.job_id in self._evicted:
+        if key.job_id in self._held.evicted:
             return None
         job = self._job(key.job_id)
         if job is None:
-            if key.job_id in self._touched:
+            if key.job_id in self._held.touched:
                 return None  # it is there but cannot be read: do not write over it
-            directory = self._directory / key.job_id
-            directory.mkdir(exist_ok=True)
-            self._touched[key.job_id] = self._clock()
-            job = self._jobs[key.job_id] = JobHistory(key.job_id, directory)
+            job = self._jobs[key.job_id] = JobHistory(key.job_id, self._held.add(key.job_id))
         if job.below_floor(key):
             return None
         stream = job.streams[key] = Stream(key, job.directory)
@@ -398,9 +358,5 @@ class HistoryStore:
     def _grew(self, job: JobHistory, added_bytes: int) -> None:
         job.size_bytes += added_bytes
         self._digests.pop(job.job_id, None)
-        self._resize(job.job_id, job.size_bytes)
-        self._touched[job.job_id] = self._clock()
-
-    def _resize(self, job_id: str, size_bytes: int) -> None:
-        self._total_bytes += size_bytes - self._sizes.get(job_id, 0)
-        self._sizes[job_id] = size_bytes
+        self._held.resize(job.job_id, job.size_bytes)
+        self._held.touch(job.job_id)

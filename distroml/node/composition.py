@@ -14,53 +14,36 @@ import contextlib
 import gc
 import logging
 import os
-import signal
-import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from collections.abc import Iterator
 
-from distroml.commands import Outcome, RegisterNode, SetNodeStatus
-from distroml.config import (
-    NodeConfig,
-    detector_settings,
-    load,
-    raft_settings,
-    unknown_variables,
-)
+from distroml.commands import Outcome
+from distroml.config import NodeConfig, detector_settings, raft_settings
 from distroml.consensus.peers import Address, Channel, PeerLinks
 from distroml.consensus.proposer import Proposer
 from distroml.consensus.raft import RaftNode
-from distroml.consensus.raft_types import (
-    ConsensusError,
-    EntryTooLarge,
-    NotLeader,
-    Overloaded,
-)
+from distroml.consensus.raft_types import EntryTooLarge, NotLeader, Overloaded
 from distroml.consensus.replica import Replica
-from distroml.errors import ConfigError, TooManyRequests, Unavailable
+from distroml.errors import ConfigError
 from distroml.http.app import HttpServer
-from distroml.model import Event, NodeStatus
-from distroml.runtime.assignment import SupervisorSettings, assigned_to
+from distroml.model import Event
+from distroml.node.registration import FAREWELL_TIMEOUT_S, Registration
+from distroml.runtime.assignment import SupervisorSettings
 from distroml.runtime.checkpoint.store import LocalStore
 from distroml.runtime.coordinator import Coordinator, CoordinatorSettings
 from distroml.runtime.facts import ReconcilerSettings
 from distroml.runtime.history_sink import HistoryWriter
-from distroml.runtime.identity import DataDirectory, unusable
+from distroml.runtime.identity import unusable
 from distroml.runtime.observations import Observations
 from distroml.runtime.report_relay import ReportRelay
 from distroml.runtime.reporter import Reporter, ReporterSources
 from distroml.runtime.store.history import HistoryStore
 from distroml.runtime.store.replication import HistoryReplicator
-from distroml.runtime.supervisor import HistorySink, Supervisor
+from distroml.runtime.supervisor import Supervisor
+from distroml.runtime.worker_output import HistorySink
 from distroml.services import NodeServices, Parts
 
-FAREWELL_TIMEOUT_S = 2.0
-"""How long a node that stops tries to tell the cluster before it just goes."""
-REGISTER_TIMEOUT_S = 5.0
-REGISTER_PAUSE_S = 0.05
-"""Between two attempts to register while there is no leader."""
 STOP_LIMIT_S = 12.0
 """A node that has not stopped by then (a disk that hangs) just goes: crashing at any time is safe."""
 CONVERGE_S = 1.0
@@ -69,14 +52,6 @@ CONVERGE_PAUSE_PARTS = 3.0
 """Pause after a comparison in parts of its own duration."""
 
 _log = logging.getLogger("distroml.node")
-
-
-class Reincarnate(Exception):
-    """The cluster knows a higher incarnation of this node than its data directory does."""
-
-    def __init__(self, at_least: int) -> None:
-        super().__init__(f"the cluster has seen incarnation {at_least - 1}")
-        self.at_least = at_least
 
 
 class NodeBroken(Exception):
@@ -116,6 +91,9 @@ class Node:
             raft=self.raft,
             links=self.links,
             refusal=(NotLeader, Overloaded, EntryTooLarge),
+        )
+        self.registration = Registration(
+            config, incarnation, raft=self.raft, replica=self.replica, proposer=self.proposer
         )
         self.observations = Observations(
             name=config.name,
@@ -171,7 +149,7 @@ class Node:
             raft=self.raft,
             replica=self.replica,
             observations=self.observations,
-            may_decide=lambda: self.registered,
+            may_decide=lambda: self.registration.done,
             propose=self.proposer.propose,
             store=LocalStore(config.store_dir),
             settings=CoordinatorSettings(
@@ -179,7 +157,6 @@ class Node:
                 reconciler=ReconcilerSettings(start_deadline_s=settings.start_timeout_ms / 1000),
             ),
         )
-        self.registered = False
         self.stopping = False
         self.services = NodeServices(
             Parts(
@@ -200,7 +177,6 @@ class Node:
             )
         )
         self.http = HttpServer(self.services)
-        self._applied = asyncio.Event()
         self._converge_due = asyncio.Event()
         self._broken = asyncio.Event()
         self._breakage = ""
@@ -219,7 +195,7 @@ class Node:
             parts = await self._start(stack)
             stopped = asyncio.create_task(stop.wait(), name="stop")
             broken = asyncio.create_task(self._broken.wait(), name="broken")
-            register = asyncio.create_task(self._register(), name="register")
+            register = asyncio.create_task(self.registration.register(), name="register")
             ends = {stopped, broken, register}
             try:
                 while not stop.is_set():
@@ -227,11 +203,12 @@ class Node:
                     if register in done:
                         register.result()
                         ends.discard(register)
+                        self.replicator.sweep()
                     if broken in done:
                         raise NodeBroken(self._breakage)
                     _raise_for_dead(parts & done)
             except NodeBroken:
-                _leave_within(STOP_LIMIT_S)
+                leave_within(STOP_LIMIT_S)
                 raise
             finally:
                 for task in (stopped, broken, register):
@@ -244,7 +221,7 @@ class Node:
         Returns the tasks without which this node must not go on.
         """
         self._wire()
-        with _directory_errors(self.config):
+        with directory_errors(self.config):
             await self.history.start()
         stack.push_async_callback(self.history.close)
         self.replicator.start()
@@ -252,13 +229,13 @@ class Node:
         with _address_errors("listen", self.config.listen):
             await self.links.start()
         stack.push_async_callback(self.links.close)
-        with _directory_errors(self.config):
+        with directory_errors(self.config):
             await self.raft.start()
         stack.push_async_callback(self.raft.stop)
         with _address_errors("http", self.config.http):
             await self.http.start(self.config.http.host, self.config.http.port)
         stack.push_async_callback(self.http.stop)
-        with _directory_errors(self.config):
+        with directory_errors(self.config):
             await self.supervisor.start(warm=self.config.slots > 0)
         stack.push_async_callback(self.supervisor.stop)
         self.reporter.start()
@@ -289,80 +266,16 @@ class Node:
         self.replica.listen(lambda entry, outcome, events: self.coordinator.on_events(events))
         self.raft.on_role(lambda status: self._on_role())
 
-    async def _register(self) -> None:
-        """Tell the cluster of this incarnation; until then it gets no ranks and proposes nothing else.
-
-        Raises:
-            Reincarnate: the cluster has seen this incarnation, or a later one, before.
-        """
-        command = RegisterNode(
-            name=self.config.name,
-            incarnation=self.incarnation,
-            http=self.config.http_url,
-            slots=self.config.slots,
-        )
-        fresh, told = False, ""
-        while not self.registered:
-            try:
-                fresh = fresh or await self._is_fresh()
-                outcome = await self.proposer.propose(command, REGISTER_TIMEOUT_S)
-            except (Unavailable, TooManyRequests, NotLeader, Overloaded, TimeoutError) as error:
-                if str(error) != told:
-                    told = str(error)
-                    _log.info("not registered yet: %s", told or "no answer from the leader")
-                await asyncio.sleep(REGISTER_PAUSE_S)
-                continue
-            if outcome.error == TooManyRequests.slug:
-                raise ConfigError(f"The cluster does not take this node in: {outcome.detail}")
-            if outcome.error:
-                raise Reincarnate(max(self._known_incarnation(), self.incarnation) + 1)
-            self.registered = self.proposer.registered = True
-            self.replicator.sweep()
-
-    async def _is_fresh(self) -> bool:
-        """Make sure that nobody has used this incarnation before.
-
-        A node whose data directory was lost counts from 1 again. Were it to go on under the names of its former
-        life, it would be given the outcomes of that life's proposals, and its reports would be taken for old ones.
-        """
-        await self.raft.read_index(REGISTER_TIMEOUT_S)
-        if self._known_incarnation() >= self.incarnation:
-            raise Reincarnate(self._known_incarnation() + 1)
-        return True
-
-    def _known_incarnation(self) -> int:
-        state, name = self.replica.state, self.config.name
-        seen, proposer = state.nodes.get(name), state.proposers.get(name)
-        return max(seen.incarnation if seen else 0, proposer.incarnation if proposer else 0)
-
     async def _farewell(self) -> None:
         """SIGTERM: leave the cluster, hand leadership over; the exit stack then stops the workers."""
         self.stopping = True
         _log.info("stopping")
         self.reporter.draining = True
         self.reporter.kick()
-        leave = SetNodeStatus(
-            name=self.config.name,
-            incarnation=self.incarnation,
-            status=NodeStatus.LEFT,
-            reason="stopped by request",
-        )
-        with contextlib.suppress(Unavailable, TooManyRequests, TimeoutError):
-            await self.proposer.propose(leave, FAREWELL_TIMEOUT_S)
-            await self._ranks_taken_away()
+        await self.registration.leave()
         if self.raft.is_leader and len(self.config.voters) > 1:
             with contextlib.suppress(Exception):
                 await self.raft.transfer_leadership(timeout_s=FAREWELL_TIMEOUT_S)
-
-    async def _ranks_taken_away(self) -> None:
-        """Wait until the leader, who may be this very node, has ended the generations with ranks here.
-
-        So they end because this node left, not because its workers were killed.
-        """
-        async with asyncio.timeout(FAREWELL_TIMEOUT_S):
-            while assigned_to(self.replica.state, self.config.name, self.incarnation):
-                self._applied.clear()
-                await self._applied.wait()
 
     def _warm(self) -> bool:
         return self.supervisor.ready or self.config.slots == 0
@@ -370,15 +283,12 @@ class Node:
     # --- wiring: note and wake, never block ---
 
     def _on_applied(self, entry: object, outcome: Outcome, events: tuple[Event, ...]) -> None:
-        self._applied.set()
+        self.registration.on_applied()
         self._converge_due.set()
         self.coordinator.kick()
-        if self.registered and self._known_incarnation() > self.incarnation:
-            self._break(
-                f"another process has registered as '{self.config.name}' (incarnation "
-                f"{self._known_incarnation()}); names must be unique, and only one process may run per name"
-            )
-        if self.registered and entry is None and not outcome.error:
+        if superseded := self.registration.superseded():
+            self._break(superseded)
+        if self.registration.done and entry is None and not outcome.error:
             self.replicator.sweep()  # a snapshot came: its jobs may have been removed unseen
         for event in events:
             if event.type == "removed" and event.job_id is not None:
@@ -440,7 +350,8 @@ def _raise_for_dead(tasks: set[asyncio.Task[None]]) -> None:
 
 
 @contextlib.contextmanager
-def _directory_errors(config: NodeConfig) -> Iterator[None]:
+def directory_errors(config: NodeConfig) -> Iterator[None]:
+    """An error of the disk as a ConfigError that names the data directory."""
     try:
         yield
     except OSError as error:
@@ -457,7 +368,7 @@ def _address_errors(field: str, address: Address | None) -> Iterator[None]:
         ) from None
 
 
-def _leave_within(limit_s: float) -> None:
+def leave_within(limit_s: float) -> None:
     """Make sure that the process ends, whatever its disk or a thread does."""
 
     def leave() -> None:
@@ -467,62 +378,3 @@ def _leave_within(limit_s: float) -> None:
     timer = threading.Timer(limit_s, leave)
     timer.daemon = True
     timer.start()
-
-
-async def _serve(config: NodeConfig) -> None:
-    stop = asyncio.Event()
-
-    def ask_to_stop() -> None:
-        if not stop.is_set():
-            _leave_within(STOP_LIMIT_S)
-        stop.set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ask_to_stop)
-    directory = DataDirectory(
-        config.data_dir, name=config.name, cluster_id=config.settings.cluster_id
-    )
-    at_least = 1
-    try:
-        while not stop.is_set():
-            try:
-                with _directory_errors(config):
-                    node = Node(config, directory.next_incarnation(at_least))
-                await node.run(stop)
-            except Reincarnate as again:
-                _log.warning("starting anew: %s", again)
-                at_least = again.at_least
-    finally:
-        directory.close()
-
-
-def _leave_quietly(number: int, frame: object) -> NoReturn:
-    """A signal before anything was started."""
-    sys.exit(0)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``distroml-node``."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _leave_quietly)
-    try:
-        config = load(sys.argv[1:] if argv is None else argv, os.environ)
-        logging.basicConfig(
-            level=config.settings.log_level.upper(),
-            format=f"%(asctime)s %(levelname)-7s {config.name} %(name)s: %(message)s",
-            stream=sys.stderr,
-        )
-        for warning in unknown_variables(os.environ):
-            _log.warning("%s", warning)
-        asyncio.run(_serve(config))
-    except ConfigError as error:
-        print(f"distroml-node: {error.detail}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except (NodeBroken, ConsensusError) as error:
-        print(f"distroml-node: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()
