@@ -55,7 +55,7 @@ class Elections(LibraryFields):
         self.pre_vote_term, self.pre_vote_at = self.term + 1, self.now
         self.supporters = {self.name}
         question = PreVote(self.pre_vote_term, self.log.last_index, self.log.last_term)
-        for node in self.peers_in_order():
+        for node in self.others:
             self.emit(node, question)
 
     def campaign(self, *, transfer: bool) -> None:
@@ -68,7 +68,7 @@ class Elections(LibraryFields):
         self.adopt_term(self.term + 1, self.name)
         self.votes = 1
         request = RequestVote(self.term, self.log.last_index, self.log.last_term, transfer)
-        for node in self.peers_in_order():
+        for node in self.others:
             self.emit(node, request)
         if not self.peers:
             self.become_leader()

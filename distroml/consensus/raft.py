@@ -297,6 +297,12 @@ class RaftNode:
             level = logging.WARNING if total & (total - 1) == 0 else logging.DEBUG
             logger.log(level, "dropped frame %d of %s: %s", total, peer, error)
             return
+        if not self._inbox and not self._sync.busy:
+            answers = self.core.receive_heartbeat(peer, message)
+            if answers is not None:
+                for answer in answers:
+                    self._links.send(peer, Channel.RAFT, encode(answer))
+                return
         self._post(partial(self.core.receive, peer, message), len(body))
 
     def _on_link(self, peer: str, up: bool) -> None:

@@ -21,7 +21,7 @@ from distroml.consensus.raft_types import (
 )
 from distroml.consensus.snapshot import Snapshot
 from distroml.consensus.storage import Recovered
-from tests.consensus.simulator import Ledger
+from tests.consensus.ledger import Ledger
 
 THREE = ("a", "b", "c")
 FIVE = ("a", "b", "c", "d", "e")

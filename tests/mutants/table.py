@@ -17,6 +17,7 @@ _MACHINE = "tests/consensus/test_machine.py::"
 _PROPOSER = "tests/consensus/test_proposer.py::"
 _POWER = "tests/sim/test_power_loss.py::"
 _CATCHING_UP = "tests/sim/test_catching_up.py::"
+_CLUSTERS = "tests/sim/test_clusters.py::"
 
 MUTANTS: tuple[Mutant, ...] = (
     # ------------------------------------------------------------------ safety and durability
@@ -327,6 +328,43 @@ MUTANTS: tuple[Mutant, ...] = (
         "self._answer(_Read(read.peer, read.token, 0, 0))",
         "self._answer(read)",
         _CORE + "test_a_deposed_leader_refuses_its_reads",
+    ),
+    Mutant(
+        "heartbeat-answered-during-a-sync",
+        "S4",
+        "entries that are on their way to disk are acknowledged with a heartbeat",
+        "consensus.raft:RaftNode._on_frame",
+        "not self._sync.busy",
+        "True",
+        _CLUSTERS
+        + "test_no_heartbeat_is_answered_with_entries_that_are_still_on_their_way_to_disk",
+    ),
+    Mutant(
+        "heartbeat-of-any-term",
+        "S6",
+        "a heartbeat of a deposed leader keeps a follower loyal",
+        "consensus.following:Following.answer_to_heartbeat",
+        "and message.term == self.term",
+        "and True",
+        _CORE + "test_what_brings_news_to_a_follower_needs_a_turn",
+    ),
+    Mutant(
+        "heartbeat-unverified",
+        "S6",
+        "a heartbeat is acknowledged although the log differs",
+        "consensus.following:Following.answer_to_heartbeat",
+        "and log.term_at(message.prev_index) == message.prev_term",
+        "and True",
+        _CORE + "test_what_brings_news_to_a_follower_needs_a_turn",
+    ),
+    Mutant(
+        "acknowledgement-swallowed",
+        "L3",
+        "an acknowledgement that commits an entry waits for the next turn",
+        "consensus.replication:Replication.hears_nothing_new",
+        "and reply.next_index - 1 <= self.match_index[node]",
+        "and True",
+        _CORE + "test_what_brings_news_to_a_leader_needs_a_turn",
     ),
     # ------------------------------------------------------------------ liveness
     Mutant(
