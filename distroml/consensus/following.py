@@ -38,6 +38,24 @@ class Following(LibraryFields):
         self.heard_leader_at = self.now
         self.election_deadline = self.now + self.election_timeout_s()
 
+    def answer_to_heartbeat(self, node: Any, message: Append) -> AppendReply | None:
+        """What to answer to an append that would change nothing here; None where it might."""
+        log = self.log
+        nothing_new = (
+            not message.entries
+            and message.term == self.term
+            and node is self.leader_node
+            and self.role == FOLLOWER
+            and min(message.commit_index, message.prev_index) <= self.commit_index
+            and log.proven
+            and message.prev_index >= log.anchor_index
+            and log.term_at(message.prev_index) == message.prev_term
+        )
+        if not nothing_new:
+            return None
+        self._follow(node, message.term)
+        return AppendReply(message.term, True, message.prev_index + 1)
+
     def on_append(self, node: Any, message: Append) -> None:
         # Hazard S6: the library truncates behind the previous entry even where the new entries match,
         # and commits up to its own log end. Here only a real conflict truncates, and nothing beyond

@@ -108,12 +108,12 @@ class HardenedRaft(Elections, Following, Replication, syncobj.SyncObj):  # type:
         self.snapshot, self.rng = snapshot, rng
         self.outbox: list[tuple[str, Message]] = []
         self.submissions: list[bytes] = []
-        self.nodes = {voter: Peer(voter, place) for place, voter in enumerate(sorted(voters))}
+        self.nodes = {voter: Peer(voter) for voter in sorted(voters)}
         self.learner = name not in voters
         if self.learner:
-            self.nodes[name] = Peer(name, len(voters))
+            self.nodes[name] = Peer(name)
+        self.others = [self.nodes[voter] for voter in sorted(voters) if voter != name]
         self.learners: dict[str, Any] = {}
-        self._learners_met = 0
         self.progress: dict[Any, Progress] = {}
         self.send_needed = False
         self.appends: dict[tuple[int, int], Append] = {}
@@ -121,6 +121,7 @@ class HardenedRaft(Elections, Following, Replication, syncobj.SyncObj):  # type:
         self.refused = 0
         self.supporters: set[str] = set()
         self.pre_vote_term: int | None = None
+        self.pre_vote_rounds = 0
         self.pre_vote_at = float("-inf")
         self.heard_leader_at = float("-inf")
         self.incoming = IncomingSnapshot()
@@ -139,13 +140,12 @@ class HardenedRaft(Elections, Following, Replication, syncobj.SyncObj):  # type:
             connectionTimeout=settings.election_max_s,
             appendEntriesUseBatch=True,
         )
-        others = [self.nodes[voter] for voter in sorted(voters) if voter != name]
-        super().__init__(self.nodes[name], others, conf, transport=Outbox(self.emit))
+        super().__init__(self.nodes[name], self.others, conf, transport=Outbox(self.emit))
         if snapshot is not None:
             machine.restore(snapshot.index, snapshot.blob)
             self.applied_index = self.commit_index = snapshot.index
         # Asking for pre-votes soon disturbs nobody, and a cluster that starts has nothing to wait for.
-        self.election_deadline = now + (self.retry_s() if others else 0.0)
+        self.election_deadline = now + (self.retry_s() if self.others else 0.0)
         self.compact_from = self.applied_index
 
     # ------------------------------------------------------------------ inputs
@@ -200,8 +200,7 @@ class HardenedRaft(Elections, Following, Replication, syncobj.SyncObj):  # type:
             for table in (self.progress, self.next_index, self.match_index, self.last_response_at):
                 table.pop(known, None)
         if up:
-            self._learners_met += 1
-            node = Peer(name, len(self.voters) + self._learners_met)
+            node = Peer(name)
             self.nodes[name] = self.learners[name] = node
             self.connected.add(node)
             self.progress[node] = Progress()
@@ -214,14 +213,18 @@ class HardenedRaft(Elections, Following, Replication, syncobj.SyncObj):  # type:
     # ------------------------------------------------------------------ library seams
 
     def _onTick(self, timeToWait: float = 0.0) -> None:  # noqa: N802, N803
-        # Hazard L4: the library would start an election here. The deadline is moved on before its
-        # tick, and a round of pre-votes takes the election's place. Running it after the tick also
-        # means that a new leader counts its own no-op only in the next turn, once it is durable.
-        due = self.role != LEADER and self.election_deadline <= self.now
-        if due:
+        # Hazard L4: the library would start an election here, and a round of pre-votes takes its place.
+        # Coming last also means that a new leader counts its own no-op only in the next turn, once it
+        # is durable.
+        if self.role == LEADER:
+            super()._onTick(timeToWait)
+            return
+        # All that the library's tick would do for anyone but a leader, once it can not campaign.
+        self._SyncObj__applyLogEntries()
+        self._checkCommandsToApply()
+        self._SyncObj__tryLogCompaction()
+        if self.election_deadline <= self.now:
             self.election_deadline = self.now + self.retry_s()
-        super()._onTick(timeToWait)
-        if due and self.role != LEADER:
             self.seek_election()
 
     def _checkCommandsToApply(self) -> None:  # noqa: N802
@@ -235,11 +238,11 @@ class HardenedRaft(Elections, Following, Replication, syncobj.SyncObj):  # type:
             self._SyncObj__sendAppendEntries()
 
     def _commit_unsent(self) -> bool:
-        return any(
-            progress.sent_commit < self.commit_index
-            for node, progress in self.progress.items()
-            if node in self.connected and not progress.probing
-        )
+        commit, connected = self.commit_index, self.connected
+        for node, progress in self.progress.items():
+            if progress.sent_commit < commit and not progress.probing and node in connected:
+                return True
+        return False
 
     def _SyncObj__onBecomeLeader(self) -> None:  # noqa: N802
         self.reset_progress()
@@ -253,6 +256,8 @@ class HardenedRaft(Elections, Following, Replication, syncobj.SyncObj):  # type:
     def _SyncObj__applyLogEntries(self) -> bool:  # noqa: N802
         # Hazards S10, L2: the index moves on whatever apply does, and an entry that raises is an
         # empty entry on every node alike. Running out of memory is not deterministic: that stops us.
+        if self.commit_index == self.applied_index:
+            return False
         end = min(self.commit_index, self.applied_index + APPLY_PER_TURN)
         offset = self.log.anchor_index
         for index in range(self.applied_index + 1, end + 1):

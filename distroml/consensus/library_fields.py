@@ -61,6 +61,8 @@ class LibraryFields:
     """The newest snapshot, durable or about to be in this very turn."""
     learner: bool
     """This node follows and never votes."""
+    others: list[Any]
+    """The other voters in name order, so that a run can be repeated exactly."""
     learners: dict[str, Any]
     """Connected learners, on a voter. They are in none of the library's sets that elect or commit."""
     outbox: list[tuple[str, Message]]
@@ -73,11 +75,7 @@ class LibraryFields:
 
     def followers_in_order(self) -> list[Any]:
         """Everyone that the leader replicates to: voters in name order, then learners."""
-        return [*self.peers_in_order(), *self.learners.values()]
-
-    def peers_in_order(self) -> list[Any]:
-        """The other voters in name order, so that a run can be repeated exactly."""
-        return sorted(self.peers, key=hash)
+        return [*self.others, *self.learners.values()] if self.learners else self.others
 
     def adopt_term(self, term: int, vote: str | None) -> None:
         """Durable before anything of this turn leaves: it is a record of the log."""

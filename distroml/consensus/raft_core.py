@@ -1,9 +1,9 @@
 """One Raft node without I/O: inputs in, one `Turn` of effects out.
 
 A *turn* is: inputs (`receive`, `set_link`, `submit`, `request_read`, `transfer`) → `finish_turn` →
-the caller performs `Turn.disk` in order → the caller sends `Turn.messages`. No input may be given
-between `finish_turn` and the end of the disk operations. `raft.py` drives this with sockets and a
-sync thread; a simulator drives the very same class with a virtual clock and a modelled disk.
+the caller sends `Turn.early`, performs `Turn.disk` in order, and sends `Turn.messages`. No input may
+be given between `finish_turn` and the end of the disk operations. `raft.py` drives this with sockets and a
+sync thread; so do the simulator's processes, with a virtual clock, modelled sockets and disks.
 
 Added to the library here: linearizable reads (ReadIndex) and leadership transfer.
 """
@@ -19,6 +19,8 @@ import msgspec
 from distroml.consensus.hardening import HardenedRaft
 from distroml.consensus.library_fields import CANDIDATE, FOLLOWER, LEADER
 from distroml.consensus.messages import (
+    Append,
+    AppendReply,
     Message,
     ReadEcho,
     ReadProbe,
@@ -27,7 +29,7 @@ from distroml.consensus.messages import (
     TimeoutNow,
     TransferRequest,
 )
-from distroml.consensus.raft_log import DiskOp
+from distroml.consensus.raft_log import AppendRecords, DiskOp, EntryRecord
 from distroml.consensus.raft_types import (
     EntryTooLarge,
     NotLeader,
@@ -41,6 +43,8 @@ MAX_READS: Final = 4_096
 """Reads that wait for confirmation on one node, its followers' included."""
 TRANSFER_LIMIT_S: Final = 2.0
 """A successor that does not take over within this time is given up; nothing is accepted meanwhile."""
+_ANSWERED_HERE: Final = (ReadProbe, ReadEcho, ReadRequest, ReadReply, TransferRequest)
+"""Messages that the library knows nothing of."""
 _ROLES: Final = {FOLLOWER: Role.FOLLOWER, CANDIDATE: Role.CANDIDATE, LEADER: Role.LEADER}
 
 
@@ -48,6 +52,8 @@ class Turn(msgspec.Struct):
     """The effects of one turn, in the order in which they must happen."""
 
     disk: list[DiskOp]
+    early: list[tuple[str, Message]]
+    """(peer, message): may leave before `disk` is durable."""
     messages: list[tuple[str, Message]]
     """(peer, message): may leave only after `disk` is durable."""
     reads: list[tuple[int, int]]
@@ -64,6 +70,21 @@ class _Read(msgspec.Struct):
     token: int
     index: int
     nonce: int
+
+
+def only_entries(disk: list[DiskOp]) -> bool:
+    """Whether a turn's disk operations append entries and do nothing else, so that a leader may write
+    them while its followers do (Raft dissertation, 10.2.1).
+
+    An append promises that its sender leads its term; that is on disk since the vote. It does not
+    promise that the leader has the entries: those count for the commit in a later turn only, and no
+    turn begins before this one is durable. A leader that crashes in between never leads this term
+    again, so nobody else's entry can take their place in it.
+    """
+    return bool(disk) and all(
+        isinstance(op, AppendRecords) and all(isinstance(one, EntryRecord) for one in op.records)
+        for op in disk
+    )
 
 
 class RaftCore:
@@ -111,7 +132,7 @@ class RaftCore:
     @property
     def leader(self) -> str | None:
         node = self.raft.leader_node
-        return None if node is None else str(node.id)
+        return None if node is None else node.id
 
     @property
     def handing_over(self) -> bool:
@@ -125,19 +146,38 @@ class RaftCore:
         self.raft.begin(self._clock())
 
     def receive(self, peer: str, message: Message) -> None:
+        if not isinstance(message, _ANSWERED_HERE):
+            self.raft.receive(peer, message)
+            return
         match message:
-            case ReadProbe() | ReadEcho() | ReadRequest() | ReadReply():
-                asks = peer in self.raft.learners and isinstance(message, ReadRequest)
-                if peer == self.name or not (asks or peer in self.raft.voters):
-                    self.raft.refused += 1
-                    return
-                self._receive_read(peer, message)
             case TransferRequest(target=target):
                 known = peer in self.raft.nodes
                 if known and self.raft.role == LEADER and not self.handing_over:
                     self.transfer(target)
             case _:
-                self.raft.receive(peer, message)
+                asks = peer in self.raft.learners and isinstance(message, ReadRequest)
+                if peer == self.name or not (asks or peer in self.raft.voters):
+                    self.raft.refused += 1
+                    return
+                self._receive_read(peer, message)
+
+    def receive_heartbeat(self, peer: str, message: Message) -> list[Message] | None:
+        """Takes a heartbeat or its acknowledgement between two turns, where it brings nothing new.
+
+        Returns the answers, which may leave at once: nothing changes but when the sender was last heard, and all that
+        they promise is durable as long as no turn is under way. None: the message needs a turn like any other.
+        """
+        raft = self.raft
+        node = raft.nodes.get(peer)
+        if node is None or peer == self.name:
+            return None
+        self.begin()
+        if type(message) is Append:
+            answer = raft.answer_to_heartbeat(node, message)
+            return None if answer is None else [answer]
+        if type(message) is AppendReply and raft.hears_nothing_new(node, message):
+            return []
+        return None
 
     def set_link(self, peer: str, up: bool) -> None:
         self.raft.set_link(peer, up)
@@ -182,13 +222,13 @@ class RaftCore:
         raft = self.raft
         if raft.role != LEADER:
             raise NotLeader(self.leader)
-        connected = [node for node in sorted(raft.connected, key=hash) if node in raft.peers]
+        connected = [node for node in raft.others if node in raft.connected]
         if target is not None:
             connected = [node for node in connected if node.id == target]
         if not connected:
             return None
         best = max(connected, key=lambda node: raft.match_index[node])
-        self._successor, self._successor_told = str(best.id), False
+        self._successor, self._successor_told = best.id, False
         self._successor_until = raft.now + TRANSFER_LIMIT_S
         raft.send_needed = True
         return self._successor
@@ -211,8 +251,14 @@ class RaftCore:
         self._refuse_stale_forwards()
         messages, raft.outbox = raft.outbox, []
         answered, self._answered = self._answered, []
+        disk = raft.log.take_ops()
+        early: list[tuple[str, Message]] = []
+        if raft.role == LEADER and only_entries(disk):
+            early = [sent for sent in messages if isinstance(sent[1], Append)]
+            messages = [sent for sent in messages if not isinstance(sent[1], Append)]
         return Turn(
-            disk=raft.log.take_ops(),
+            disk=disk,
+            early=early,
             messages=messages,
             reads=answered,
             again=self._more_to_do(),
@@ -278,7 +324,7 @@ class RaftCore:
                 read.index, read.nonce = raft.commit_index, self._nonce
         if fresh or raft.now >= self._probe_at:
             self._probe_at = raft.now + self._settings.heartbeat_s
-            for node in raft.peers_in_order():
+            for node in raft.others:
                 raft.emit(node, ReadProbe(raft.term, self._nonce))
         confirmed = self._confirmed_nonce()
         waiting = []
@@ -291,7 +337,7 @@ class RaftCore:
 
     def _confirmed_nonce(self) -> int:
         """The highest nonce that a majority, this node included, has echoed."""
-        echoes = sorted((self._echoes.get(str(n.id), 0) for n in self.raft.peers), reverse=True)
+        echoes = sorted((self._echoes.get(node.id, 0) for node in self.raft.others), reverse=True)
         needed = len(self.raft.voters) // 2
         return self._nonce if needed == 0 else echoes[needed - 1]
 
@@ -314,8 +360,9 @@ class RaftCore:
             self._answered.append((token, 0))
 
     def _refuse_stale_forwards(self) -> None:
-        for peer in {to for to in self._forwarded.values() if to != self.leader}:
-            self._refuse_forwarded_to(peer)
+        if self._forwarded:
+            for peer in {to for to in self._forwarded.values() if to != self.leader}:
+                self._refuse_forwarded_to(peer)
 
     # ------------------------------------------------------------------ leadership transfer
 

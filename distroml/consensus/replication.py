@@ -139,6 +139,20 @@ class Replication(LibraryFields):
         transfers = [p.transfer for p in self.progress.values() if p.transfer is not None]
         return min((t.snapshot.index for t in transfers if t.progressing(self.now)), default=None)
 
+    def hears_nothing_new(self, node: Any, reply: AppendReply) -> bool:
+        """Notes that `node` is alive, and tells whether its acknowledgement says nothing else."""
+        nothing_new = (
+            reply.accepted
+            and reply.term == self.term
+            and self.role == LEADER
+            and not self.progress[node].probing
+            and reply.next_index - 1 <= self.match_index[node]
+            and self.next_index[node] > self.log.last_index
+        )
+        if nothing_new:
+            self.last_response_at[node] = self.now
+        return nothing_new
+
     def _answers_this_term(self, node: Any, term: int) -> bool:
         # Hazard S7: an acknowledgement counts only in the term it was given in (Raft, section 5.3).
         if term > self.term:

@@ -47,6 +47,8 @@ class SyncThread:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"raft-sync-{name}")
         self._storage: Storage | None = None
         self._stopping = asyncio.Event()
+        self.busy = False
+        """A turn's operations are under way: what it changed is not yet durable."""
         self.trouble = ""
         """What is wrong with the disk now; empty when nothing is."""
         self.last_sync_ms = 0.0
@@ -65,6 +67,7 @@ class SyncThread:
         loop = asyncio.get_running_loop()
         waiting = deque(ops)
         retry_s = RETRY_MIN_S
+        self.busy = True  # for good, where the node stops before they are durable
         while not self._stopping.is_set():
             alarm = loop.call_later(self._hang_s, self._hangs)
             started = time.perf_counter()
@@ -78,6 +81,7 @@ class SyncThread:
                 self.last_sync_ms = (time.perf_counter() - started) * 1e3
                 self.syncs += 1
                 self._set_trouble("")
+                self.busy = False
                 return True
             finally:
                 alarm.cancel()

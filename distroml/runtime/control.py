@@ -15,10 +15,13 @@ from msgspec import Struct
 
 from distroml.model import Checkpoint
 from distroml.reports import Marks, ShardFact, StepTiming, WorkerFailure, WorkerOutcome, WorkerPhase
+from distroml.runtime.barrier import BarrierName, BarrierValue
 from distroml.spec import JobSpec
 
 MAX_FRAME_BYTES = 4 * 1024 * 1024
 HEADER = struct.Struct(">I")
+AGENT_GRACE_S = 10.0
+"""How long workers and their forkserver live on without an agent: one that crashed may come back to them."""
 PULSE_S = 0.5
 """A worker whose control thread lives says so at least this often."""
 
@@ -135,6 +138,14 @@ class ShardAbandoned(Struct, frozen=True, tag=True, kw_only=True):
     reason: str
 
 
+class Arrive(Struct, frozen=True, tag=True, kw_only=True):
+    """This rank stands at a barrier of its generation; see ``runtime.barrier``."""
+
+    generation: int
+    name: BarrierName
+    value: BarrierValue = 0
+
+
 class Failed(Struct, frozen=True, tag=True, kw_only=True):
     """The last frame of a worker that ends with an error."""
 
@@ -150,7 +161,15 @@ class Finished(Struct, frozen=True, tag=True, kw_only=True):
 
 
 FromWorker = (
-    Hello | Rendezvous | Progress | Parked | ShardDurable | ShardAbandoned | Failed | Finished
+    Hello
+    | Rendezvous
+    | Progress
+    | Parked
+    | ShardDurable
+    | ShardAbandoned
+    | Arrive
+    | Failed
+    | Finished
 )
 
 
@@ -173,7 +192,14 @@ class Abort(Struct, frozen=True, tag=True, kw_only=True):
     generation: int
 
 
-ToWorker = RendezvousKeys | Stop | Join | Abort
+class Released(Struct, frozen=True, tag=True, kw_only=True):
+    """All ranks of its generation have arrived at a barrier; ``value`` is the largest that they came with."""
+
+    name: str
+    value: int
+
+
+ToWorker = RendezvousKeys | Stop | Join | Abort | Released
 
 
 # --- agent <-> forkserver --------------------------------------------------------------------------------------

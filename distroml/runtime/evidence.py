@@ -99,9 +99,10 @@ def gather(
         evidence = _against(scene, member, fact)
         if evidence is not None:
             found.append(replace(evidence, joins=joins))
+    places = {(member.rank, member.node) for member in generation.members}
     for member in job.outgoing.members if job.outgoing else ():
         fact = before.get(member.rank)
-        stays = (member.rank, member.node) in {(m.rank, m.node) for m in generation.members}
+        stays = (member.rank, member.node) in places
         # Who has left the generation after the last step is not needed any more.
         if not stays and fact is not None and fact.parked_at is None:
             evidence = _against(scene, member, fact)

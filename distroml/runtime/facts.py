@@ -126,6 +126,8 @@ class Facts(Struct, frozen=True, gc=False, kw_only=True):
     """Manifests that the coordinator is writing or has written and not yet seen committed."""
     write_failures: dict[CheckpointKey, str] = {}
     """Manifests that it gave up on, with the reason."""
+    ranks: dict[tuple[str, str, int], dict[int, WorkerFact]] = {}
+    """What ``members_facts`` found, by job, run and generation: a turn asks more than once."""
 
 
 def look(
@@ -167,9 +169,18 @@ def members_facts(job: Job, facts: Facts) -> dict[int, WorkerFact]:
 def ranks_of(job: Job, generation: Generation, facts: Facts) -> dict[int, WorkerFact]:
     """The same of any generation of the job."""
     wanted = (job.job_id, job.run_id, generation.number)
+    known = facts.ranks.get(wanted)
+    if known is None:
+        known = facts.ranks[wanted] = _ranks_of(generation, wanted, facts)
+    return known
+
+
+def _ranks_of(
+    generation: Generation, wanted: tuple[str, str, int], facts: Facts
+) -> dict[int, WorkerFact]:
     places = {member.rank: member for member in generation.members}
     found: dict[int, WorkerFact] = {}
-    for name in sorted({member.node for member in generation.members}):
+    for name in {member.node for member in generation.members}:
         node = facts.nodes.get(name)
         for fact in node.report.workers if node and node.report else ():
             if (fact.job_id, fact.run_id, fact.generation) != wanted:

@@ -14,7 +14,7 @@ from distroml.model import FailureKind, Member, Node, NodeStatus
 from distroml.reports import NodeReport
 from distroml.runtime.facts import Facts, NodeFacts, Now, ReconcilerSettings
 from distroml.runtime.failure_detector import Health
-from distroml.runtime.scheduler import Host, leftover_workers, possible_workers
+from distroml.runtime.scheduler import Host, assigned_places, leftover_workers, possible_workers
 
 
 class GoneNode(Struct, frozen=True):
@@ -145,11 +145,12 @@ def _hosts(state: ClusterState, views: dict[str, NodeView]) -> tuple[Host, ...]:
         for job_id, job in state.jobs.items()
         if job.change_index > oldest and job.generation and job.terminal
     }
+    places = assigned_places(state.jobs.values())
     hosts = []
     for name, report in reports.items():
         node = views[name].node
         unseen = possible_workers(report, released, state.jobs)
-        taken = used.get(name, 0) + leftover_workers(report, state.jobs) + unseen
+        taken = used.get(name, 0) + leftover_workers(report, state.jobs, places) + unseen
         hosts.append(
             Host(
                 node=name,

@@ -14,7 +14,7 @@ gave a slot to somebody else.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -194,13 +194,36 @@ def describe(members: Sequence[Member]) -> str:
     return f"{_count(len(members), 'worker')} on {where}"
 
 
-def leftover_workers(report: NodeReport, jobs: Mapping[str, Job]) -> int:
+def assigned_places(jobs: Iterable[Job]) -> dict[str, frozenset[tuple[str, int]]]:
+    """Node and rank of each member of current generations, by job; looked up once per worker in a turn."""
+    return {
+        job.job_id: frozenset(
+            (member.node, member.rank)
+            for generation in (job.generation, job.outgoing)
+            if generation is not None
+            for member in generation.members
+        )
+        for job in jobs
+        if job.status in ASSIGNED and job.generation is not None
+    }
+
+
+def leftover_workers(
+    report: NodeReport, jobs: Mapping[str, Job], places: Mapping[str, Set[tuple[str, int]]]
+) -> int:
     """Processes alive on the node that hold their slots until they end, whatever the log says.
 
     Ranks of current generations are counted by the assignment (``ClusterState.slots_used``) whether their process
     exists or not; survivors and spares make room where it is needed.
+
+    Args:
+        places: as of ``assigned_places``.
     """
-    return sum(1 for fact in report.workers if is_alive(fact) and not _belongs(fact, report, jobs))
+    return sum(
+        1
+        for fact in report.workers
+        if is_alive(fact) and not _belongs(fact, report, jobs.get(fact.job_id), places)
+    )
 
 
 def possible_workers(
@@ -238,9 +261,13 @@ def may_go_on(fact: WorkerFact, job: Job) -> bool:
     return sound and fact.run_id == job.run_id and not blamed
 
 
-def _belongs(fact: WorkerFact, report: NodeReport, jobs: Mapping[str, Job]) -> bool:
+def _belongs(
+    fact: WorkerFact,
+    report: NodeReport,
+    job: Job | None,
+    places: Mapping[str, Set[tuple[str, int]]],
+) -> bool:
     """Whether a process is counted already, or makes room by itself."""
-    job = jobs.get(fact.job_id)
     if job is None or job.run_id != fact.run_id or job.generation is None:
         return False
     if fact.generation == 0 and not job.terminal:
@@ -249,9 +276,8 @@ def _belongs(fact: WorkerFact, report: NodeReport, jobs: Mapping[str, Job]) -> b
         return may_go_on(fact, job)
     if job.status not in ASSIGNED:
         return False
-    current = [one for one in (job.generation, job.outgoing) if one is not None]
-    if any((m.node, m.rank) == (report.node, fact.rank) for g in current for m in g.members):
-        numbers = {one.number for one in current}
+    if (report.node, fact.rank) in places.get(job.job_id, ()):
+        numbers = {one.number for one in (job.generation, job.outgoing) if one is not None}
         # A survivor that its agent has yet to tell of its next generation is that rank already.
         return fact.generation in numbers or may_go_on(fact, job)
     return False

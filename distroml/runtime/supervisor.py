@@ -16,7 +16,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -30,9 +30,10 @@ from distroml.runtime.assignment import (
     duties,
     next_join,
 )
+from distroml.runtime.barrier import MAX_OPEN, Barrier, NotTaken, RunGeneration
 from distroml.runtime.control import PULSE_S, FromWorker, Join
 from distroml.runtime.key_exchange import KeyExchange, have_joined
-from distroml.runtime.local_worker import LocalWorker, failure_of
+from distroml.runtime.local_worker import LocalWorker, Misbehaved, failure_of
 from distroml.runtime.process_state import is_stopped
 from distroml.runtime.roster import Roster
 from distroml.runtime.spawner import Spawner, SpawnEvents, WorkerId
@@ -62,6 +63,7 @@ class Supervisor:
 
     Args:
         changed: called after every change of ``facts`` that others should hear of soon.
+        arrived: called with a barrier at which a local rank stands, that rank, and its value.
         spawner: makes what forks the workers.
         monotonic: seconds of a clock that only goes forward.
     """
@@ -72,12 +74,14 @@ class Supervisor:
         *,
         sink: HistorySink,
         changed: Callable[[], None],
+        arrived: Callable[[Barrier, int, int], None],
         spawner: Callable[[Path, SpawnEvents, Path], Spawner] = Spawner,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
         self._output = WorkerOutput(settings.log_dir, sink=sink, monotonic=monotonic)
         self._changed = changed
+        self._arrived = arrived
         self._monotonic = monotonic
         self._state = self._active = ClusterState()
         """What the log says; the same with jobs that have not ended only, of which there are few."""
@@ -219,6 +223,16 @@ class Supervisor:
         for fact in report.workers:
             if fact.rendezvous:
                 self._share_keys(fact.run_id, fact.generation, fact.rendezvous)
+
+    def release(
+        self, generation: RunGeneration, ranks: Iterable[int], name: str, value: int
+    ) -> None:
+        """Local ranks may go on from a barrier."""
+        released = {(generation.run_id, generation.number, rank) for rank in ranks}
+        for local in self._workers.values():
+            fact = local.fact
+            if (fact.run_id, fact.generation, fact.rank) in released and local.link is not None:
+                local.link.send(control.Released(name=name, value=value))
 
     def _assign(self, job: Job, rank: int, worker: int | None) -> None:
         """Have a process be this rank of the job's newest generation."""
@@ -397,6 +411,9 @@ class Supervisor:
                     self._output.ship_metrics(fact, metrics)
             case control.Rendezvous(key=key, value=value) if told:
                 self._share_keys(worker[0], local.fact.generation, {key: value})
+            case control.Arrive(generation=generation, name=name, value=value):
+                if generation == local.fact.generation:
+                    self._on_arrival(local.fact, name, value)
             case control.Failed():
                 self._output.ship_log(local)
                 local.update(last_lines=local.tail.last_lines)
@@ -404,6 +421,13 @@ class Supervisor:
             self.converge(self._state)  # what it is told may depend on it
         if told:
             self._changed()
+
+    def _on_arrival(self, fact: WorkerFact, name: str, value: int) -> None:
+        generation = RunGeneration(fact.job_id, fact.run_id, fact.generation)
+        try:
+            self._arrived(Barrier(generation, name), fact.rank, value)
+        except NotTaken:
+            raise Misbehaved(f"it stands at more than {MAX_OPEN} barriers") from None
 
     def _share_keys(self, run_id: str, generation: int, keys: dict[str, bytes]) -> None:
         if self._keys.learn(run_id, generation, keys):

@@ -1,7 +1,7 @@
 """One directed test per hazard of the log, of apply and of the leader's side (see `hardening.py`).
 
 Each fails if its override is taken away. Elections: `test_elections.py`; reads and transfer:
-`test_raft_core.py`; whole clusters: `test_simulation.py`.
+`test_raft_core.py`; whole clusters: `tests/sim`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from distroml.consensus.raft_types import (
     UnsafeLibrary,
 )
 from distroml.consensus.snapshot import Snapshot
+from tests.consensus.ledger import Ledger
 from tests.consensus.lone import FIVE, THREE, Lone, entries, image
-from tests.consensus.simulator import Ledger
 
 # ---------------------------------------------------------------------- the library itself
 
@@ -269,7 +269,7 @@ def test_p2_entries_leave_in_the_turn_in_which_they_came() -> None:
     node.lead()
     node.ack("c")
     turn = node.submit(b"x", b"y")
-    appends = {peer: m for peer, m in turn.messages if isinstance(m, Append)}
+    appends = {peer: m for peer, m in turn.early if isinstance(m, Append)}
     assert sorted(appends) == ["b", "c"]
     assert [command for command, _, _ in appends["b"].entries] == [b"\x00x", b"\x00y"]
     assert turn.disk != []

@@ -10,6 +10,8 @@ import pytest
 from distroml.consensus.messages import (
     Append,
     AppendReply,
+    Message,
+    PreVote,
     ReadEcho,
     ReadProbe,
     ReadReply,
@@ -25,11 +27,37 @@ from distroml.consensus.raft_types import (
     Role,
 )
 from distroml.consensus.read_barriers import ReadBarriers
-from tests.consensus.lone import FIVE, Lone, image
+from tests.consensus.lone import FIVE, Lone, entries, image
 
 
 def read(node: Lone, token: int = 1) -> Turn:
     return node.turn(lambda: node.core.request_read(token))
+
+
+def test_a_leaders_entries_go_out_while_it_writes_them_itself() -> None:
+    node = Lone()
+    node.lead()
+    node.ack("c")
+    turn = node.submit(b"x")
+    assert [peer for peer, m in turn.early if isinstance(m, Append)] == ["b", "c"]
+    assert turn.messages == []
+    assert node.raft.commit_index < node.raft.log.last_index, "its own copy counts later"
+
+
+def test_nothing_else_leaves_before_the_disk() -> None:
+    follower = Lone(image=image(3, term=1))
+    follower.feed("b", Append(1, 3, 1, 3, entries(4, 5, term=1)))
+    assert follower.last.disk
+    assert follower.last.early == []
+    assert [type(m) for _, m in follower.last.messages] == [AppendReply]
+
+
+def test_a_candidate_asks_for_votes_once_its_own_is_on_disk() -> None:
+    node = Lone(image=image(3, term=1))
+    node.wait(1.0)
+    asked = node.feed("b", VoteReply(2, True, 1))
+    assert node.last.disk
+    assert (node.last.early, [type(m) for m in asked]) == ([], [RequestVote])
 
 
 def test_s15_a_read_waits_for_echoes_of_a_majority() -> None:
@@ -145,3 +173,80 @@ def test_only_the_current_leader_can_make_a_node_campaign() -> None:
     sent = node.feed("b", TimeoutNow(1))
     assert node.raft.term == 2
     assert sent == [RequestVote(2, 3, 1, True)]
+
+
+# ---------------------------------------------------------------------- heartbeats between turns
+
+
+def follower() -> Lone:
+    """Follows b in term 2, with entries up to 9 of which 7 are committed."""
+    node = Lone(image=image(9, term=1))
+    node.feed("b", Append(2, 9, 1, 7, []))
+    return node
+
+
+def test_a_heartbeat_without_news_is_answered_at_once_and_keeps_the_follower_loyal() -> None:
+    node = follower()
+    node.now += 0.2
+    assert node.core.receive_heartbeat("b", Append(2, 9, 1, 7, [])) == [AppendReply(2, True, 10)]
+    assert node.raft.election_deadline >= node.now + node.settings.election_min_s
+    assert node.raft.heard_leader_at == node.now
+    node.now += node.settings.election_min_s * 0.8
+    assert node.feed("c", PreVote(3, 99, 2)) == [VoteReply(3, False, 2)]
+
+
+@pytest.mark.parametrize(
+    ("peer", "message"),
+    [
+        ("b", Append(2, 9, 1, 7, [(b"\x00x", 10, 2)])),
+        ("b", Append(3, 9, 1, 7, [])),
+        ("b", Append(1, 9, 1, 7, [])),
+        ("b", Append(2, 9, 1, 8, [])),
+        ("b", Append(2, 10, 2, 7, [])),
+        ("b", Append(2, 9, 2, 7, [])),
+        ("c", Append(2, 9, 1, 7, [])),
+        ("a", Append(2, 9, 1, 7, [])),
+        ("mallory", Append(2, 9, 1, 7, [])),
+        ("b", VoteReply(3, True, 2)),
+    ],
+)
+def test_what_brings_news_to_a_follower_needs_a_turn(peer: str, message: Message) -> None:
+    node = follower()
+    deadline = node.raft.election_deadline
+    node.now += 0.1
+    assert node.core.receive_heartbeat(peer, message) is None
+    assert (node.raft.election_deadline, node.raft.term) == (deadline, 2)
+
+
+def test_a_voter_that_has_not_caught_up_learns_from_a_turn_that_it_has() -> None:
+    node = Lone(image=image(9, term=1, proven=False))
+    node.feed("b", Append(2, 9, 1, 7, []))
+    assert not node.raft.log.proven
+    assert node.core.receive_heartbeat("b", Append(2, 9, 1, 7, [])) is None
+
+
+def test_an_acknowledgement_without_news_only_says_that_its_sender_lives() -> None:
+    node = Lone()
+    term, last = node.lead(), node.raft.log.last_index
+    node.now += 0.5
+    assert node.core.receive_heartbeat("b", AppendReply(term, True, last + 1)) == []
+    node.wait(node.settings.check_quorum_s - 0.1)
+    assert node.core.role is Role.LEADER
+    node.wait(0.3)
+    assert node.core.role is Role.FOLLOWER
+
+
+def test_what_brings_news_to_a_leader_needs_a_turn() -> None:
+    node = Lone()
+    term, last = node.lead(), node.raft.log.last_index
+    needs_a_turn = [
+        ("b", AppendReply(term, False, last + 1)),
+        ("b", AppendReply(term + 1, True, last + 1)),
+        ("b", AppendReply(term - 1, True, last + 1)),
+        ("c", AppendReply(term, True, last + 1)),  # is still probed
+        ("mallory", AppendReply(term, True, last + 1)),
+    ]
+    for peer, reply in needs_a_turn:
+        assert node.core.receive_heartbeat(peer, reply) is None, (peer, reply)
+    node.submit(b"new")
+    assert node.core.receive_heartbeat("b", AppendReply(term, True, last + 2)) is None

@@ -17,6 +17,7 @@ _MACHINE = "tests/consensus/test_machine.py::"
 _PROPOSER = "tests/consensus/test_proposer.py::"
 _POWER = "tests/sim/test_power_loss.py::"
 _CATCHING_UP = "tests/sim/test_catching_up.py::"
+_CLUSTERS = "tests/sim/test_clusters.py::"
 
 MUTANTS: tuple[Mutant, ...] = (
     # ------------------------------------------------------------------ safety and durability
@@ -63,7 +64,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "messages of a turn leave before the turn is on disk",
         "consensus.raft:RaftNode._turn",
         "turn = core.finish_turn()\n",
-        "turn = core.finish_turn()\n    self._release(turn)\n",
+        "turn = core.finish_turn()\n    self._release(turn.messages)\n",
         _RAFT + "test_nothing_is_acknowledged_before_it_is_on_disk",
     ),
     Mutant(
@@ -261,7 +262,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "S12",
         "the outcome of a proposal that still waits is forgotten",
         "consensus.proposer:Proposer._encode",
-        "settled = min(self._waiting, default=sequence)",
+        "settled = next(iter(self._waiting), sequence)",
         "settled = sequence",
         _PROPOSER + "test_settled_never_passes_a_proposal_that_still_waits",
     ),
@@ -327,6 +328,43 @@ MUTANTS: tuple[Mutant, ...] = (
         "self._answer(_Read(read.peer, read.token, 0, 0))",
         "self._answer(read)",
         _CORE + "test_a_deposed_leader_refuses_its_reads",
+    ),
+    Mutant(
+        "heartbeat-answered-during-a-sync",
+        "S4",
+        "entries that are on their way to disk are acknowledged with a heartbeat",
+        "consensus.raft:RaftNode._on_frame",
+        "not self._sync.busy",
+        "True",
+        _CLUSTERS
+        + "test_no_heartbeat_is_answered_with_entries_that_are_still_on_their_way_to_disk",
+    ),
+    Mutant(
+        "heartbeat-of-any-term",
+        "S6",
+        "a heartbeat of a deposed leader keeps a follower loyal",
+        "consensus.following:Following.answer_to_heartbeat",
+        "and message.term == self.term",
+        "and True",
+        _CORE + "test_what_brings_news_to_a_follower_needs_a_turn",
+    ),
+    Mutant(
+        "heartbeat-unverified",
+        "S6",
+        "a heartbeat is acknowledged although the log differs",
+        "consensus.following:Following.answer_to_heartbeat",
+        "and log.term_at(message.prev_index) == message.prev_term",
+        "and True",
+        _CORE + "test_what_brings_news_to_a_follower_needs_a_turn",
+    ),
+    Mutant(
+        "acknowledgement-swallowed",
+        "L3",
+        "an acknowledgement that commits an entry waits for the next turn",
+        "consensus.replication:Replication.hears_nothing_new",
+        "and reply.next_index - 1 <= self.match_index[node]",
+        "and True",
+        _CORE + "test_what_brings_news_to_a_leader_needs_a_turn",
     ),
     # ------------------------------------------------------------------ liveness
     Mutant(
@@ -432,9 +470,9 @@ MUTANTS: tuple[Mutant, ...] = (
         "lost-offer-not-repeated",
         "L5",
         "a proposal whose frame was lost never ends",
-        "consensus.proposer:Proposer._offer_until_applied",
-        "offered = self._offer(data) or offered",
-        "offered = offered or self._offer(data)",
+        "consensus.proposer:Proposer._offer_again",
+        "taken = self._offer(proposal.data)",
+        "taken = proposal.offered or self._offer(proposal.data)",
         _PROPOSER + "test_an_entry_that_nobody_answers_is_offered_again",
     ),
     Mutant(
@@ -442,8 +480,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "L5",
         "a proposal waits for its time-out after an election",
         "consensus.proposer:Proposer.on_leader_change",
-        "self._leader_changed.set()\n",
-        "\n",
+        "self._offer_again(proposal)",
+        "pass",
         _PROPOSER + "test_a_new_leader_is_offered_the_same_entry_at_once",
     ),
     Mutant(

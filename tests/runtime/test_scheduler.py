@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distroml import commands as c
-from distroml.model import Member
+from distroml.model import Job, Member
 from distroml.reports import NodeReport, WorkerFact, WorkerPhase
 from distroml.runtime.scheduler import (
     Host,
     Request,
+    assigned_places,
     describe,
     leftover_workers,
     place,
@@ -311,23 +312,27 @@ def report(*workers: WorkerFact, applied_index: int = 10**6) -> NodeReport:
     )
 
 
+def left_over(told: NodeReport, jobs: dict[str, Job]) -> int:
+    return leftover_workers(told, jobs, assigned_places(jobs.values()))
+
+
 def test_processes_of_ended_generations_hold_their_slots_until_they_are_gone() -> None:
     jobs = running(Log()).state.jobs
-    assert leftover_workers(report(worker(0)), jobs) == 0
+    assert left_over(report(worker(0)), jobs) == 0
     stray = worker(0, run_id="another")
-    assert leftover_workers(report(worker(0), stray), jobs) == 1
-    assert leftover_workers(report(worker(1)), jobs) == 1, "rank 1 belongs to node b"
-    assert leftover_workers(report(worker(1, exit_code=-9)), jobs) == 0
+    assert left_over(report(worker(0), stray), jobs) == 1
+    assert left_over(report(worker(1)), jobs) == 1, "rank 1 belongs to node b"
+    assert left_over(report(worker(1, exit_code=-9)), jobs) == 0
     dead = worker(1, phase=WorkerPhase.FAILED, pid=None)
-    assert leftover_workers(report(dead), jobs) == 0, "it was never spawned"
+    assert left_over(report(dead), jobs) == 0, "it was never spawned"
 
 
 def test_processes_of_finished_and_forgotten_jobs_are_counted() -> None:
     log = running(Log())
     log.ok(c.CancelJob(job_id="job-1", reason="cancelled"))
-    assert leftover_workers(report(worker(0)), log.state.jobs) == 1
+    assert left_over(report(worker(0)), log.state.jobs) == 1
     log.ok(c.RemoveJob(job_id="job-1"))
-    assert leftover_workers(report(worker(0)), log.state.jobs) == 1
+    assert left_over(report(worker(0)), log.state.jobs) == 1
 
 
 def test_a_start_that_the_agent_may_still_carry_out_is_counted() -> None:

@@ -8,5 +8,7 @@ Only clock, sockets and disk are replaced. One seed gives one run, bit for bit:
                                 ├─ faults (the schedule is data, so it shrinks) ── nemesis
                                 └─ invariants + workload (what must hold, and clients that check it)
 
-`python -m tests.sim` runs many seeds. `tests.consensus.simulator` is its faster, narrower sibling: `RaftCore` alone.
+`python -m tests.sim` runs many seeds; one that failed is run again by the command it prints. `--mutant` takes a
+fix out of the product first, to see that it is missed. `tests.consensus.lone` is one core alone, its peers played
+by the test.
 """

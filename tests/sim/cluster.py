@@ -25,6 +25,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """What one run is, besides its seed and its faults."""
 
     nodes: int = 3
+    """Voters."""
+    learners: int = 0
     lossy: bool = False
     """Frames may be dropped, repeated and reordered; otherwise the product's links over streams."""
     drop: float = 0.02
@@ -36,8 +38,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     append_batch_bytes: int = 4096
     inflight_entries: int = 64
     disk_s: float = 0.0005
-    rate: float = 8.0
-    """Client operations per second in all."""
+    poll_s: float = 0.0
+    """What arrives at a process within this time is handled in one go, as by a busy event loop."""
+    keyed: bool = False
+    """Links prove a cluster key and tag every frame."""
+    rate: float = 5.0
+    """Client operations per second in all, on the average."""
 
     def raft_settings(self) -> RaftSettings:
         return RaftSettings(
@@ -63,13 +69,20 @@ class Cluster:
         self.world = World(seed)
         self.settings = settings or self.config.raft_settings()
         self.limits = LinkLimits()
-        self.names = [f"n{place}" for place in range(self.config.nodes)]
+        self.voters = [f"n{place}" for place in range(self.config.nodes)]
+        self.learners = [f"x{place}" for place in range(self.config.learners)]
+        self.names = [*self.voters, *self.learners]
         self.cuts = Cuts()
         self.network: Streams | Lossy
         if self.config.lossy:
             config = self.config
             self.network = Lossy(
-                self.world, self.cuts, drop=config.drop, repeat=config.repeat, late=config.late
+                self.world,
+                self.cuts,
+                self.voters,
+                drop=config.drop,
+                repeat=config.repeat,
+                late=config.late,
             )
         else:
             self.network = Streams(self.world, self.cuts)
@@ -206,7 +219,12 @@ class Cluster:
         return leader
 
     def followers(self) -> list[Process]:
-        return [process for process in self.processes.values() if not process.leads]
+        """All voters that are up and do not lead."""
+        return [
+            self.processes[name]
+            for name in self.voters
+            if name in self.processes and not self.processes[name].leads
+        ]
 
     def digests(self) -> dict[str, str]:
         return {name: digest_state(p.replica.state) for name, p in self.processes.items()}

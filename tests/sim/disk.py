@@ -31,22 +31,32 @@ class _File:
 
 
 class Failpoint:
-    """The process dies before or after the `count`-th next call named `call`."""
+    """The process dies before or after the `count`-th next call named `call`.
+
+    Calls of the disk are the names of its methods; `process.Process.passes` knows more."""
 
     def __init__(self, call: str, *, after: bool, count: int = 1) -> None:
         self.call, self.after, self.count = call, after, count
 
+    def hit(self, call: str, *, after: bool) -> bool:
+        """Counts this call if it is one of those meant, and tells whether it is the one."""
+        if call != self.call or after is not self.after:
+            return False
+        self.count -= 1
+        return self.count <= 0
+
 
 class SimDisk:
     """One node's disk; outlives its processes. `directory` is the only one that exists."""
+
+    syncs_lie = False
+    """A disk that acknowledges syncs without doing them: to see that this is noticed."""
 
     def __init__(self) -> None:
         self.fail: dict[str, int] = {}
         """Calls that fail with an errno until the key is removed."""
         self.failpoint: Failpoint | None = None
         self.calls = 0
-        self.syncs_lie = False
-        """A disk that acknowledges syncs without doing them: only for mutants."""
         self._names: dict[Path, _File] = {}
         self._renames: list[tuple[Path, Callable[[], None]]] = []
         """Directory changes since the directory's last sync: (path, undo)."""
@@ -260,11 +270,7 @@ class SimDisk:
         self._strike(call, after=True)
 
     def _strike(self, call: str, *, after: bool) -> None:
-        point = self.failpoint
-        if point is None or point.call != call or point.after is not after:
-            return
-        point.count -= 1
-        if point.count <= 0:
+        if self.failpoint is not None and self.failpoint.hit(call, after=after):
             self.failpoint = None
             raise ProcessKilled
 

@@ -13,17 +13,19 @@ from typing import ClassVar
 
 import msgspec
 
-from distroml.consensus.raft_types import NotLeader
 from tests.sim.cluster import Cluster, Config
 from tests.sim.disk import Failpoint
-from tests.sim.process import Process
 from tests.sim.world import START_S
 
+_OF_TWO = ("partition", "link", "isolate", "reset", "slow_link")
 LEADER = "leader"
 """In place of a node's name: whoever leads when the fault comes."""
 FAULTS_PER_S = 0.8
 FIRST_S = 1.0
-DISK_CALLS = ("write", "sync", "replace", "sync_directory", "remove", "open_append")
+DISK_CALLS = ("write", "sync", "replace", "sync_directory", "remove", "open_append", "truncate")
+PROCESS_CALLS = ("send", "apply", "snapshot", "restore")
+"""Instructions between which a process dies, beside its calls of the disk (`process.Process.passes`)."""
+DISK_ERRORS = ("sync", "sync", "sync_directory", "replace", "write")
 _WEIGHTS = {
     "kill": 6,
     "failpoint": 6,
@@ -39,7 +41,7 @@ _WEIGHTS = {
     "disk_error": 2,
     "disk_slow": 1,
     "wipe": 1,
-    "transfer": 2,
+    "compact": 1,
 }
 
 
@@ -64,19 +66,18 @@ def plan(seed: int, config: Config, seconds: float) -> list[Fault]:
     """The faults of one run. Each seed leaves out some kinds, so that the rest meet more often."""
     rng = random.Random(f"{seed}/faults")
     names = [f"n{place}" for place in range(config.nodes)]
+    names += [f"x{place}" for place in range(config.learners)]
     kinds = [kind for kind in _WEIGHTS if rng.random() < 0.65] or ["kill"]
-    if config.nodes == 1:
-        alone = ("kill", "failpoint", "pause", "skew", "disk_full", "disk_error", "disk_slow")
-        kinds = [kind for kind in kinds if kind in alone] or ["kill"]
+    if config.nodes < 3:
+        # One or two voters need all that each of them has.
+        kinds = [kind for kind in kinds if kind != "wipe"] or ["kill"]
+    if len(names) == 1:
+        kinds = [kind for kind in kinds if kind not in _OF_TWO] or ["kill"]
     rate = FAULTS_PER_S * rng.choice((0.5, 1.0, 2.0))
     faults: list[Fault] = []
-    at, wiped = FIRST_S, False
+    at = FIRST_S
     while (at := at + rng.expovariate(rate)) < seconds:
         kind = rng.choices(kinds, [_WEIGHTS[kind] for kind in kinds])[0]
-        if kind == "wipe":
-            if wiped:
-                continue  # two lost directories at once are more than three voters can bear
-            wiped = True
         faults.append(_draw(rng, len(faults), round(at, 4), kind, names))
     return faults
 
@@ -96,7 +97,7 @@ def _draw(rng: random.Random, number: int, at: float, kind: str, names: list[str
         case "failpoint":
             return msgspec.structs.replace(
                 fault,
-                call=rng.choice((*DISK_CALLS, "write", "sync")),
+                call=rng.choice((*DISK_CALLS, *PROCESS_CALLS, "write", "sync", "send")),
                 after=rng.random() < 0.5,
                 count=rng.choice((1, 1, 2, 3)),
             )
@@ -114,6 +115,8 @@ def _draw(rng: random.Random, number: int, at: float, kind: str, names: list[str
             )
         case "disk_slow":
             return msgspec.structs.replace(fault, value=rng.choice((0.02, 0.2, 1.5)))
+        case "disk_error":
+            return msgspec.structs.replace(fault, call=rng.choice(DISK_ERRORS))
         case "kill_all":
             return msgspec.structs.replace(fault, node="")
         case "wipe":
@@ -211,15 +214,22 @@ class Nemesis:
             process.loop.set_rate(rate)
 
     def _wipe(self, fault: Fault, name: str) -> None:
-        if name in self.cluster.processes:
-            self.cluster.kill(name, rng=self._rng(fault))
-        self.cluster.wipe(name)
-        self._later(fault.for_s, lambda: self.cluster.revive(name))
+        """A directory is lost: of the voters' one at a time, the next only when the last has caught up."""
+        cluster = self.cluster
+        if name in cluster.voters:
+            voters = [cluster.processes.get(voter) for voter in cluster.voters]
+            if not all(p is not None and p.rests and p.log.proven for p in voters):
+                return
+        if name in cluster.processes:
+            cluster.kill(name, rng=self._rng(fault))
+        cluster.wipe(name)
+        self.counts["wiped"] = self.counts.get("wiped", 0) + 1
+        self._later(fault.for_s, lambda: cluster.revive(name))
 
-    def _transfer(self, _fault: Fault, name: str) -> None:
+    def _compact(self, _fault: Fault, name: str) -> None:
         process = self.cluster.processes.get(name)
-        if process is not None and process.leads:
-            process.do(lambda: process.spawn(_hand_over(process)))
+        if process is not None and process.started:
+            process.compact()
 
     # ------------------------------------------------------------------ the network
 
@@ -256,15 +266,16 @@ class Nemesis:
     # ------------------------------------------------------------------ disks
 
     def _disk_full(self, fault: Fault, name: str) -> None:
-        self._disk_fails(fault, name, "write", errno.ENOSPC)
+        self._disk_fails(fault, name, ("write", "open_append"), errno.ENOSPC)
 
     def _disk_error(self, fault: Fault, name: str) -> None:
-        self._disk_fails(fault, name, "sync", errno.EIO)
+        self._disk_fails(fault, name, (fault.call,), errno.EIO)
 
-    def _disk_fails(self, fault: Fault, name: str, call: str, number: int) -> None:
+    def _disk_fails(self, fault: Fault, name: str, calls: tuple[str, ...], number: int) -> None:
         fail = self.cluster.disks[name].fail
-        fail[call] = number
-        self._later(fault.for_s, lambda: fail.pop(call, None))
+        for call in calls:
+            fail[call] = number
+            self._later(fault.for_s, lambda call=call: fail.pop(call, None))  # type: ignore[misc]
 
     def _disk_slow(self, fault: Fault, name: str) -> None:
         slow = self.cluster.slow_disk_s
@@ -289,12 +300,5 @@ Nemesis._KINDS.update(
     disk_error=Nemesis._disk_error,
     disk_slow=Nemesis._disk_slow,
     wipe=Nemesis._wipe,
-    transfer=Nemesis._transfer,
+    compact=Nemesis._compact,
 )
-
-
-async def _hand_over(process: Process) -> None:
-    try:
-        await process.raft.transfer_leadership(timeout_s=1.0)
-    except NotLeader:
-        return

@@ -1,7 +1,7 @@
 """What must hold of a cluster, checked after every turn of every node.
 
 The checker sees what no node sees: all of them at once, and all their lives. It keeps one note per (index, term)
-and per committed index, so a check costs little however long the log is.
+and per committed index, and looks only at what a turn has changed, so a check costs little however long the log is.
 """
 
 from __future__ import annotations
@@ -9,28 +9,51 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from distroml.commands import Entry, Outcome, SubmitJob
-from distroml.consensus.messages import NO_OP
+from distroml.consensus.library_fields import LEADER
+from distroml.consensus.messages import NO_OP, AppendReply, Message, RequestVote, VoteGranted
 from distroml.consensus.raft_core import Turn
 from distroml.consensus.raft_log import AppendRecords, EntryRecord, TruncateRecord
-from distroml.consensus.raft_types import Role
 
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
     from tests.sim.process import Process
 
 
+class _Promise:
+    """What a node held when it last spoke; whatever happens to its process or host, it must hold that again."""
+
+    __slots__ = ("last", "last_term", "term", "vote")
+
+    def __init__(self, term: int, vote: str | None, last: int, last_term: int | None) -> None:
+        self.term, self.vote, self.last, self.last_term = term, vote, last, last_term
+
+
 class _Seen:
     """What was last seen of one process."""
 
-    __slots__ = ("applied", "commit", "led", "restored", "snapshot", "term")
+    __slots__ = (
+        "acknowledged",
+        "applied",
+        "commit",
+        "facts",
+        "led",
+        "promise",
+        "restored",
+        "snapshot",
+        "term",
+    )
 
     def __init__(self, process: Process) -> None:
-        raft = process.core.raft
+        raft, log = process.core.raft, process.log
         self.term, self.commit = raft.term, raft.commit_index
         self.applied = raft.applied_index
         self.restored = 0
         self.led = 0
         self.snapshot: Any = None
+        self.facts: tuple[int, ...] = ()
+        self.acknowledged = (0, 0)
+        """(term, index): up to there its log was said to equal that of the term's leader."""
+        self.promise = _Promise(raft.term, raft.voted_for, log.last_index, log.last_term)
 
 
 class Checker:
@@ -49,66 +72,102 @@ class Checker:
         """Idempotency key → the one index at which its job was made."""
         self.leaders: dict[int, str] = {}
         self.votes: dict[tuple[str, int], str] = {}
-        self.terms: dict[str, int] = {}
-        """Highest term in which each node has spent a vote: it must remember it for ever."""
+        self.promises: dict[str, _Promise] = {}
         self.snapshots: dict[int, bytes] = {}
         self.floor = 0
         """Index that every later linearizable read must cover."""
-        self.counts = {"elections": 0, "snapshots taken": 0, "snapshots installed": 0, "turns": 0}
+        self.highest = 1
+        """The highest index that any node has seen committed."""
+        self.turns = 0
+        self.counts = {"elections": 0, "snapshots taken": 0, "snapshots installed": 0}
 
     # ------------------------------------------------------------------ lives
 
     def started(self, process: Process) -> None:
         process.seen = _Seen(process)
-        spent = self.terms.get(process.name, 0)
-        if process.seen.term < spent:
+        promise, found, name = self.promises.get(process.name), process.seen.promise, process.name
+        if promise is None:
+            return
+        if found.term < promise.term:
+            self._fail(f"{name} forgot term {promise.term}: it is back at {found.term}")
+        if found.term == promise.term and promise.vote not in (None, found.vote):
+            self._fail(f"{name} forgot its vote for {promise.vote} in term {promise.term}")
+        last_term = process.log.term_at(promise.last)
+        covered = promise.last <= process.log.anchor_index
+        if not covered and (last_term is None or promise.last_term not in (None, last_term)):
             self._fail(
-                f"{process.name} forgot term {spent} in which it voted: it is back at "
-                f"{process.seen.term}"
+                f"{name} forgot entry {promise.last}/{promise.last_term}, which it had when it last "
+                f"spoke: its log ends at {found.last}/{found.last_term}"
             )
 
     def died(self, process: Process) -> None:
         process.seen = None
 
     def wiped(self, name: str) -> None:
-        self.terms.pop(name, None)
+        self.promises.pop(name, None)
         for key in [key for key in self.votes if key[0] == name]:
             del self.votes[key]
 
     # ------------------------------------------------------------------ what a process does
 
-    def voted(self, process: Process, term: int, candidate: str) -> None:
+    def speaks(self, process: Process) -> None:
+        """A message of the last turn leaves: all that the process held by then must be durable."""
+        seen = process.seen
+        if seen is not None:
+            self.promises[process.name] = seen.promise
+
+    def tells(self, process: Process, peer: str, message: Message) -> None:
+        """A message leaves that spends a vote or acknowledges entries."""
+        match message:
+            case AppendReply(term=term, accepted=accepted, next_index=index):
+                if accepted and process.seen is not None:
+                    process.seen.acknowledged = max(process.seen.acknowledged, (term, index - 1))
+            case RequestVote(term=term):
+                self._votes(process, term, process.name)
+            case VoteGranted(term=term):
+                self._votes(process, term, peer)
+
+    def _votes(self, process: Process, term: int, candidate: str) -> None:
         known = self.votes.setdefault((process.name, term), candidate)
         if known != candidate:
             self._fail(f"{process.name} voted in term {term} for {known} and for {candidate}")
-        self.terms[process.name] = max(self.terms.get(process.name, 0), term)
+        if process.learns:
+            self._fail(f"{process.name} is a learner and voted in term {term} for {candidate}")
 
     def after_turn(self, process: Process, turn: Turn) -> None:
-        self.counts["turns"] += 1
+        self.turns += 1
         raft, seen, log = process.core.raft, process.seen, process.log
-        leads = process.core.role is Role.LEADER
+        term, role, commit, last = raft.term, raft.role, raft.commit_index, log.last_index
+        facts = (term, role, commit, raft.applied_index, last)
+        self._world.note(process.life, term * 4 + role, commit + (last << 24))
+        if facts == seen.facts and not turn.disk:
+            return
+        seen.facts = facts
+        leads = role == LEADER
         if turn.disk:
-            self._check_disk(process, turn, leads and seen.led == raft.term)
-        if raft.term < seen.term:
-            self._fail(f"{process.name}: term went back from {seen.term} to {raft.term}")
-        seen.term = raft.term
+            self._check_disk(process, turn, leads and seen.led == term)
+            seen.promise = _Promise(term, raft.voted_for, last, log.last_term)
+        if term < seen.term:
+            self._fail(f"{process.name}: term went back from {seen.term} to {term}")
+        seen.term = term
+        if leads and commit > seen.commit:
+            self._check_majority(process, commit)
         self._check_commit(process, seen)
-        commit = raft.commit_index
-        if raft.applied_index > commit or commit > log.last_index:
+        if raft.applied_index > commit or commit > last:
             self._fail(
                 f"{process.name}: applied {raft.applied_index} <= committed {commit} <= "
-                f"log end {log.last_index} does not hold"
+                f"log end {last} does not hold"
             )
-        if leads and seen.led != raft.term:
-            seen.led = raft.term
+        if leads and seen.led != term:
+            seen.led = term
             self._check_leader(process)
-        self._world.note(process.life, raft.term * 4 + raft.role, commit + (log.last_index << 24))
 
     def _check_disk(self, process: Process, turn: Turn, leading: bool) -> None:
         log = process.log
         for op in turn.disk:
             if not isinstance(op, AppendRecords):
                 snapshot = process.core.raft.snapshot
+                self._may_forget(process.name, log.last_index)
                 if snapshot is not None and snapshot is not process.seen.snapshot:
                     process.seen.snapshot = snapshot
                     self._check_snapshot(process, snapshot)
@@ -117,8 +176,22 @@ class Checker:
                 if isinstance(record, EntryRecord):
                     if log.term_at(record.index) == record.term:
                         self._check_entry(process, record, log.term_at(record.index - 1))
-                elif isinstance(record, TruncateRecord) and leading:
-                    self._fail(f"{process.name} leads and truncated its own log")
+                elif isinstance(record, TruncateRecord):
+                    self._may_forget(process.name, record.first_removed - 1)
+                    term, index = process.seen.acknowledged
+                    if term == process.core.raft.term and record.first_removed <= index:
+                        self._fail(
+                            f"{process.name} takes entry {record.first_removed} back, which it has "
+                            f"acknowledged in this very term {term}"
+                        )
+                    if leading:
+                        self._fail(f"{process.name} leads and truncated its own log")
+
+    def _may_forget(self, name: str, last: int) -> None:
+        """The log is being cut behind `last`, which may be durable before the node speaks again."""
+        promise = self.promises.get(name)
+        if promise is not None and last < promise.last:
+            self.promises[name] = _Promise(promise.term, promise.vote, last, None)
 
     def _check_entry(self, process: Process, record: EntryRecord, previous: int | None) -> None:
         key, value = (record.index, record.term), (record.command, previous)
@@ -152,18 +225,40 @@ class Checker:
                     f"another had committed {index}/{known[1]}"
                 )
         seen.commit = commit
+        self.highest = max(self.highest, commit)
+
+    def _check_majority(self, leader: Process, commit: int) -> None:
+        """What a leader counts as committed is on the disks of a majority, or was before one was lost."""
+        cluster, term = self._cluster, leader.log.term_at(commit)
+        holders = 0
+        for name in cluster.voters:
+            process, promise = cluster.processes.get(name), self.promises.get(name)
+            if process is not None and process.started and process.log.proven:
+                log = process.log
+                holders += log.anchor_index >= commit or log.term_at(commit) == term
+            else:
+                holders += promise is None or promise.last >= commit
+        if holders <= len(cluster.voters) // 2:
+            self._fail(
+                f"{leader.name} counts entry {commit}/{term} as committed, which {holders} of "
+                f"{len(cluster.voters)} voters hold"
+            )
 
     def _check_leader(self, process: Process) -> None:
         raft, log = process.core.raft, process.log
         self.counts["elections"] += 1
+        if process.learns:
+            self._fail(f"{process.name} is a learner and leads term {raft.term}")
         if self.leaders.setdefault(raft.term, process.name) != process.name:
             self._fail(
                 f"two leaders of term {raft.term}: {self.leaders[raft.term]}, {process.name}"
             )
         entries, anchor = log.entries, log.anchor_index
-        for index, (command, term, seen_in) in self.committed.items():
-            if seen_in >= raft.term or index <= anchor:
+        for index in range(anchor + 1, self.highest + 1):
+            known = self.committed.get(index)
+            if known is None or known[2] >= raft.term:
                 continue
+            command, term, seen_in = known
             place = index - anchor
             if place >= len(entries) or entries[place][2] != term or entries[place][0] != command:
                 self._fail(

@@ -7,7 +7,6 @@ clock may run fast or slow; while it is paused (SIGSTOP) events wait; once it is
 from __future__ import annotations
 
 import asyncio
-import contextvars
 from asyncio import events
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -23,16 +22,12 @@ TIMER_LATE_S = 1e-6
 
 
 class Handle:
-    """A scheduled callback."""
+    """A scheduled callback. Contexts are not kept: nothing in the product uses context variables."""
 
-    __slots__ = ("args", "callback", "context", "gone")
+    __slots__ = ("args", "callback", "gone")
 
-    def __init__(
-        self, callback: Callable[..., object], args: Any, context: contextvars.Context | None
-    ) -> None:
-        self.callback, self.args = callback, args
-        self.context = context or contextvars.copy_context()
-        self.gone = False
+    def __init__(self, callback: Callable[..., object], args: Any) -> None:
+        self.callback, self.args, self.gone = callback, args, False
 
     def cancel(self) -> None:
         self.gone = True
@@ -44,10 +39,8 @@ class Handle:
 class Timer(Handle):
     __slots__ = ("due",)
 
-    def __init__(
-        self, due: float, callback: Callable[..., object], args: Any, context: Any
-    ) -> None:
-        super().__init__(callback, args, context)
+    def __init__(self, due: float, callback: Callable[..., object], args: Any) -> None:
+        self.callback, self.args, self.gone = callback, args, False
         self.due = due
 
     def when(self) -> float:
@@ -59,8 +52,8 @@ class ProcessKilled(BaseException):
 
 
 class NodeLoop(asyncio.AbstractEventLoop):
-    def __init__(self, world: World, name: str, rate: float = 1.0) -> None:
-        self.world, self.name = world, name
+    def __init__(self, world: World, name: str, rate: float = 1.0, poll_s: float = 0.0) -> None:
+        self.world, self.name, self.poll_s = world, name, poll_s
         self.dead = False
         self.paused = False
         self.paused_s = 0.0
@@ -75,6 +68,7 @@ class NodeLoop(asyncio.AbstractEventLoop):
         self._deferred: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._paused_at = 0.0
         self._fire_timer = self._fire  # one bound method, to find our timers in the queue
+        self._polls: dict[float, list[tuple[Callable[..., object], tuple[Any, ...]]]] = {}
 
     # ------------------------------------------------------------------ time
 
@@ -101,7 +95,7 @@ class NodeLoop(asyncio.AbstractEventLoop):
             self._deferred.append((self._fire, (timer,)))
             return
         timer.gone = True
-        self.enter(timer.context.run, timer.callback, *timer.args)
+        self.enter(timer.callback, *timer.args)
 
     # ------------------------------------------------------------------ running
 
@@ -114,23 +108,60 @@ class NodeLoop(asyncio.AbstractEventLoop):
             return
         events._set_running_loop(self)
         try:
-            self._call(callback, args)
-            ready, budget = self._ready, MAX_CALLBACKS_PER_EVENT
-            while ready and not self.dead:
-                handle = ready.popleft()
-                if not handle.gone:
-                    self._call(handle.context.run, (handle.callback, *handle.args))
-                budget -= 1
-                if budget == 0:
-                    self.world.violate(f"{self.name} spins: {handle.callback!r}")
-                    return
+            try:
+                callback(*args)
+            except Exception as error:
+                self._raised(error)
+            if self._ready:
+                self._run_ready()
         finally:
             events._set_running_loop(None)
 
-    def _call(self, callback: Callable[..., object], args: Any) -> None:
-        try:
-            callback(*args)
-        except Exception as error:
+    def enter_at(self, at: float, callback: Callable[..., object], *args: Any) -> None:
+        """`enter` at a time, or a little later: what arrives within one `poll_s` is found by one poll."""
+        poll_s = self.poll_s
+        if not poll_s:
+            self.world.at(at, self.enter, callback, *args)
+            return
+        at = (at // poll_s + 1.0) * poll_s
+        found = self._polls.get(at)
+        if found is None:
+            found = self._polls[at] = []
+            self.world.at(at, self._poll, at)
+        found.append((callback, args))
+
+    def _poll(self, at: float) -> None:
+        found = self._polls.pop(at)
+        if len(found) == 1:
+            self.enter(found[0][0], *found[0][1])
+        else:
+            self.enter(self._call_all, found)
+
+    def _call_all(self, found: list[tuple[Callable[..., object], tuple[Any, ...]]]) -> None:
+        for callback, args in found:
+            if self.dead:
+                return
+            try:
+                callback(*args)
+            except Exception as error:
+                self._raised(error)
+
+    def _run_ready(self) -> None:
+        ready, budget = self._ready, MAX_CALLBACKS_PER_EVENT
+        while ready and not self.dead:
+            handle = ready.popleft()
+            if not handle.gone:
+                try:
+                    handle.callback(*handle.args)
+                except Exception as error:
+                    self._raised(error)
+            budget -= 1
+            if budget == 0:
+                self.world.violate(f"{self.name} spins: {handle.callback!r}")
+                return
+
+    def _raised(self, error: Exception) -> None:
+        if not self.dead:
             self.world.violate(f"{self.name}: a callback raised {type(error).__name__}: {error}")
 
     def pause(self) -> None:
@@ -149,17 +180,17 @@ class NodeLoop(asyncio.AbstractEventLoop):
     # ------------------------------------------------------------------ asyncio's interface
 
     def call_soon(self, callback: Any, *args: Any, context: Any = None) -> Any:
-        handle = Handle(callback, args, context)
+        handle = Handle(callback, args)
         self._ready.append(handle)
         return handle
 
     call_soon_threadsafe = call_soon
 
     def call_later(self, delay: float, callback: Any, *args: Any, context: Any = None) -> Any:
-        return self.call_at(self.time() + delay, callback, *args, context=context)
+        return self.call_at(self.time() + delay, callback, *args)
 
     def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> Any:
-        timer = Timer(when, callback, args, context)
+        timer = Timer(when, callback, args)
         self.world.at(self._world_time(when), self._fire_timer, timer)
         return timer
 
@@ -173,6 +204,8 @@ class NodeLoop(asyncio.AbstractEventLoop):
 
     def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:
         future = self.create_future()
+        if self.dead:
+            return future  # the rest of a callback in whose midst the process died
         try:
             delay_s, result, error = self.execute(lambda: func(*args))
         except ProcessKilled:

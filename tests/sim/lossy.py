@@ -1,18 +1,18 @@
 """A worse network than TCP, in place of `PeerLinks`: frames are dropped, repeated and overtake each other.
 
 What links promise even so, and what the core relies on: a frame of one process never reaches, or comes from,
-a later life of either end (`epochs`; a mutant takes that away).
+a later life of either end.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from distroml.consensus.frames import Channel, LinkLimits
 from tests.sim.loop import NodeLoop
-from tests.sim.streams import Cuts, hash_of
+from tests.sim.streams import Cuts
 from tests.sim.world import World
 
 RECONNECT_S = 0.2
@@ -22,11 +22,18 @@ class Lossy:
     """All links of a cluster."""
 
     def __init__(
-        self, world: World, cuts: Cuts, *, drop: float, repeat: float, late: float
+        self,
+        world: World,
+        cuts: Cuts,
+        voters: Iterable[str],
+        *,
+        drop: float,
+        repeat: float,
+        late: float,
     ) -> None:
         self.world, self.cuts = world, cuts
         self.drop, self.repeat, self.late = drop, repeat, late
-        self.epochs = True
+        self._voters = frozenset(voters)
         self.rng: random.Random = world.stream("network")
         self.links: dict[str, LossyLinks] = {}
         self._connected: dict[tuple[str, str], None] = {}
@@ -45,6 +52,8 @@ class Lossy:
 
     def join(self, links: LossyLinks) -> None:
         for other in sorted(self.links):
+            if links.name not in self._voters and other not in self._voters:
+                continue  # learners have no links among themselves
             self.world.later(self.rng.uniform(0.001, 0.05), self.connect, links.name, other)
         self.links[links.name] = links
 
@@ -72,33 +81,27 @@ class Lossy:
                 self._told_at[here, there] = told_at
                 self.world.at(told_at, links.tell, there, up)
 
-    def connected(self, here: str, there: str) -> bool:
-        return (min(here, there), max(here, there)) in self._connected
-
     def send(self, source: LossyLinks, target: str, channel: int, body: bytes) -> None:
-        receiver = self.links.get(target)
-        rng = self.rng
-        if receiver is None or (source.name, target) in self.cuts or rng.random() < self.drop:
+        receiver, cuts, random = self.links.get(target), self.cuts, self.rng.random
+        if receiver is None or random() < self.drop:
             return
-        extra_s = self.cuts.slow_s.get((source.name, target), 0.0)
-        for _ in range(2 if rng.random() < self.repeat else 1):
-            late = rng.random() < self.late
-            delay_s = rng.uniform(0.05, 2.5) if late else rng.uniform(0.0002, 0.01)
-            self.world.later(delay_s + extra_s, self._arrive, source, receiver, channel, body)
+        if cuts and (source.name, target) in cuts:
+            return
+        at = self.world.now
+        if cuts.slow_s:
+            at += cuts.slow_s.get((source.name, target), 0.0)
+        for _ in range(2 if random() < self.repeat else 1):
+            late = random() < self.late
+            delay_s = 0.05 + 2.45 * random() if late else 0.0002 + 0.0098 * random()
+            receiver.loop.enter_at(at + delay_s, self._arrive, source, receiver, channel, body)
 
     def _arrive(self, source: LossyLinks, receiver: LossyLinks, channel: int, body: bytes) -> None:
-        if (source.name, receiver.name) in self.cuts:
+        """A frame reaches the receiving process, in whose loop this runs."""
+        cuts = self.cuts
+        if source.loop.dead or (cuts and (source.name, receiver.name) in cuts):
             return
-        if self.epochs:
-            if source.loop.dead or receiver.loop.dead:
-                return
-        else:
-            newest = self.links.get(receiver.name)
-            if newest is None:
-                return
-            receiver = newest
-        self.world.note(2, len(body), hash_of(source.name, receiver.name))
-        receiver.loop.enter(receiver.deliver, source.name, channel, body)
+        self.world.note(2, len(body), receiver.mark ^ source.mark << 32)
+        receiver.deliver(source.name, channel, body)
 
 
 class LossyLinks:
@@ -106,6 +109,7 @@ class LossyLinks:
 
     def __init__(self, lossy: Lossy, loop: NodeLoop, name: str, cluster_id: str) -> None:
         self.name, self.cluster_id, self.loop = name, cluster_id, loop
+        self.mark = int.from_bytes(name.encode()[-4:], "little")
         self.limits = LinkLimits()
         self._lossy = lossy
         self._handlers: dict[int, Callable[[str, bytes], None]] = {}
@@ -125,7 +129,7 @@ class LossyLinks:
         return sorted(self._up)
 
     def send(self, peer: str, channel: Channel, body: bytes) -> bool:
-        if not self._lossy.connected(self.name, peer):
+        if peer not in self._up:
             return False
         self._lossy.send(self, peer, int(channel), body)
         return True

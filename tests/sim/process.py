@@ -9,8 +9,9 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from distroml.commands import RegisterNode
+from distroml.consensus.authentication import LinkSecurity
 from distroml.consensus.frames import Address, Channel
-from distroml.consensus.messages import RequestVote, VoteGranted, decode
+from distroml.consensus.messages import decode
 from distroml.consensus.peers import PeerLinks
 from distroml.consensus.proposer import Proposer
 from distroml.consensus.raft import RaftNode
@@ -23,6 +24,7 @@ from distroml.consensus.raft_types import (
     StorageCorrupt,
 )
 from distroml.consensus.replica import Replica
+from distroml.credentials import ClusterKeys
 from distroml.errors import DistroMLError
 from tests.sim.disk import SimDisk
 from tests.sim.loop import NodeLoop
@@ -39,8 +41,10 @@ WALL_S = 1.7e9
 REGISTER_TIMEOUT_S = 5.0
 REGISTER_PAUSE_S = 0.2
 RESTART_S = 0.5
-_REQUEST_VOTE, _VOTE_GRANTED = 3, 4
-"""Tags of the two messages that spend a vote, as the second byte of their encoding."""
+_TELLING, _PROMISE_NOTHING = (3, 4, 6), (5, 14)
+"""Tags of messages, as the second byte of their encoding: RequestVote, VoteGranted and AppendReply; and Append, of
+whose entries the leader's own disk is not yet asked, with TransferRequest, which leaves between turns."""
+_KEY = bytes(range(32))
 
 
 class _Reincarnates(Exception):
@@ -53,7 +57,8 @@ class Process:
         self.cluster, self.name, self.incarnation = cluster, name, incarnation
         self.started_at = world.now
         self.disk: SimDisk = cluster.disks[name]
-        self.loop = NodeLoop(world, name, cluster.rates.get(name, 1.0))
+        self.learns = name in cluster.learners
+        self.loop = NodeLoop(world, name, cluster.rates.get(name, 1.0), cluster.config.poll_s)
         self.loop.execute = self._execute
         self.loop.on_killed = lambda: cluster.kill(name)
         self.life = cluster.lives
@@ -62,7 +67,7 @@ class Process:
         self.replica = _CheckedReplica(self)
         self.raft = RaftNode(
             name=name,
-            voters=tuple(cluster.names),
+            voters=tuple(cluster.voters),
             data_dir=directory,
             links=self.links,
             machine=self.replica,
@@ -85,6 +90,8 @@ class Process:
         self.started = False
         self.registered = False
         self.alive = True
+        self.disk_until = 0.0
+        """When the last disk call ends."""
         self.seen: Any = None
         """What the checker saw last; its own notes."""
 
@@ -102,6 +109,15 @@ class Process:
     def leads(self) -> bool:
         return self.started and self.core.role is Role.LEADER
 
+    @property
+    def rests(self) -> bool:
+        """All that this process knows is on its disk."""
+        return (
+            self.started
+            and self.disk_until <= self.cluster.world.now
+            and self.raft.status().healthy
+        )
+
     # ------------------------------------------------------------------ life
 
     def start(self) -> None:
@@ -115,6 +131,24 @@ class Process:
         """Calls `action()` inside the process, as its API would."""
         self.loop.enter(action)
 
+    def compact(self) -> None:
+        """Takes a snapshot in the next turn, whatever the settings say."""
+        raft = self.core.raft
+
+        def at_once() -> None:
+            if raft.applied_index > raft.log.anchor_index:
+                raft.compact()
+
+        self.do(lambda: self.raft._post(at_once))
+
+    def passes(self, call: str, *, after: bool) -> bool:
+        """False where a failpoint lies here: the process has died, and nothing that it still does counts."""
+        point = self.disk.failpoint
+        if point is not None and self.alive and point.hit(call, after=after):
+            self.disk.failpoint = None
+            self.cluster.kill(self.name)
+        return self.alive
+
     async def _main(self) -> None:
         try:
             await self.links.start()
@@ -123,13 +157,15 @@ class Process:
             self.cluster.world.violate(f"{self.name} refuses its own directory: {error}")
             return
         except OSError as error:
-            self.cluster.exits(self.name, f"{error}")
+            if self.alive:
+                self.cluster.exits(self.name, f"{error}")
             return
         except Exception as error:
             self.cluster.world.violate(f"{self.name} cannot start: {type(error).__name__}: {error}")
             return
-        self._observe()
-        await self._register()
+        if self.alive:
+            self._observe()
+            await self._register()
 
     def _observe(self) -> None:
         core, checker = self.core, self.cluster.checker
@@ -137,7 +173,8 @@ class Process:
 
         def observed() -> Turn:
             turn = finish_turn()
-            checker.after_turn(self, turn)
+            if self.alive:
+                checker.after_turn(self, turn)
             return turn
 
         core.finish_turn = observed  # type: ignore[method-assign]
@@ -187,6 +224,7 @@ class Process:
     def _execute(self, call: Any) -> tuple[float, Any, Exception | None]:
         duration_s = self.cluster.disk_s(self.name, self._disk_rng)
         now = self.cluster.world.now
+        self.disk_until = now + duration_s
         result, error = self.disk.execute(call, now, duration_s, self._disk_rng)
         return duration_s, result, error
 
@@ -196,36 +234,56 @@ class _CheckedReplica(Replica):
         super().__init__()
         self._process = process
         self._checker = process.cluster.checker
-        self.listen(lambda entry, outcome, _events: self._checker.heard(process, entry, outcome))
+        self.listen(self._heard)
+
+    def _heard(self, entry: Any, outcome: Any, _events: Any) -> None:
+        if self._process.alive:
+            self._checker.heard(self._process, entry, outcome)
 
     def apply(self, index: int, data: bytes) -> None:
-        self._checker.before_apply(self._process, index, data)
+        if self._process.passes("apply", after=False):
+            self._checker.before_apply(self._process, index, data)
         super().apply(index, data)
+        self._process.passes("apply", after=True)
+
+    def snapshot(self) -> bytes:
+        self._process.passes("snapshot", after=False)
+        return super().snapshot()
+
+    def restore(self, index: int, blob: bytes) -> None:
+        self._process.passes("restore", after=False)
+        super().restore(index, blob)
+        self._process.passes("restore", after=True)
 
 
 def _observed_links(process: Process, cluster: Cluster) -> Any:
-    """The process's links, whose outgoing votes are shown to the checker."""
+    """The process's links, whose outgoing promises are shown to the checker."""
     network = cluster.network
     links: PeerLinks | LossyLinks
     if isinstance(network, Lossy):
         links = LossyLinks(network, process.loop, process.name, CLUSTER_ID)
     else:
         links = _stream_links(process, cluster, network)
-    send, checker = links.send, cluster.checker
+    send, checker, disk = links.send, cluster.checker, process.disk
 
     def observed(peer: str, channel: Channel, body: bytes) -> bool:
+        if disk.failpoint is not None:
+            process.passes("send", after=False)
         if not process.alive:
             return False
-        if channel is Channel.RAFT and body[1] in (_REQUEST_VOTE, _VOTE_GRANTED):
-            message = decode(body)
-            if isinstance(message, RequestVote):
-                checker.voted(process, message.term, process.name)
-            elif isinstance(message, VoteGranted):
-                checker.voted(process, message.term, peer)
+        if channel is Channel.RAFT:
+            kind = body[1]
+            if kind in _TELLING:
+                checker.tells(process, peer, decode(body))
+            if kind not in _PROMISE_NOTHING:
+                checker.speaks(process)
         cluster.sent += 1
         if cluster.tap is not None and not cluster.tap(process.name, peer, channel, body):
             return True
-        return send(peer, channel, body)
+        taken = send(peer, channel, body)
+        if disk.failpoint is not None:
+            process.passes("send", after=True)
+        return taken
 
     links.send = observed  # type: ignore[method-assign]
     return links
@@ -233,12 +291,15 @@ def _observed_links(process: Process, cluster: Cluster) -> Any:
 
 def _stream_links(process: Process, cluster: Cluster, streams: Streams) -> PeerLinks:
     streams.attach(process.loop)
+    here = Address(process.name, 1)
     return PeerLinks(
         name=process.name,
         incarnation=process.incarnation,
         cluster_id=CLUSTER_ID,
-        listen=Address(process.name, 1),
-        peers={name: Address(name, 1) for name in cluster.names},
+        listen=here,
+        advertise=here if process.learns else None,
+        peers={name: Address(name, 1) for name in cluster.voters},
         limits=cluster.limits,
+        security=LinkSecurity(keys=ClusterKeys(_KEY)) if cluster.config.keyed else None,
         rng=cluster.world.stream("links", process.life),
     )

@@ -17,6 +17,9 @@ from tests.sim.world import World
 KERNEL_BUFFER_BYTES = 256 * 1024
 """What leaves a process at once; only beyond it does a transport count bytes as unsent."""
 SYN_RETRY_S = 1.0
+LATE_SHARE = 0.01
+SPLIT_SHARE = 0.02
+"""Of the writes that arrive in two parts."""
 
 
 class Cuts:
@@ -30,6 +33,9 @@ class Cuts:
 
     def __contains__(self, direction: tuple[str, str]) -> bool:
         return direction in self._depth
+
+    def __len__(self) -> int:
+        return len(self._depth)
 
     def cut(self, source: str, target: str) -> None:
         self._depth[source, target] = self._depth.get((source, target), 0) + 1
@@ -88,11 +94,12 @@ class Streams:
                 end.peer.breaks()
 
     def delay_s(self, source: str, target: str) -> float:
-        rng = self.rng
-        delay_s = rng.uniform(0.0001, 0.002)
-        if rng.random() < 0.01:
+        random = self.rng.random
+        delay_s = 0.0001 + 0.0019 * random()
+        if random() < LATE_SHARE:
             delay_s *= 20
-        return delay_s + self.cuts.slow_s.get((source, target), 0.0)
+        slow_s = self.cuts.slow_s
+        return delay_s + slow_s.get((source, target), 0.0) if slow_s else delay_s
 
     def _syn(self, loop: NodeLoop, factory: Any, host: str, future: asyncio.Future[Any]) -> None:
         self.world.later(
@@ -135,7 +142,8 @@ class Streams:
 
     def _mended(self, source: str, target: str) -> None:
         for pipe in self._held.pop((source, target), ()):
-            self.world.later(self.delay_s(source, target), pipe.arrive)
+            at = self.world.now + self.delay_s(source, target)
+            pipe.receiver.loop.enter_at(at, pipe.arrive)
 
     def forget(self, end: Stream) -> None:
         self._ends.get(end.loop.name, {}).pop(end, None)
@@ -154,43 +162,48 @@ class _Pipe:
     def __init__(self, streams: Streams, sender: Stream, receiver: Stream) -> None:
         self.streams, self.receiver = streams, receiver
         self.direction = (sender.loop.name, receiver.loop.name)
-        self._mark = hash_of(*self.direction)
+        self._mark = int.from_bytes("".join(self.direction).encode()[-8:], "little", signed=True)
         self.broken = False
         self.unread = 0
-        self._chunks: deque[bytearray | None] = deque()
+        self._chunks: deque[bytes | None] = deque()
         self._written_at = -1.0
         self._last_at = 0.0
 
     def push(self, data: bytes | None) -> None:
-        world = self.streams.world
+        now, chunks = self.streams.world.now, self._chunks
         if data is not None:
             self.unread += len(data)
-            tail = self._chunks[-1] if self._chunks else None
-            if tail is not None and self._written_at == world.now:
-                tail += data
+            if self._written_at == now and chunks and chunks[-1] is not None:
+                chunks[-1] += data
                 return
-        self._written_at = world.now
-        self._last_at = max(self._last_at, world.now + self.streams.delay_s(*self.direction))
-        self._chunks.append(None if data is None else bytearray(data))
-        world.at(self._last_at, self.arrive)
+            if self.streams.rng.random() < SPLIT_SHARE:
+                self._send(data[: len(data) // 2], now)
+                data = data[len(data) // 2 :]
+        self._send(data, now)
+
+    def _send(self, data: bytes | None, now: float) -> None:
+        self._written_at = now
+        at = now + self.streams.delay_s(*self.direction)
+        if at > self._last_at:
+            self._last_at = at
+        self._chunks.append(data)
+        self.receiver.loop.enter_at(self._last_at, self.arrive)
 
     def arrive(self) -> None:
-        if self.direction in self.streams.cuts:
+        """The next chunk reaches the receiving process, in whose loop this runs."""
+        cuts = self.streams.cuts
+        if cuts and self.direction in cuts:
             self.streams.hold(self)
             return
         chunk = self._chunks.popleft()
         receiver = self.receiver
         if chunk is None:
-            receiver.loop.enter(receiver.peer_closed)
+            receiver.peer_closed()
             return
         self.unread -= len(chunk)
-        if not self.broken and not receiver.gone:
+        if not self.broken and not receiver.gone and receiver.protocol is not None:
             self.streams.world.note(1, len(chunk), self._mark)
-            receiver.loop.enter(receiver.receive, bytes(chunk))
-
-
-def hash_of(source: str, target: str) -> int:
-    return int.from_bytes(f"{source}>{target}".encode()[-8:], "little", signed=True)
+            receiver.protocol.data_received(chunk)
 
 
 class Stream(asyncio.Transport):
@@ -213,10 +226,6 @@ class Stream(asyncio.Transport):
         self.protocol.connection_made(self)
         if self.gone:
             self._lose(None)
-
-    def receive(self, data: bytes) -> None:
-        if not self.gone and self.protocol is not None:
-            self.protocol.data_received(data)
 
     def peer_closed(self) -> None:
         self._lose(None)
@@ -244,7 +253,7 @@ class Stream(asyncio.Transport):
 
     def write(self, data: Any) -> None:
         if not self.gone:
-            self.pipe.push(bytes(data))
+            self.pipe.push(data if type(data) is bytes else bytes(data))
 
     def close(self) -> None:
         if not self.gone:
@@ -261,7 +270,8 @@ class Stream(asyncio.Transport):
         return self.gone
 
     def get_write_buffer_size(self) -> int:
-        return max(0, self.pipe.unread - KERNEL_BUFFER_BYTES)
+        waiting = self.pipe.unread - KERNEL_BUFFER_BYTES
+        return waiting if waiting > 0 else 0
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         return default

@@ -18,7 +18,7 @@ SECONDS = 10.0
 @pytest.mark.timeout(900)
 def test_random_faults_break_no_invariant() -> None:
     cores = len(os.sched_getaffinity(0))
-    options = f"--seeds {SEEDS} --seconds {SECONDS} --nodes 1,3,5 --jobs {cores}"
+    options = f"--seeds {SEEDS} --seconds {SECONDS} --nodes 1,2,3,5 --jobs {cores}"
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.sim", *options.split()],
         cwd=ROOT,

@@ -1,11 +1,15 @@
-"""Clients of a simulated cluster: jobs through the real Proposer, linearizable reads, retries under one key.
+"""Clients of a simulated cluster: jobs through the real Proposer, linearizable reads, leadership handed over.
 
 Each client step belongs to an *errand*: the life of one job (submit, cancel, remove). A step whose outcome is
-unknown is tried again through any node with the same Idempotency-Key, as a client of the API would.
+unknown is tried again through any node with the same Idempotency-Key, as a client of the API would. Clients come
+in bursts and lulls, and some go away before they are answered. Whatever a client waits for must end within its
+bound, on every node.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Coroutine
 from typing import Any
 
 from distroml.commands import CancelJob, RemoveJob, SetNodeStatus, SubmitJob
@@ -18,6 +22,11 @@ from tests.sim.process import Process
 
 SLOWEST_CLOCK = 0.7
 GRACE_S = 1.0
+PACES = (0.1, 0.2, 0.5, 1.0, 3.0)
+"""Shares of the mean rate at which clients come; each goes on for `PACE_S`."""
+PACE_S = 3.0
+GOES_AWAY_SHARE = 0.05
+HANDOVER_S = 1.0
 _STEPS = ("submit", "cancel", "remove")
 _SPEC = JobSpec()
 
@@ -36,7 +45,7 @@ class _Errand:
 
 
 class _Operation:
-    __slots__ = ("errand", "kind", "paused_s", "process", "started_at", "timeout_s")
+    __slots__ = ("errand", "kind", "paused_s", "process", "started_at", "task", "timeout_s")
 
     def __init__(
         self, process: Process, kind: str, timeout_s: float, errand: _Errand | None
@@ -44,6 +53,7 @@ class _Operation:
         self.process, self.kind, self.timeout_s, self.errand = process, kind, timeout_s, errand
         self.started_at = process.loop.world.now
         self.paused_s = process.loop.paused_s
+        self.task: asyncio.Task[None] | None = None
 
     def overdue(self, now: float) -> bool:
         """Paused time does not count, and a slow clock has longer seconds."""
@@ -64,18 +74,40 @@ class Workload:
         self.active = True
         self.present: dict[str, int] = {}
         """Job id → index: acknowledged jobs that nobody has asked to remove."""
-        self.counts = {"writes acked": 0, "writes unknown": 0, "reads": 0, "reads refused": 0}
+        self.counts = {
+            "writes acked": 0,
+            "writes unknown": 0,
+            "reads": 0,
+            "reads refused": 0,
+            "clients gone": 0,
+            "handovers": 0,
+        }
+        self._pace = 1.0
+        self._pace_until = 0.0
         cluster.on_death = self._died
-        cluster.world.later(0.3, self._tick)
+        cluster.world.later(0.3, self._change_pace)
         cluster.world.later(1.0, self._watch)
 
     # ------------------------------------------------------------------ the clients
 
+    def _change_pace(self) -> None:
+        self._pace = self._rng.choice(PACES)
+        self._pace_until = self.cluster.world.now + PACE_S
+        self._await_client()
+
+    def _await_client(self) -> None:
+        world = self.cluster.world
+        at = world.now + self._rng.expovariate(self.rate * self._pace)
+        if at < self._pace_until:
+            world.at(at, self._tick)
+        else:
+            world.at(self._pace_until, self._change_pace)
+
     def _tick(self) -> None:
         if not self.active:
             return
+        self._await_client()
         rng, cluster = self._rng, self.cluster
-        cluster.world.later(rng.expovariate(self.rate), self._tick)
         names = sorted(cluster.processes)
         if not names:
             return
@@ -87,6 +119,8 @@ class Workload:
             self.read(process)
         elif kind < 0.35:
             self._status(process)
+        elif kind < 0.36:
+            self.hand_over(process)
         else:
             self._next_step(process)
 
@@ -110,18 +144,18 @@ class Workload:
         if step == "remove" and errand.job_id is not None:
             self.present.pop(errand.job_id, None)
         command = _command(errand, step)
-        operation = self._begin(process, step, timeout_s, errand)
-        process.do(lambda: process.spawn(self._write(operation, command)))
+        operation = _Operation(process, step, timeout_s, errand)
+        self._begin(operation, self._write(operation, command))
 
-    async def _write(self, operation: _Operation, command: Any) -> None:
+    async def _write(self, operation: _Operation, command: Any, term: int | None = None) -> None:
         errand, process = operation.errand, operation.process
         try:
-            outcome = await process.proposer.propose(command, operation.timeout_s)
+            outcome = await process.proposer.propose(command, operation.timeout_s, term=term)
         except DistroMLError:
             self.counts["writes unknown"] += 1
-            self._end(operation)
             return
-        self._end(operation)
+        finally:
+            self._end(operation)
         self.counts["writes acked"] += 1
         self.cluster.checker.acknowledged(process, outcome)
         if errand is None:
@@ -139,19 +173,19 @@ class Workload:
             self._errands.remove(errand)
 
     def _status(self, process: Process) -> None:
-        """A write without a key: exactly once by the proposer's own numbers only."""
+        """A write without a key: exactly once by the proposer's own numbers only. A leader decides for its term."""
         status = self._rng.choice((NodeStatus.ALIVE, NodeStatus.LOST))
         command = SetNodeStatus(
             name=process.name, incarnation=process.incarnation, status=status, reason="simulated"
         )
-        operation = self._begin(process, "status", 3.0, None)
-        process.do(lambda: process.spawn(self._write(operation, command)))
+        operation = _Operation(process, "status", 3.0, None)
+        term = process.raft.term if process.leads else None
+        self._begin(operation, self._write(operation, command, term))
 
     def read(self, process: Process) -> None:
-        operation = self._begin(process, "read", self._rng.choice((0.5, 2.0)), None)
+        operation = _Operation(process, "read", self._rng.choice((0.5, 2.0)), None)
         floor = self.cluster.checker.floor
-        expected = dict(self.present)
-        process.do(lambda: process.spawn(self._read(operation, floor, expected)))
+        self._begin(operation, self._read(operation, floor, dict(self.present)))
 
     async def _read(self, operation: _Operation, floor: int, expected: dict[str, int]) -> None:
         process = operation.process
@@ -159,9 +193,9 @@ class Workload:
             index = await process.raft.read_index(operation.timeout_s)
         except (NotLeader, TimeoutError):
             self.counts["reads refused"] += 1
-            self._end(operation)
             return
-        self._end(operation)
+        finally:
+            self._end(operation)
         self.counts["reads"] += 1
         self.cluster.checker.read(process, index, floor)
         jobs = process.replica.state.jobs
@@ -169,14 +203,42 @@ class Workload:
             if job_id not in jobs and job_id in self.present:
                 self.cluster.world.violate(f"a read on {process.name} misses acked job {job_id}")
 
+    def hand_over(self, process: Process) -> None:
+        """Leadership is to go to some voter, or to whom the leader likes; any node may be asked."""
+        target = self._rng.choice((None, *self.cluster.voters))
+        operation = _Operation(process, "handover", HANDOVER_S, None)
+        self._begin(operation, self._hand_over(operation, target))
+
+    async def _hand_over(self, operation: _Operation, target: str | None) -> None:
+        process = operation.process
+        try:
+            leader = await process.raft.transfer_leadership(target, operation.timeout_s)
+        except NotLeader:
+            return
+        finally:
+            self._end(operation)
+        if leader is not None and target not in (None, leader):
+            self.cluster.world.violate(f"leadership went to {leader} where {target} was to have it")
+        self.counts["handovers"] += leader is not None
+
     # ------------------------------------------------------------------ no stuck future
 
-    def _begin(
-        self, process: Process, kind: str, timeout_s: float, errand: _Errand | None
-    ) -> _Operation:
-        operation = _Operation(process, kind, timeout_s, errand)
+    def _begin(self, operation: _Operation, work: Coroutine[Any, Any, None]) -> None:
+        process = operation.process
         self._open[operation] = None
-        return operation
+
+        def start() -> None:
+            operation.task = process.spawn(work)
+
+        process.do(start)
+        if self.active and self._rng.random() < GOES_AWAY_SHARE:
+            away_s = self._rng.uniform(0.0, 1.0) * operation.timeout_s
+            self.cluster.world.later(away_s, process.loop.enter, self._go_away, operation)
+
+    def _go_away(self, operation: _Operation) -> None:
+        if operation in self._open and operation.task is not None:
+            self.counts["clients gone"] += 1
+            operation.task.cancel()
 
     def _end(self, operation: _Operation) -> None:
         self._open.pop(operation, None)

@@ -3,7 +3,11 @@
 The step loop never waits for the agent. Lifecycle frames (hello, phases, shards, the last word) are queued and
 never dropped; metrics are gathered for up to 100 ms and, where the agent does not read, the oldest are dropped
 and counted. A pulse goes out while nothing else does, with how long the step loop has been waiting for other ranks:
-that tells a worker that hangs from those that wait for it. End of file means that the agent is gone: the process ends at once, since nobody is left to watch it.
+that tells a worker that hangs from those that wait for it.
+
+End of file means that the agent is gone. Training goes on without it for a while, since an agent that crashed comes
+back: it is greeted anew and told again what the one before may have taken to its grave. If none comes, the process
+ends, since nobody is left to watch it.
 """
 
 from __future__ import annotations
@@ -20,14 +24,24 @@ from typing import NamedTuple, NoReturn
 
 from distroml.reports import Marks, StepTiming, WorkerPhase
 from distroml.runtime.control import (
+    AGENT_GRACE_S,
     PULSE_S,
+    Failed,
+    Finished,
     FrameReader,
     FromWorker,
+    Hello,
     MetricRecord,
+    Parked,
     Progress,
+    Released,
+    Rendezvous,
+    ShardAbandoned,
+    ShardDurable,
     ToWorker,
     encode_frame,
 )
+from distroml.runtime.worker.meetings import Meetings
 
 CONNECT_TIMEOUT_S = 10.0
 FLUSH_TIMEOUT_S = 10.0
@@ -38,6 +52,11 @@ MAX_LIFECYCLE_FRAMES = 4096
 """An agent that leaves this many unread is taken for dead."""
 READ_BYTES = 65_536
 AGENT_GONE_EXIT = 1
+RECONNECT_S = 0.05
+ACCEPTED_S = 1.0
+"""An agent that keeps a connection for so long does want this worker."""
+MAX_REMEMBERED = 64
+_REMEMBERED = (Rendezvous, Parked, ShardDurable, ShardAbandoned, Failed, Finished)
 
 
 class Position(NamedTuple):
@@ -58,6 +77,7 @@ class ControlLink:
         path: the agent's Unix socket.
         on_message: called in the reading thread with each message of the agent.
         waiting_s: for how long the step loop has been in its present collective; 0 outside of one.
+        hello: what the agent is greeted with on each connection; None: the test says it.
         on_agent_gone: called with the reason in whichever thread sees it; never returns.
 
     Raises:
@@ -70,13 +90,18 @@ class ControlLink:
         on_message: Callable[[ToWorker], None],
         waiting_s: Callable[[], float] = lambda: 0.0,
         on_agent_gone: Callable[[str], NoReturn] | None = None,
+        *,
+        hello: Callable[[], Hello] | None = None,
+        grace_s: float = AGENT_GRACE_S,
     ) -> None:
+        self._path = path
         self._on_message, self._waiting_s = on_message, waiting_s
         self._on_agent_gone = on_agent_gone or end_process
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(CONNECT_TIMEOUT_S)
-        self._socket.connect(path)
-        self._socket.settimeout(None)
+        self._hello, self._grace_s = hello, grace_s
+        self._socket = self._connect()
+        self._connected = True
+        self.meetings = Meetings(self.send)
+        """Barriers with the other ranks, by way of the agents."""
         self._wake = threading.Condition(threading.RLock())
         self._lifecycle: deque[FromWorker] = deque()
         self._metrics: deque[MetricRecord] = deque(maxlen=MAX_PENDING_METRICS)
@@ -84,8 +109,15 @@ class ControlLink:
         """News of the step loop that are not yet queued."""
         self._last: Position | None = None
         """What a pulse repeats."""
+        self._marks: Marks | None = None
+        self._told: deque[FromWorker] = deque(maxlen=MAX_REMEMBERED)
+        """What an agent that comes back must hear again, of the present generation."""
         self._writing = False
+        self._progress_due_s = 0.0
+        self._lost_s = time.monotonic()
         self.dropped_metrics = 0
+        if hello is not None:
+            self._lifecycle.append(hello())
         for work, name in ((self._write, "control-write"), (self._read, "control-read")):
             threading.Thread(target=work, name=name, daemon=True).start()
 
@@ -98,6 +130,8 @@ class ControlLink:
                 self._on_agent_gone(f"the agent left {MAX_LIFECYCLE_FRAMES} frames unread")
             self._gather_progress()
             self._lifecycle.append(message)
+            if isinstance(message, _REMEMBERED):
+                self._told.append(message)
             self._wake.notify()
 
     def progress(self, position: Position, records: Sequence[MetricRecord] = ()) -> None:
@@ -114,7 +148,9 @@ class ControlLink:
     def phase(self, position: Position, marks: Marks | None = None) -> None:
         """Tell a change of phase now."""
         with self._wake:
-            self._last = position
+            if self._last is None or self._last.generation != position.generation:
+                self._told.clear()
+            self._last, self._marks = position, marks
             self.send(_progress(position, marks=marks))
 
     def flush(self, timeout_s: float = FLUSH_TIMEOUT_S) -> bool:
@@ -145,44 +181,110 @@ class ControlLink:
             self._lifecycle.append(_progress(self._last, waiting_s=self._waiting_s()))
 
     def _write(self) -> None:
-        due_s = 0.0
-        pulse_s = time.monotonic() + PULSE_S
         while True:
-            with self._wake:
-                while not self._lifecycle:
-                    now_s = time.monotonic()
-                    if self._position is not None and now_s >= due_s:
-                        self._gather_progress()
-                        due_s = now_s + PROGRESS_INTERVAL_S
-                    elif now_s >= pulse_s:
-                        self._pulse()
-                        pulse_s = now_s + PULSE_S
-                    else:
-                        until_s = pulse_s if self._position is None else min(due_s, pulse_s)
-                        self._wake.wait(until_s - now_s)
-                messages = list(self._lifecycle)
-                self._lifecycle.clear()
-                self._writing = True
-            pulse_s = time.monotonic() + PULSE_S
+            messages = self._next_messages()
             try:
                 self._socket.sendall(b"".join(encode_frame(message) for message in messages))
-            except OSError as error:
-                self._on_agent_gone(f"the agent cannot be written to ({error})")
+            except OSError:
+                self._keep_for_the_next(messages)
             with self._wake:
                 self._writing = False
                 self._wake.notify_all()
 
+    def _next_messages(self) -> list[FromWorker]:
+        """Wait for what is to be sent: lifecycle frames at once, progress when it is due, else a pulse."""
+        pulse_s = time.monotonic() + PULSE_S
+        with self._wake:
+            while not self._lifecycle or not self._connected:
+                now_s = time.monotonic()
+                due_s = self._progress_due_s if self._position is not None else pulse_s
+                if not self._connected:
+                    self._wake.wait()
+                elif self._position is not None and now_s >= due_s:
+                    self._gather_progress()
+                    self._progress_due_s = now_s + PROGRESS_INTERVAL_S
+                elif now_s >= pulse_s:
+                    self._pulse()
+                    pulse_s = now_s + PULSE_S
+                else:
+                    self._wake.wait(min(due_s, pulse_s) - now_s)
+            messages = list(self._lifecycle)
+            self._lifecycle.clear()
+            self._writing = True
+            return messages
+
+    def _keep_for_the_next(self, messages: list[FromWorker]) -> None:
+        """The agent is gone; what it has not read waits for its successor. The reading thread looks for that."""
+        with self._wake:
+            self._connected = False
+            self._lifecycle.extendleft(reversed(messages))
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)  # wakes the reading thread
+
     def _read(self) -> None:
+        while True:
+            reason = self._read_to_the_end()
+            with self._wake:
+                self._connected = False
+            self._reconnect(reason)
+
+    def _read_to_the_end(self) -> str:
+        """Take the agent's messages until its connection ends; why it did."""
         frames: FrameReader[ToWorker] = FrameReader(ToWorker)
         while True:
             try:
                 data = self._socket.recv(READ_BYTES)
             except OSError as error:
-                self._on_agent_gone(f"the agent cannot be read from ({error})")
+                return f"the agent cannot be read from ({error})"
             if not data:
-                self._on_agent_gone("the agent closed the control socket")
+                return "the agent closed the control socket"
             for message in frames.feed(data):
-                self._on_message(message)
+                if isinstance(message, Released):
+                    self.meetings.release(message)
+                else:
+                    self._on_message(message)
+
+    # --- an agent that comes back ------------------------------------------------------------------------------
+
+    def _connect(self) -> socket.socket:
+        agent = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            agent.settimeout(CONNECT_TIMEOUT_S)
+            agent.connect(self._path)
+            agent.settimeout(None)
+        except OSError:
+            agent.close()
+            raise
+        self._connected_s = time.monotonic()
+        return agent
+
+    def _reconnect(self, reason: str) -> None:
+        """Find the next agent; one that refuses us is tried again until the grace is over."""
+        if time.monotonic() - self._connected_s >= ACCEPTED_S:
+            self._lost_s = time.monotonic()
+        while self._hello is not None and time.monotonic() - self._lost_s < self._grace_s:
+            time.sleep(RECONNECT_S)
+            try:
+                agent = self._connect()
+            except OSError:
+                continue
+            with self._wake:
+                self._socket.close()
+                self._socket = agent
+                self._lifecycle.extendleft(reversed(self._greeting(self._hello())))
+                self._connected = True
+                self._wake.notify_all()
+            return
+        self._on_agent_gone(reason)
+
+    def _greeting(self, hello: Hello) -> list[FromWorker]:
+        """Who and where this worker is, and what is to be known of its present generation."""
+        greeting: list[FromWorker] = [hello]
+        if self._last is not None:
+            greeting.append(_progress(self._last, marks=self._marks))
+        waiting = set(map(id, self._lifecycle))
+        greeting += [message for message in self._told if id(message) not in waiting]
+        return greeting + self.meetings.standing()
 
 
 def _progress(

@@ -68,16 +68,8 @@ class Worker:
         """Whether the generation was over already when an exception ended this process."""
         if plan.join is not None:
             self.orders.take(plan.join)
-        self.link = ControlLink(plan.control_path, self.orders.take, self._waiting_s)
-        join = plan.join
-        self.link.send(
-            Hello(
-                run_id=plan.run_id,
-                worker=plan.worker,
-                pid=os.getpid(),
-                generation=join.generation if join else 0,
-                rank=join.rank if join else 0,
-            )
+        self.link = ControlLink(
+            plan.control_path, self.orders.take, self._waiting_s, hello=self._hello
         )
 
     @property
@@ -138,6 +130,17 @@ class Worker:
             at=time.time(),
             collateral=self._echo and not corrupt,
             checkpoint_step=checkpoint.step if corrupt and checkpoint else None,
+        )
+
+    def _hello(self) -> Hello:
+        join = self.join
+        return Hello(
+            run_id=self.plan.run_id,
+            worker=self.plan.worker,
+            pid=os.getpid(),
+            generation=join.generation if join else 0,
+            rank=join.rank if join else 0,
+            step=self.step,
         )
 
     def _tell_preparing(self) -> None:

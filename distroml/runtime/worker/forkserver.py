@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from distroml.runtime.control import (
+    AGENT_GRACE_S,
     Close,
     Exited,
     FrameReader,
@@ -44,8 +45,6 @@ from distroml.runtime.control import (
 READ_BYTES = 65_536
 MAX_WORKERS = 1024
 MAX_UNSENT_FRAMES = 16_384
-AGENT_GRACE_S = 10.0
-"""How long workers live on without an agent."""
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
 LOG_MODE = 0o644

@@ -112,6 +112,7 @@ class Membership:
 
     def close(self) -> None:
         """Leave, in whatever state the group is."""
+        self._link.meetings.end(f"generation {self._group.generation} was left")
         self._dist.close()
         self._group.close()
 
@@ -121,6 +122,7 @@ class Membership:
         Raises:
             CollectiveBroken: another rank is gone, or the agent ended the generation.
         """
+        self._link.meetings.join(self._group.generation)
         self._tell(WorkerPhase.CONNECTING)
         self._group.open()
         self._mark(met_at=time.time())

@@ -15,10 +15,12 @@ import pytest
 from distroml.reports import Marks, WorkerPhase
 from distroml.runtime.control import (
     Abort,
+    Arrive,
     FrameReader,
     FromWorker,
     Hello,
     MetricRecord,
+    Released,
     RendezvousKeys,
     ShardAbandoned,
     Stop,
@@ -135,9 +137,54 @@ def test_messages_of_the_agent_reach_the_callback(agent: Agent) -> None:
     assert [agent.messages.get(timeout=WAIT_S) for _ in sent] == sent
 
 
-def test_the_end_of_the_agent_ends_the_worker(agent: Agent) -> None:
+def test_a_release_ends_the_wait_at_a_barrier(agent: Agent) -> None:
+    agent.link.meetings.arrive("step/7", 7)
+    assert agent.next() == Arrive(generation=0, name="step/7", value=7)
+    assert agent.link.meetings.agreed("step/7") is None
+    agent.socket.sendall(encode_frame(Released(name="step/7", value=9)))
+    assert agent.link.meetings.wait("step/7", WAIT_S) == 9
+
+
+def test_the_end_of_the_agent_ends_a_worker_that_nobody_comes_back_for(agent: Agent) -> None:
     agent.socket.close()
     assert agent.gone.wait(WAIT_S), "the worker lived on"
+
+
+def test_an_agent_that_comes_back_hears_what_the_one_before_knew(tmp_path: Path) -> None:
+    path = tmp_path / "agent.sock"
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(path))
+    listener.listen(1)
+    hello = Hello(run_id="run", worker=1, generation=2, rank=0, pid=7)
+    gone: list[str] = []
+
+    def end(reason: str) -> NoReturn:
+        gone.append(reason)
+        while True:
+            threading.Event().wait()
+
+    link = ControlLink(str(path), lambda message: None, lambda: 0.0, end, hello=lambda: hello)
+    abandoned = ShardAbandoned(generation=2, step=5, reason="disk")
+
+    def read(connection: socket.socket, count: int) -> list[Any]:
+        frames: FrameReader[Any] = FrameReader(FromWorker)
+        messages: list[Any] = []
+        connection.settimeout(WAIT_S)
+        while len(messages) < count:
+            messages += frames.feed(connection.recv(65_536))
+        return messages
+
+    first, _ = listener.accept()
+    link.phase(Position(2, WorkerPhase.TRAINING, 3, 0), Marks(met_at=5.0))
+    link.send(abandoned)
+    read(first, 3)
+    first.close()
+    second, _ = listener.accept()
+    greeting = read(second, 3)
+    assert (greeting[0], greeting[2]) == (hello, abandoned)
+    assert (greeting[1].generation, greeting[1].step) == (2, 3)
+    assert greeting[1].marks == Marks(met_at=5.0)
+    assert gone == []
 
 
 def test_an_absent_agent_is_an_error() -> None:
