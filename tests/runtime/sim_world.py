@@ -264,6 +264,7 @@ class World(Fleet):
                 incarnation=verdict.incarnation,
                 report=self.heard[name][0] if name in self.heard else None,
                 heard_at=self._heard_at(name),
+                connected=name not in self.down_since_s,
             )
             for name, verdict in verdicts.items()
         }
