@@ -165,3 +165,13 @@ def test_spares_are_kept_up_where_slots_are_free() -> None:
     decisions = scene.step()
     assert names(decisions) == ["PlaceSpares", "FormGeneration"], "ranks come first"
     assert reasons(decisions)[0] == "1 worker on b(1) as spares"
+
+
+def test_nothing_is_planned_while_a_node_with_ranks_is_silent() -> None:
+    """It may be lost, and hold ranks that train on for a while: no new generation can name it."""
+    scene = elastic("a", "a", "b", workers=4)
+    scene.wall_s += 10.0
+    scene.hears("b", *scene.reports["b"].workers, incarnation=2, workers_since=1)
+    assert scene.turn() == []
+    scene.hears("b", scene.worker(2, step=10))
+    assert names(scene.turn()) == ["FormGeneration"]
