@@ -175,3 +175,18 @@ def test_nothing_is_planned_while_a_node_with_ranks_is_silent() -> None:
     assert scene.turn() == []
     scene.hears("b", scene.worker(2, step=10))
     assert names(scene.turn()) == ["FormGeneration"]
+
+
+def test_a_run_of_one_rank_goes_elsewhere_from_its_checkpoint_and_counts_no_restart() -> None:
+    scene = Scene("a", "b").running("b")
+    drain = c.SetNodeStatus(name="b", incarnation=1, status=NodeStatus.DRAINING, reason="asked")
+    scene.log.ok(drain, at=scene.wall_s)
+    scene.saves(0, 20)
+    scene.step()  # its checkpoint is committed first
+    assert names(scene.step()) == ["WriteManifest"]
+    scene.train()
+    abandoned = c.AbandonCheckpoint(job_id="job-1", generation=1, step=20, reason="r")
+    scene.log.ok(abandoned, at=scene.wall_s)
+    decisions = scene.step()
+    assert reasons(decisions) == ["generation 1: node b is drained; rank 0 goes elsewhere"]
+    assert (scene.job().restarts, scene.job().backoff_s) == (0, 0.0)
