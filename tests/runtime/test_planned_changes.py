@@ -190,3 +190,17 @@ def test_a_run_of_one_rank_goes_elsewhere_from_its_checkpoint_and_counts_no_rest
     decisions = scene.step()
     assert reasons(decisions) == ["generation 1: node b is drained; rank 0 goes elsewhere"]
     assert (scene.job().restarts, scene.job().backoff_s) == (0, 0.0)
+
+
+def test_a_rank_that_was_about_to_move_goes_on_where_it_is_when_the_change_fails() -> None:
+    scene = Scene("a", "b", slots=4).running("a", "a", "b")
+    drain = c.SetNodeStatus(name="b", incarnation=1, status=NodeStatus.DRAINING, reason="asked")
+    scene.log.ok(drain, at=scene.wall_s)
+    assert reasons(scene.step()) == ["generation 2 moves to 3 workers on a(3)"]
+    scene.hears("a", *(scene.worker(rank, generation=1, step=10) for rank in (0, 1)))
+    scene.hears("b", scene.worker(2, generation=1, step=10))
+    scene.dies(0)
+    assert only(scene.step(), c.FailGeneration).collateral == (1, 2)
+    formed = only(scene.step(after_s=0.0), c.FormGeneration).generation
+    assert [member.node for member in formed.members] == ["a", "a", "b"]
+    assert formed.joining == (0,)
