@@ -21,6 +21,7 @@ from typing import Any
 
 from distroml.client import AsyncClient
 from distroml.errors import DistroMLError
+from distroml.runtime.worker_server import socket_path
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
@@ -85,6 +86,20 @@ class LocalNode:
         self.signal(signal.SIGKILL)
         if self._process is not None:
             self._process.wait()
+
+    def power_off(self) -> None:
+        """SIGKILL to the agent and all its workers, as when the host dies.
+
+        After ``kill`` alone the workers live on for a while, so that an agent that is started again finds them.
+        """
+        self.kill()
+        listen = str(socket_path(self.data_dir, "forkserver")).encode()
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdecimal() and listen in (entry / "cmdline").read_bytes().split(
+                    b"\0"
+                ):
+                    os.kill(int(entry.name), signal.SIGKILL)  # the kernel ends the workers with it
 
     async def stop(self) -> int | None:
         """SIGTERM, then SIGKILL if it does not end in ``STOP_TIMEOUT_S`` or nobody waits any more.

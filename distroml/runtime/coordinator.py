@@ -221,8 +221,9 @@ class Coordinator:
     def _look(self, before: Facts | None, now: Now) -> Facts:
         state = self._seen_state()
         registered = {name: node.incarnation for name, node in state.nodes.items()}
+        observed = self._observations.observations(registered)
         verdicts = assess(
-            self._observations.observations(registered).values(),
+            observed.values(),
             now_s=now.monotonic_s,
             listening=Listening(
                 own_node=self._node,
@@ -237,6 +238,7 @@ class Coordinator:
                 reason=verdict.reason,
                 incarnation=verdict.incarnation,
                 report=self._observations.report(name),
+                connected=observed[name].connected,
                 heard_at=now.wall_s - self._observations.age_s(name, now.monotonic_s),
             )
             for name, verdict in verdicts.items()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -99,6 +99,8 @@ def gather(
         evidence = _against(scene, member, fact)
         if evidence is not None:
             found.append(replace(evidence, joins=joins))
+    if found and all(one.echo for one in found):
+        found += _of_nodes_cut_off(scene, {one.rank for one in found})
     places = {(member.rank, member.node) for member in generation.members}
     for member in job.outgoing.members if job.outgoing else ():
         fact = before.get(member.rank)
@@ -214,6 +216,18 @@ def clip_front(text: str, limit_bytes: int) -> str:
 def ranks_text(ranks: Sequence[int]) -> str:
     """Such as ``rank 2`` or ``ranks 2, 3``."""
     return f"rank{'s'[: len(ranks) != 1]} {', '.join(map(str, ranks))}"
+
+
+def _of_nodes_cut_off(scene: _Scene, out: set[int]) -> Iterator[Evidence]:
+    """Ranks of nodes whose connection closed while others lost their peers: one explains the other.
+
+    The failure detector alone would have to wait, since a closed connection by itself says little.
+    """
+    for member in scene.generation.members:
+        node = scene.facts.nodes.get(member.node)
+        if node is not None and not node.connected and member.rank not in out:
+            gone = GoneNode(FailureKind.NODE_LOST, "lost (connection closed, as by its ranks)")
+            yield _of_node(member, gone, scene.generation, scene.facts)
 
 
 def _trains_on(scene: _Scene) -> bool:

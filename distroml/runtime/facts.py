@@ -74,6 +74,8 @@ class NodeFacts(Struct, frozen=True, gc=False, kw_only=True):
     """The one last heard; the registered one if nothing was heard."""
     report: NodeReport | None = None
     """The newest one, kept after the node was lost."""
+    connected: bool = True
+    """False once its connection closed: its process ended, or the network in between."""
     heard_at: float | None = None
     """When its last report came, in Unix seconds of this leader's clock."""
 

@@ -195,6 +195,8 @@ class LocalWorker:
 
     def _on_progress(self, message: control.Progress) -> bool:
         fact = self.fact
+        if fact.phase is WorkerPhase.PARKED:
+            return False  # where it was when it left, said once more: it lives
         entered = message.phase is not fact.phase
         at_work = message.phase is WorkerPhase.TRAINING
         stepped = message.step != fact.step or (entered and at_work)
@@ -259,6 +261,9 @@ class LocalWorker:
         known = told and (told.generation, told.rank, told.at_boundary)
         if self.link is None or known == (join.generation, join.rank, join.at_boundary):
             return False
+        if known and told and told.generation == join.generation:
+            # It was to leave after a whole step, and has left for a generation that is over as well.
+            self.link.send(control.Abort(generation=join.generation - 1))
         self._told = join
         self.link.send(join)
         if not join.at_boundary:

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from distroml.commands import (
     FailGeneration,
+    FinishRun,
     FormGeneration,
     MarkRunning,
     MarkStepped,
@@ -296,7 +297,10 @@ def _on_running(turn: Turn, job: Job) -> list[Decision]:
             ending = conclude(turn, done, outcomes, progress(turn, done))
             if ending is not None:
                 return [ending]
-    return _go_on(turn, run, work) + checkpoint_decisions(turn, work, at)
+    ongoing = _go_on(turn, run, work)
+    if any(isinstance(one.action, FailGeneration | FinishRun) for one in ongoing):
+        return ongoing
+    return ongoing + checkpoint_decisions(turn, work, at)
 
 
 def _go_on(turn: Turn, run: Running, work: Running) -> list[Decision]:
@@ -307,7 +311,10 @@ def _go_on(turn: Turn, run: Running, work: Running) -> list[Decision]:
         blamed = late_start(turn, run)
         if blamed is not None and _nobody_changed_over(run):
             return _undo(turn, run, blamed.reason)
-    if blamed is None and job.status is JobStatus.RUNNING:
+        if not _nobody_changed_over(run):
+            blamed = blamed or hanging(turn, run)
+    settled = job.status is JobStatus.RUNNING and not progress(turn, work).open
+    if blamed is None and settled:
         blamed = stranded(turn, run)
     if blamed is not None:
         return fail_generation(turn, run, blamed, [])
@@ -315,7 +322,6 @@ def _go_on(turn: Turn, run: Running, work: Running) -> list[Decision]:
         return _mark_running(run)
     if _steps_are_due(run):
         return _mark_stepped(run)
-    settled = job.status is JobStatus.RUNNING and not progress(turn, work).open
     return _change(turn, run) if settled else []
 
 

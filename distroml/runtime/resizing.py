@@ -16,7 +16,7 @@ from distroml.runtime.scheduler import Host, Placement, place_spares, resize, wi
 def changes(turn: Turn) -> dict[str, Placement]:
     """The jobs that are to change, with where they should be then; those with equal members change spares only."""
     left: Mapping[str, Host] = turn.schedule.left
-    jobs = [job for job in turn.active if _is_settled(job)]
+    jobs = [job for job in turn.active if _is_settled(turn, job)]
     jobs.sort(key=lambda job: (-job.spec.priority, job.submit_index))
     found: dict[str, Placement] = {}
     for job in jobs:
@@ -35,12 +35,14 @@ def changes(turn: Turn) -> dict[str, Placement]:
     return found
 
 
-def _is_settled(job: Job) -> bool:
-    at_work = job.status in (JobStatus.RUNNING, JobStatus.CHECKPOINTING)
+def _is_settled(turn: Turn, job: Job) -> bool:
+    """Whether all its ranks train on nodes that can be spoken with, and no change is under way."""
     generation = job.generation
-    return (
-        at_work and job.outgoing is None and generation is not None and bool(generation.running_at)
-    )
+    if generation is None or generation.running_at is None or job.outgoing is not None:
+        return False
+    views = [turn.survey.views.get(member.node) for member in generation.members]
+    heard = all(view is not None and view.speaks for view in views)
+    return heard and job.status in (JobStatus.RUNNING, JobStatus.CHECKPOINTING)
 
 
 def _moved(turn: Turn, job: Job, left: Mapping[str, Host]) -> Placement | None:

@@ -42,6 +42,7 @@ class Scene:
         self.settings = ReconcilerSettings()
         self.facts: Facts | None = None
         self.health: dict[str, tuple[Health, str]] = {}
+        self.cut_off: set[str] = set()
         self.reports: dict[str, NodeReport] = {}
         self.writing: set[CheckpointKey] = set()
         self.write_failures: dict[CheckpointKey, str] = {}
@@ -170,7 +171,11 @@ class Scene:
         now = Now(self.wall_s, self.monotonic_s)
         nodes = {
             name: NodeFacts(
-                health=health, reason=reason, incarnation=report.incarnation, report=report
+                health=health,
+                reason=reason,
+                incarnation=report.incarnation,
+                report=report,
+                connected=name not in self.cut_off,
             )
             for name, (health, reason) in self.health.items()
             if (report := self.reports.get(name)) is not None

@@ -10,8 +10,8 @@ from msgspec.structs import replace
 
 from distroml import commands as c
 from distroml.consensus.state import ClusterState
-from distroml.model import Checkpoint, Generation, Job, JobStatus, NodeStatus
-from distroml.reports import NodeReport
+from distroml.model import ASSIGNED, Checkpoint, Generation, Job, JobStatus, NodeStatus
+from distroml.reports import NodeReport, WorkerFact
 from distroml.runtime.facts import CheckpointKey, Facts, NodeFacts, ReconcilerSettings, look
 from distroml.runtime.failure_detector import Listening, NodeObservation, assess
 from distroml.runtime.hang import HangSettings
@@ -264,6 +264,7 @@ class World(Fleet):
                 incarnation=verdict.incarnation,
                 report=self.heard[name][0] if name in self.heard else None,
                 heard_at=self._heard_at(name),
+                connected=name not in self.down_since_s,
             )
             for name, verdict in verdicts.items()
         }
@@ -385,10 +386,14 @@ class World(Fleet):
             strays = [
                 key
                 for key in sim.alive()
-                if sim.up
-                and (
-                    (job := going_on.get(key[0])) is None
-                    or not may_go_on(sim.workers[key].fact, job)
-                )
+                if sim.up and _is_stray(sim.workers[key].fact, going_on.get(key[0]))
             ]
             assert used.get(name, 0) + len(strays) <= sim.slots, (name, used, strays, decisions)
+
+
+def _is_stray(fact: WorkerFact, job: Job | None) -> bool:
+    """Whether a process holds a slot that no assignment counts, and will not make room by itself."""
+    if job is None:
+        return True
+    assigned = job.status in ASSIGNED and fact.generation in job.generation_numbers
+    return not assigned and not may_go_on(fact, job)

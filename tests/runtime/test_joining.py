@@ -174,6 +174,16 @@ class TestFailures:
 
 
 class TestFence:
+    async def test_a_parked_worker_that_repeats_itself_is_parked_still(self, agent: Agent) -> None:
+        (zero,) = await training(agent, "a", "b")
+        zero.say(Parked(generation=1, step=6, at=50.0, reason="broken"))
+        await agent.until_fact(lambda f: f.phase == "PARKED", "it to be parked")
+        agent.now_s += 5.0
+        zero.say(progress(1, 5, WorkerPhase.TRAINING, MetricRecord(6, 0, 1.0, {"loss": 1.0})))
+        fact = await agent.until_fact(lambda f: f.silent_s == 0.0, "the pulse")
+        assert (fact.phase, fact.step) == (WorkerPhase.PARKED, 6)
+        assert [record.step for record in agent.metrics] == [6]
+
     async def test_frames_of_a_generation_that_is_over_count_for_nothing_but_metrics(
         self, agent: Agent
     ) -> None:
@@ -277,6 +287,7 @@ class TestPlannedChanges:
         await until(lambda: joins(zero)[1:] == [(3, 0, 2, True)], "it to be told again")
         zero.say(Parked(generation=1, step=7, at=1.0, reason="the others changed over"))
         await until(lambda: joins(zero)[2:] == [(3, 0, 2, False)], "it to join without a boundary")
+        assert aborts(zero) == [2], "in case it has gone on to the change that was undone"
 
     async def test_a_failure_calls_off_both_generations(self, agent: Agent) -> None:
         zero = await self.planned(agent)

@@ -165,3 +165,42 @@ def test_spares_are_kept_up_where_slots_are_free() -> None:
     decisions = scene.step()
     assert names(decisions) == ["PlaceSpares", "FormGeneration"], "ranks come first"
     assert reasons(decisions)[0] == "1 worker on b(1) as spares"
+
+
+def test_nothing_is_planned_while_a_node_with_ranks_is_silent() -> None:
+    """It may be lost, and hold ranks that train on for a while: no new generation can name it."""
+    scene = elastic("a", "a", "b", workers=4)
+    scene.wall_s += 10.0
+    scene.hears("b", *scene.reports["b"].workers, incarnation=2, workers_since=1)
+    assert scene.turn() == []
+    scene.hears("b", scene.worker(2, step=10))
+    assert names(scene.turn()) == ["FormGeneration"]
+
+
+def test_a_run_of_one_rank_goes_elsewhere_from_its_checkpoint_and_counts_no_restart() -> None:
+    scene = Scene("a", "b").running("b")
+    drain = c.SetNodeStatus(name="b", incarnation=1, status=NodeStatus.DRAINING, reason="asked")
+    scene.log.ok(drain, at=scene.wall_s)
+    scene.saves(0, 20)
+    scene.step()  # its checkpoint is committed first
+    assert names(scene.step()) == ["WriteManifest"]
+    scene.train()
+    abandoned = c.AbandonCheckpoint(job_id="job-1", generation=1, step=20, reason="r")
+    scene.log.ok(abandoned, at=scene.wall_s)
+    decisions = scene.step()
+    assert reasons(decisions) == ["generation 1: node b is drained; rank 0 goes elsewhere"]
+    assert (scene.job().restarts, scene.job().backoff_s) == (0, 0.0)
+
+
+def test_a_rank_that_was_about_to_move_goes_on_where_it_is_when_the_change_fails() -> None:
+    scene = Scene("a", "b", slots=4).running("a", "a", "b")
+    drain = c.SetNodeStatus(name="b", incarnation=1, status=NodeStatus.DRAINING, reason="asked")
+    scene.log.ok(drain, at=scene.wall_s)
+    assert reasons(scene.step()) == ["generation 2 moves to 3 workers on a(3)"]
+    scene.hears("a", *(scene.worker(rank, generation=1, step=10) for rank in (0, 1)))
+    scene.hears("b", scene.worker(2, generation=1, step=10))
+    scene.dies(0)
+    assert only(scene.step(), c.FailGeneration).collateral == (1, 2)
+    formed = only(scene.step(after_s=0.0), c.FormGeneration).generation
+    assert [member.node for member in formed.members] == ["a", "a", "b"]
+    assert formed.joining == (0,)

@@ -103,6 +103,22 @@ def test_echoes_wait_for_the_verdict_over_a_suspect_node() -> None:
     assert failure(scene).reason == "generation 1: node b lost (silent for 3.1 s); rank 1 with it"
 
 
+def test_a_closed_connection_and_broken_collectives_are_proof_enough() -> None:
+    scene = Scene("a", "b", "c").running("a", "b", "b")
+    scene.health["b"] = (Health.SUSPECT, "connection closed and silent for 0.0 s")
+    scene.cut_off.add("b")
+    assert scene.turn() == [], "its ranks may train on"
+    scene.change(0, phase=WorkerPhase.PARKED, parked_at=scene.wall_s, parked_reason="reset by peer")
+    failed = failure(scene, after_s=0.01)
+    assert failed.reason == (
+        "generation 1: node b lost (connection closed, as by its ranks); ranks 1, 2 with it"
+    )
+    assert (failed.cause.node, failed.collateral) == ("b", (0,))
+    scene.log.ok(failed, at=scene.wall_s)
+    formed = only(scene.turn(after_s=0.0), c.FormGeneration).generation
+    assert "b" not in {member.node for member in formed.members}
+
+
 def test_a_lost_node_takes_its_ranks_with_it() -> None:
     scene = Scene("a", "c").running("a", "a", "c", "c")
     scene.lose("c")

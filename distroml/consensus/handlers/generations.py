@@ -91,7 +91,8 @@ def _plan_generation(state: ClusterState, context: Context, command: c.FormGener
 def _check_members(state: ClusterState, job: Job, members: Iterable[Member]) -> None:
     """The last line of defence: a slot is never given twice, a gone node never gets a rank.
 
-    A rank may stay on a node that is drained; no other may come there.
+    A rank may stay on a node that is drained; no other may come there. Of a job that recovers from a failure, also
+    one that a planned change had been about to move.
     """
     used = state.slots_used(but_for=job.job_id)
     present = [one for one in (job.generation, job.outgoing) if one is not None]
@@ -100,7 +101,8 @@ def _check_members(state: ClusterState, job: Job, members: Iterable[Member]) -> 
         node = state.nodes.get(member.node)
         if node is None or not node.holds(member):
             raise Refused("stale-node", f"node '{member.node}' has changed since it was chosen")
-        stays = member.node in staying and node.status is NodeStatus.DRAINING
+        was_there = member.node in staying or job.status is S.RECOVERING
+        stays = was_there and node.status is NodeStatus.DRAINING
         if node.status is not NodeStatus.ALIVE and not stays:
             raise Refused("stale-node", f"node '{member.node}' is {node.status}")
         used[member.node] = used.get(member.node, 0) + 1

@@ -249,6 +249,8 @@ class Forkserver:
             if self._agent is None:  # the next one has to learn who that was
                 self._unsent.append(encode_frame(worker))
             self._send(Exited(pid=pid, status=os.waitstatus_to_exitcode(status)))
+        if self._agent is None:
+            self._end()  # nothing is left that another agent could go on with
 
 
 def become_worker(spawn: Spawn, log: int, parent: int) -> NoReturn:
