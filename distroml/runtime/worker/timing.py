@@ -41,6 +41,11 @@ class StepClock:
                 mean + _SHARE * (part - mean) for mean, part in zip(self._means, parts, strict=True)
             ]
 
+    def saw_pause(self, seconds: float) -> None:
+        """What lay between two steps (evaluation, the copy of a checkpoint): nobody may take it for a hang."""
+        if self._recent:
+            self._recent[-1] += seconds
+
     def timing(self) -> StepTiming | None:
         """The present means; None before the first step."""
         if self._means is None:

@@ -149,10 +149,12 @@ class Training:
             self._add_further(values, further, parts[-1].samples)
         finally:
             self._report(record)
+        done_s = time.perf_counter()
         if parts[0].ends_epoch or state.step == self.total_steps:
             self._evaluate()
         if not totals.flags and state.step < self.total_steps:
             self._save_if_due()
+        self.clock.saw_pause(time.perf_counter() - done_s)
         return totals.flags
 
     def _add_further(self, values: dict[str, float], further: dict[str, Any], samples: int) -> None:
