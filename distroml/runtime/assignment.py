@@ -224,7 +224,7 @@ def _ranks(
     ranks: dict[int, int | None] = dict.fromkeys((member.rank for member in mine), None)
     # A dead process keeps its rank, and the one before a planned change too: the coordinator decides what follows.
     since = job.outgoing.number if job.outgoing and generation.planned else number
-    for one in sorted(processes, key=lambda one: (one.told, one.usable)):
+    for one in sorted(processes, key=lambda one: (one.told, one.usable, one.worker)):
         joins_anew = one.rank in generation.joining and one.told < number
         if one.told >= since and one.rank in ranks and not joins_anew:
             ranks[one.rank] = one.worker

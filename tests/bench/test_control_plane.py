@@ -13,10 +13,8 @@ from msgspec.structs import replace
 from bench import barrier, heartbeats
 from bench.control_plane import SLOTS, control_plane, percentile
 from bench.heartbeats import Window
-from bench.parts import run_parts
 from bench.players import playing
 from bench.processes import Broken
-from bench.table import Row, compare
 
 WORKERS = 16
 RATE = 200
@@ -31,20 +29,6 @@ def test_a_percentile_is_one_of_the_values() -> None:
     assert [percentile(values, part) for part in (0.0, 0.5, 0.99, 1.0)] == [1.0, 51.0, 100.0, 100.0]
     with pytest.raises(ValueError, match="no percentile"):
         percentile([], 0.5)
-
-
-async def test_a_part_that_fails_does_not_take_the_others_with_it(tmp_path: Path) -> None:
-    async def breaks(made: bool) -> list[Row]:
-        raise Broken("for some reason\nand more")
-
-    async def works(made: bool) -> list[Row]:
-        assert made
-        return [compare("q", "s", "lower", ours=[1.0], peer_name="", peer=[])]
-
-    parts = {"breaks": breaks, "works": works}
-    rows, failures = await run_parts(parts, Path.is_dir, tmp_path, say)
-    assert [row.quantity for row in rows] == ["q"]
-    assert failures == ["breaks: Broken: for some reason"]
 
 
 async def test_a_player_tells_what_went_wrong_and_ends_with_the_benchmark(tmp_path: Path) -> None:

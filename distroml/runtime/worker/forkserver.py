@@ -260,8 +260,10 @@ def become_worker(spawn: Spawn, log: int, parent: int) -> NoReturn:
         os.setpgid(0, 0)
         _die_with(parent)
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
+        for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
+        # An abort shuts sockets down that a thread of Gloo may be about to write to; that must not be the end.
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         _redirect(log)
         os.environ.update(spawn.env)
         _set_name(spawn.plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -170,6 +171,16 @@ def test_a_stopped_rank_does_not_hold_the_others(agent: AgentStub, undisturbed: 
     run.next([*survivors[:2], None, survivors[2]])
     os.kill(stopped.pid, signal.SIGKILL)
     same(run.outcome(), undisturbed["mlp"][0])
+
+
+def test_a_socket_that_is_shut_down_under_a_write_does_not_end_a_worker(agent: AgentStub) -> None:
+    run = Run(agent, spec("mlp"), world_size=2)
+    run.train_to(1)
+    for worker in run.ranks:
+        status = Path(f"/proc/{worker.pid}/status").read_text()
+        ignored = int(status.split("SigIgn:")[1].split()[0], 16)
+        assert ignored & 1 << (signal.SIGPIPE - 1)
+    run.outcome()
 
 
 def test_orders_of_an_older_generation_change_nothing(agent: AgentStub, undisturbed: Any) -> None:
