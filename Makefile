@@ -3,12 +3,13 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check sim format bench clean
+.PHONY: help venv demo test check sim golden fuzz format bench clean
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 SEEDS ?= 200
+MINUTES ?= 5
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
@@ -35,6 +36,12 @@ check: $(STAMP) ## lint, format, types and import rules
 sim: $(STAMP) ## SEEDS random fault schedules on simulated clusters, in virtual time
 	@$(BIN)/python -m tests.sim --seeds $(SEEDS) --jobs 2 $(ARGS)
 
+golden: $(STAMP) ## play the protocol scripts; ARGS=--rewrite writes what happens into them
+	@$(BIN)/python -m tests.golden $(ARGS)
+
+fuzz: $(STAMP) ## MINUTES of hostile bytes for all that decodes; guided by coverage with the extra 'fuzz'
+	@$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(ARGS)
+
 format: $(STAMP) ## rewrite the sources in the project's format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
@@ -43,7 +50,7 @@ bench: $(STAMP) ## run benchmarks, such as ARGS='spine --quick'
 	@$(BIN)/python -m bench $(ARGS)
 
 clean: ## remove what runs and tools left (the environment stays)
-	@rm -rf .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache bench-results build *.egg-info
+	@rm -rf .demo .fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache bench-results build *.egg-info
 	@find distroml tests bench chaos examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # torch goes first: it is most of the work, and the rest then cannot pull another build of it.

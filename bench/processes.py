@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
@@ -50,6 +50,20 @@ async def within(timeout_s: float, what: str) -> AsyncIterator[None]:
             yield
     except TimeoutError:
         raise Broken(f"waited {timeout_s:g} s for {what}") from None
+
+
+async def until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
+    """Wait until a condition holds.
+
+    Raises:
+        Broken: it did not within ``timeout_s``; names ``what`` was awaited.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        if condition():
+            return
+        await asyncio.sleep(POLL_S)
+    raise Broken(f"waited {timeout_s:g} s for {what}")
 
 
 def run_to_end(argv: Sequence[str], timeout_s: float = 60.0) -> Cost:

@@ -7,13 +7,14 @@ Which model and how often is in ``Scale``, so ``--quick`` differs from the full 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from msgspec import Struct
 
 from bench import ours, starts, torchrun, writes
+from bench.parts import Bench, Part, Say, run_parts
 from bench.processes import Broken
 from bench.table import Aim, Row, compare
 from bench.workloads import MILLION, SMALL, TrainedRun, Workload, steps_per_s
@@ -27,8 +28,6 @@ WARM_TIMEOUT_S = 60.0
 ENDLESS_EPOCHS = 1_000_000
 LOSS_TOLERANCE = 0.01
 """Relative; sides that train the same thing end with the same loss but for rounding."""
-
-Say = Callable[[str], None]
 
 
 class Scale(Struct, frozen=True, kw_only=True):
@@ -67,24 +66,14 @@ QUICK = Scale(
 )
 
 
-class Bench(Struct, frozen=True, kw_only=True):
-    """What a part works with."""
-
-    scale: Scale
-    directory: Path
-    """Empty at first, removed afterwards."""
-    say: Say
-    """Tells what is being measured."""
-
-
-async def start(bench: Bench) -> list[Row]:
+async def start(bench: Bench[Scale]) -> list[Row]:
     """Import, version and node start."""
     runs = bench.scale.start_runs
     bench.say(f"start: {runs} runs of import, --version and node start")
     return [*starts.commands(runs), *starts.node(runs, bench.directory)]
 
 
-async def submit(bench: Bench) -> list[Row]:
+async def submit(bench: Bench[Scale]) -> list[Row]:
     """Submit to first completed step on a warm node, and from nothing, beside launching torchrun."""
     rows = []
     async with _one_node(bench) as cluster, cluster.client() as client:
@@ -125,7 +114,7 @@ async def _time_from_nothing(directory: Path, spec: JobSpec) -> float:
         return ready_s + await ours.time_to_first_step(cluster, client, spec)
 
 
-async def steps(bench: Bench) -> list[Row]:
+async def steps(bench: Bench[Scale]) -> list[Row]:
     """Steady steps per second, beside plain DDP under torchrun."""
     rows = []
     async with _one_node(bench) as cluster, cluster.client() as client:
@@ -136,7 +125,7 @@ async def steps(bench: Bench) -> list[Row]:
 
 
 async def _throughput(
-    bench: Bench, client: AsyncClient, workload: Workload, workers: int
+    bench: Bench[Scale], client: AsyncClient, workload: Workload, workers: int
 ) -> list[Row]:
     """Rows of both reductions; who goes first changes from round to round."""
     epochs = bench.scale.epochs[workload.name]
@@ -168,7 +157,12 @@ async def _throughput(
 
 
 async def _run(
-    side: str, bench: Bench, client: AsyncClient, workload: Workload, workers: int, epochs: int
+    side: str,
+    bench: Bench[Scale],
+    client: AsyncClient,
+    workload: Workload,
+    workers: int,
+    epochs: int,
 ) -> TrainedRun:
     if side == "peer":
         return await torchrun.train(workload.spec(workers, epochs=epochs), bench.directory)
@@ -181,13 +175,13 @@ def _check_same_work(losses: dict[str, float]) -> None:
         raise Broken(f"the sides did not train the same: last losses {losses}")
 
 
-async def write(bench: Bench) -> list[Row]:
+async def write(bench: Bench[Scale]) -> list[Row]:
     """Latency and rate of acknowledged submits on three nodes, beside fdatasync."""
     bench.say(f"write: {bench.scale.write_rounds} rounds of {bench.scale.writes} submits")
     return await writes.measure(bench.scale.write_rounds, bench.scale.writes, bench.directory)
 
 
-async def recover(bench: Bench) -> list[Row]:
+async def recover(bench: Bench[Scale]) -> list[Row]:
     """SIGKILL of one of four workers to the next completed step, beside torchrun's restart."""
     spec = MILLION.spec(SLOTS, epochs=ENDLESS_EPOCHS, checkpoint_every=CHECKPOINT_EVERY)
     own: list[float] = []
@@ -217,7 +211,7 @@ async def recover(bench: Bench) -> list[Row]:
 
 
 @asynccontextmanager
-async def _one_node(bench: Bench) -> AsyncIterator[LocalCluster]:
+async def _one_node(bench: Bench[Scale]) -> AsyncIterator[LocalCluster]:
     """A cluster of one node whose forkserver is warm."""
     async with LocalCluster(bench.directory / "one-node", nodes=1, slots=SLOTS) as cluster:
         async with cluster.client() as client:
@@ -230,7 +224,7 @@ async def _one_node(bench: Bench) -> AsyncIterator[LocalCluster]:
         yield cluster
 
 
-PARTS: dict[str, Callable[[Bench], Awaitable[list[Row]]]] = {
+PARTS: dict[str, Part[Scale]] = {
     "start": start,
     "submit": submit,
     "steps": steps,
@@ -243,16 +237,4 @@ async def run(
     quick: bool, directory: Path, say: Say, only: tuple[str, ...] = ()
 ) -> tuple[list[Row], list[str]]:
     """All parts, or those named: rows, and one line for each part that failed."""
-    rows: list[Row] = []
-    failures: list[str] = []
-    for name in only or tuple(PARTS):
-        place = directory / name
-        place.mkdir()
-        try:
-            rows += await PARTS[name](
-                Bench(scale=QUICK if quick else FULL, directory=place, say=say)
-            )
-        except Exception as error:  # the other parts are still worth their time
-            say(f"{name} failed: {error}")
-            failures.append(f"{name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
-    return rows, failures
+    return await run_parts(PARTS, only, QUICK if quick else FULL, directory, say)

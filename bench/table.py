@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 import platform
@@ -92,6 +93,17 @@ def median(values: Sequence[float]) -> float:
     if not values:
         raise ValueError("there is no median of no values")
     return statistics.median(values)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The least value that is not exceeded by ``share`` of the values (nearest rank); 1.0 gives the greatest.
+
+    Raises:
+        ValueError: there is no value, or ``share`` is not in (0, 1].
+    """
+    if not values or not 0 < share <= 1:
+        raise ValueError(f"there is no percentile {share:g} of {len(values)} values")
+    return sorted(values)[math.ceil(share * len(values)) - 1]
 
 
 def compare(

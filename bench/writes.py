@@ -75,8 +75,8 @@ async def _round(directory: Path, writes: int) -> Round:
 
             for warm in (submit_near, submit_far):
                 await _timed(WARM_UP, warm)
-            _appends(directory / "appends", WARM_UP)
-            appends = _appends(directory / "appends", writes)
+            appends(directory / "appends", WARM_UP)
+            appended = appends(directory / "appends", writes)
             health = await _timed(writes, near.health)
             alone = await _timed(writes, submit_near)
             forwarded = await _timed(writes, submit_far)
@@ -85,7 +85,7 @@ async def _round(directory: Path, writes: int) -> Round:
             loops = await asyncio.gather(*(_timed(each, submit_near) for _ in range(CLIENTS)))
             wall_s = time.perf_counter() - began
     crowd = [seconds for loop in loops for seconds in loop]
-    return Round(appends, health, alone, forwarded, crowd, wall_s)
+    return Round(appended, health, alone, forwarded, crowd, wall_s)
 
 
 def _latency(
@@ -111,7 +111,7 @@ def _ms(rounds: list[list[float]]) -> list[float]:
     return [1000 * median(times) for times in rounds]
 
 
-def _appends(path: Path, count: int) -> list[float]:
+def appends(path: Path, count: int) -> list[float]:
     """Seconds of each of ``count`` appends that reach the disk."""
     record, times = os.urandom(RECORD_BYTES), []
     with path.open("ab", buffering=0) as file:

@@ -25,6 +25,7 @@ from distroml.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from distroml.http.job_events import JobEvents
 from distroml.http.limits import HttpSettings
 from distroml.http.services import Counter, HistoryBatch, LogLine, MetricPoint, Series
+from distroml.runtime.barrier_wire import BarrierWire
 from distroml.runtime.control import MetricRecord
 from distroml.runtime.coordinator import Coordinator
 from distroml.runtime.history_sink import HistoryWriter
@@ -166,6 +167,7 @@ class Parts(Struct, frozen=True, kw_only=True):
     """Whether workers can be started at once (true for a node without slots)."""
     coordinator: Coordinator
     reporter: Reporter
+    barriers: BarrierWire
 
 
 class NodeServices:
@@ -279,6 +281,12 @@ class NodeServices:
                 "reason",
                 "Entries of the log without effect, by reason.",
                 parts.replica.state.refused,
+            ),
+            (
+                "barrier_events_total",
+                "event",
+                "Arrivals, releases, repeats and refusals at barriers of workers.",
+                parts.barriers.counters,
             ),
             (
                 "decisions_total",

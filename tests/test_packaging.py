@@ -37,7 +37,10 @@ def test_the_build_machine_runs_the_users_command() -> None:
     assert script.read_text().rstrip().endswith("\nexec make test")
 
 
-@pytest.mark.parametrize("target", ["venv", "demo", "test", "check", "format", "bench", "clean"])
+@pytest.mark.parametrize(
+    "target",
+    ["venv", "demo", "test", "check", "golden", "fuzz", "format", "bench", "clean"],
+)
 def test_make_explains_its_targets(target: str) -> None:
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert re.search(rf"make {target} +\w", shown.stdout)

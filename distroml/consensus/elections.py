@@ -23,6 +23,8 @@ class Elections(LibraryFields):
     heard_leader_at: float
     pre_vote_term: int | None
     """The term for which a round of pre-votes is under way."""
+    pre_vote_rounds: int
+    """How often this node has asked; each time it had heard no leader for an election timeout."""
     pre_vote_at: float
     supporters: set[str]
     """Who has granted the current pre-vote or vote, this node included."""
@@ -49,6 +51,7 @@ class Elections(LibraryFields):
         if not self.peers:
             self.campaign(transfer=False)
             return
+        self.pre_vote_rounds += 1
         self.pre_vote_term, self.pre_vote_at = self.term + 1, self.now
         self.supporters = {self.name}
         question = PreVote(self.pre_vote_term, self.log.last_index, self.log.last_term)

@@ -33,12 +33,13 @@ Counter = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 
 
 class Channel(enum.IntEnum):
-    """Who a frame is for. RAFT and PROPOSE travel on the control lane, the others on the bulk lane."""
+    """Who a frame is for. RAFT, PROPOSE and BARRIER travel on the control lane, the others on the bulk lane."""
 
     RAFT = 1
     PROPOSE = 2
     REPORT = 3
     STORE = 4
+    BARRIER = 5
 
 
 class Lane(enum.IntEnum):
@@ -53,6 +54,7 @@ LANE_OF: Final = {
     Channel.PROPOSE: Lane.CONTROL,
     Channel.REPORT: Lane.BULK,
     Channel.STORE: Lane.BULK,
+    Channel.BARRIER: Lane.CONTROL,
 }
 
 
@@ -101,8 +103,8 @@ class LinkLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Silence after which a connection counts as dead, whatever TCP believes."""
     frame_timeout_s: float = 30.0
     """In which a whole frame must arrive; trickling bytes alone are no sign of life."""
-    pending_handshakes: int = 64
-    """Accepted connections that have not yet said who they are."""
+    pending_handshakes: int = 1024
+    """Accepted connections that have not yet said who they are. All learners may dial at once, on both lanes."""
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):

@@ -121,6 +121,7 @@ class HardenedRaft(Elections, Following, Replication, syncobj.SyncObj):  # type:
         self.refused = 0
         self.supporters: set[str] = set()
         self.pre_vote_term: int | None = None
+        self.pre_vote_rounds = 0
         self.pre_vote_at = float("-inf")
         self.heard_leader_at = float("-inf")
         self.incoming = IncomingSnapshot()

@@ -34,8 +34,11 @@ MAX_OWN_IN_FLIGHT = 512
 """The same for what the node itself proposes: a flood of clients must not keep it from forming generations."""
 MAX_DECISION_BYTES = 128 * 1024
 """Limit of an encoded entry that no client wrote: a generation of ``spec.MAX_WORKERS`` ranks takes up to 85 KiB."""
-RETRY_FIRST_S = 0.3
+RETRY_FIRST_S = 0.5
+"""Until an entry that was sent to the leader is sent again: it may have been lost on the way."""
 RETRY_MOST_S = 2.0
+"""Longest time between two offers, and the time where this node's own log took the entry: such a one is lost only
+with leadership, which is told, or where a hand-over of leadership was begun and given up."""
 
 
 class _Raft(Protocol):
@@ -50,6 +53,30 @@ class _Raft(Protocol):
 
 class _Links(Protocol):
     def send(self, peer: str, channel: Channel, body: bytes) -> bool: ...
+
+
+class _Proposal:
+    """An entry that waits for its outcome, and the timer that offers it again."""
+
+    __slots__ = (
+        "data", "deadline", "offered", "outcome", "pause_s", "sequence", "term", "timeout_s", "timer",
+    )  # fmt: skip
+
+    def __init__(
+        self, *, sequence: int, data: bytes, term: int | None, timeout_s: float, deadline: float
+    ) -> None:
+        self.sequence, self.data, self.term = sequence, data, term
+        self.timeout_s, self.deadline = timeout_s, deadline
+        self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self.offered = False
+        self.pause_s = RETRY_FIRST_S
+        self.timer: asyncio.TimerHandle | None = None
+
+    def end(self) -> None:
+        """Stops the timer."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
 
 
 class Proposer:
@@ -76,9 +103,9 @@ class Proposer:
         self._refusal = refusal
         self._clock = clock
         self._sequence = 0
-        self._waiting: dict[int, asyncio.Future[Outcome]] = {}
+        self._waiting: dict[int, _Proposal] = {}
+        """By sequence, in the order in which they were made."""
         self._writes_waiting = 0
-        self._leader_changed = asyncio.Event()
         self.registered = False
         """Set by the node once the cluster knows its incarnation."""
         self.forwarded_dropped = 0
@@ -107,29 +134,35 @@ class Proposer:
         if waiting >= limit:
             raise TooManyRequests(f"{limit} writes of this node wait for the log; try again.")
         self._sequence += 1
-        sequence = self._sequence
-        data = self._encode(sequence, command)
-        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._waiting[sequence] = future
+        proposal = _Proposal(
+            sequence=self._sequence,
+            data=self._encode(self._sequence, command),
+            term=term,
+            timeout_s=timeout_s,
+            deadline=asyncio.get_running_loop().time() + timeout_s,
+        )
+        self._waiting[proposal.sequence] = proposal
         self._writes_waiting += is_write
         try:
-            return await self._offer_until_applied(data, future, timeout_s, term)
+            self._offer_again(proposal)
+            return await proposal.outcome
         finally:
-            del self._waiting[sequence]
+            proposal.end()
+            del self._waiting[proposal.sequence]
             self._writes_waiting -= is_write
 
     def on_applied(self, entry: Entry | None, outcome: Outcome, events: tuple[Event, ...]) -> None:
         """Replica listener: resolves the proposal that this entry was."""
         if entry is None or entry.proposer != self._name or entry.incarnation != self._incarnation:
             return
-        future = self._waiting.get(entry.sequence)
-        if future is not None and not future.done():
-            future.set_result(outcome)
+        proposal = self._waiting.get(entry.sequence)
+        if proposal is not None and not proposal.outcome.done():
+            proposal.outcome.set_result(outcome)
 
     def on_leader_change(self) -> None:
         """Offer everything that waits to the new leader at once."""
-        self._leader_changed.set()
-        self._leader_changed = asyncio.Event()
+        for proposal in list(self._waiting.values()):
+            self._offer_again(proposal)
 
     def on_forwarded(self, peer: str, body: bytes) -> None:
         """A follower's entry; taken if this node leads, else its proposer offers it again elsewhere."""
@@ -137,7 +170,7 @@ class Proposer:
             self.forwarded_dropped += 1
 
     def _encode(self, sequence: int, command: AnyCommand) -> bytes:
-        settled = min(self._waiting, default=sequence)
+        settled = next(iter(self._waiting), sequence)  # the lowest: sequences only grow
         entry = Entry(self._name, self._incarnation, sequence, settled, self._clock(), command)
         data = encode_entry(entry)
         limit = MAX_ENTRY_BYTES if isinstance(command, Write) else MAX_DECISION_BYTES
@@ -148,36 +181,34 @@ class Proposer:
             )
         return data
 
-    async def _offer_until_applied(
-        self, data: bytes, future: asyncio.Future[Outcome], timeout_s: float, term: int | None
-    ) -> Outcome:
+    def _offer_again(self, proposal: _Proposal) -> None:
+        """Offers an entry, for the first time or once more, or gives it up; sees to the next time."""
+        proposal.end()
+        if proposal.outcome.done():
+            return
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout_s
-        offered = False
-        pause_s = RETRY_FIRST_S
-        while (left_s := deadline - loop.time()) > 0 and self._may_offer(term):
-            changed = self._leader_changed
-            offered = self._offer(data) or offered
-            turn = asyncio.ensure_future(changed.wait())
-            try:
-                await asyncio.wait(
-                    (future, turn),
-                    timeout=min(pause_s, left_s),
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
-            finally:
-                turn.cancel()
-            if future.done():
-                return future.result()
-            pause_s = min(pause_s * 2, RETRY_MOST_S)
-        if offered:
-            raise OutcomeUnknown(
-                f"The write was handed to the leader but not confirmed within {timeout_s:g} s; "
+        left_s = proposal.deadline - loop.time()
+        if left_s <= 0 or not self._may_offer(proposal.term):
+            proposal.outcome.set_exception(self._given_up(proposal))
+            return
+        taken = self._offer(proposal.data)
+        proposal.offered = proposal.offered or taken
+        here = taken and self._raft.is_leader
+        wait_s = RETRY_MOST_S if here else proposal.pause_s
+        proposal.timer = loop.call_later(min(wait_s, left_s), self._offer_again, proposal)
+        proposal.pause_s = min(proposal.pause_s * 2, RETRY_MOST_S)
+
+    def _given_up(self, proposal: _Proposal) -> Unavailable:
+        if proposal.offered:
+            return OutcomeUnknown(
+                f"The write was handed to the leader but not confirmed within {proposal.timeout_s:g} s; "
                 "repeat it with the same Idempotency-Key."
             )
-        if not self._may_offer(term):
-            raise Unavailable(f"Node '{self._name}' does not lead any more; nothing was changed.")
-        raise Unavailable(f"No leader was reachable within {timeout_s:g} s; nothing was changed.")
+        if not self._may_offer(proposal.term):
+            return Unavailable(f"Node '{self._name}' does not lead any more; nothing was changed.")
+        return Unavailable(
+            f"No leader was reachable within {proposal.timeout_s:g} s; nothing was changed."
+        )
 
     def _may_offer(self, term: int | None) -> bool:
         return term is None or (self._raft.is_leader and self._raft.term == term)

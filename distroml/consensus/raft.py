@@ -2,7 +2,7 @@
 
 The loop wakes on a frame, a submission or a timer, lets `RaftCore` run one turn, has the turn's
 disk operations performed by one dedicated thread (one group fdatasync per turn), and only then
-releases the messages. While a sync is pending no turn runs; inputs queue, within limits. A disk that
+releases the messages; a leader's appends leave before, so that all disks write at once. While a sync is pending no turn runs; inputs queue, within limits. A disk that
 fails stops every acknowledgement until it works again; a broken invariant stops the node for good.
 """
 
@@ -20,7 +20,7 @@ from typing import Final
 
 from distroml.consensus.disk import Disk, RealDisk
 from distroml.consensus.handover import Handover
-from distroml.consensus.messages import BadMessage, decode, encode
+from distroml.consensus.messages import BadMessage, Message, decode, encode
 from distroml.consensus.peers import Channel, PeerLinks
 from distroml.consensus.raft_core import TRANSFER_LIMIT_S, RaftCore, Turn
 from distroml.consensus.raft_types import (
@@ -96,6 +96,7 @@ class RaftNode:
         self._submission_bytes = 0
         self._wake = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
         self._stopping = asyncio.Event()
         self._reads = ReadBarriers(self._rng)
         self._role_handlers: list[Callable[[RaftStatus], None]] = []
@@ -104,7 +105,12 @@ class RaftNode:
         self._failure = ""
         self.notes: list[str] = []
         """What had to be repaired on disk at the start."""
-        self.counters = {"frames_malformed": 0, "frames_dropped": 0, "turns": 0}
+        self.counters = {
+            "frames_malformed": 0,
+            "frames_dropped": 0,
+            "turns": 0,
+            "pre_vote_rounds": 0,
+        }
 
     # ------------------------------------------------------------------ life
 
@@ -339,9 +345,11 @@ class RaftNode:
             action()
         turn = core.finish_turn()
         self.counters["turns"] += 1
+        self.counters["pre_vote_rounds"] = core.raft.pre_vote_rounds
+        self._release(turn.early)
         if turn.disk and not await self._sync.persist(turn.disk):
             return  # stopped with the turn not on disk: nothing of it may leave
-        self._release(turn)
+        self._release(turn.messages)
         self._schedule(turn)
         self._reads.confirm(turn.reads, self.leader)
         self._reads.release(self.applied_index)
@@ -355,9 +363,9 @@ class RaftNode:
             budget -= len(entry)
             core.submit(entry)
 
-    def _release(self, turn: Turn) -> None:
+    def _release(self, messages: Sequence[tuple[str, Message]]) -> None:
         encoded: dict[int, bytes] = {}
-        for peer, message in turn.messages:
+        for peer, message in messages:
             body = encoded.get(id(message))
             if body is None:
                 body = encoded[id(message)] = encode(message)
@@ -367,14 +375,14 @@ class RaftNode:
         if turn.again or self._inbox or self._submissions:
             self._wake.set()
             return
-        delay_s = max(0.0, turn.wake_at - self._clock())
         loop = asyncio.get_running_loop()
-        at = loop.time() + delay_s
+        now = loop.time()
+        at = now + max(0.0, turn.wake_at - self._clock())
         if self._timer is not None:
-            if not self._timer.cancelled() and loop.time() < self._timer.when() <= at:
+            if now < self._timer_at <= at:
                 return  # it fires early enough; a turn too many costs less than a timer per turn
             self._timer.cancel()
-        self._timer = loop.call_at(at, self._wake.set)
+        self._timer, self._timer_at = loop.call_at(at, self._wake.set), at
 
     def _publish(self) -> None:
         trouble = self._trouble

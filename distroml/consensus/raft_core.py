@@ -1,8 +1,8 @@
 """One Raft node without I/O: inputs in, one `Turn` of effects out.
 
 A *turn* is: inputs (`receive`, `set_link`, `submit`, `request_read`, `transfer`) → `finish_turn` →
-the caller performs `Turn.disk` in order → the caller sends `Turn.messages`. No input may be given
-between `finish_turn` and the end of the disk operations. `raft.py` drives this with sockets and a
+the caller sends `Turn.early`, performs `Turn.disk` in order, and sends `Turn.messages`. No input may
+be given between `finish_turn` and the end of the disk operations. `raft.py` drives this with sockets and a
 sync thread; so do the simulator's processes, with a virtual clock, modelled sockets and disks.
 
 Added to the library here: linearizable reads (ReadIndex) and leadership transfer.
@@ -29,7 +29,7 @@ from distroml.consensus.messages import (
     TimeoutNow,
     TransferRequest,
 )
-from distroml.consensus.raft_log import DiskOp
+from distroml.consensus.raft_log import AppendRecords, DiskOp, EntryRecord
 from distroml.consensus.raft_types import (
     EntryTooLarge,
     NotLeader,
@@ -52,6 +52,8 @@ class Turn(msgspec.Struct):
     """The effects of one turn, in the order in which they must happen."""
 
     disk: list[DiskOp]
+    early: list[tuple[str, Message]]
+    """(peer, message): may leave before `disk` is durable."""
     messages: list[tuple[str, Message]]
     """(peer, message): may leave only after `disk` is durable."""
     reads: list[tuple[int, int]]
@@ -68,6 +70,21 @@ class _Read(msgspec.Struct):
     token: int
     index: int
     nonce: int
+
+
+def only_entries(disk: list[DiskOp]) -> bool:
+    """Whether a turn's disk operations append entries and do nothing else, so that a leader may write
+    them while its followers do (Raft dissertation, 10.2.1).
+
+    An append promises that its sender leads its term; that is on disk since the vote. It does not
+    promise that the leader has the entries: those count for the commit in a later turn only, and no
+    turn begins before this one is durable. A leader that crashes in between never leads this term
+    again, so nobody else's entry can take their place in it.
+    """
+    return bool(disk) and all(
+        isinstance(op, AppendRecords) and all(isinstance(one, EntryRecord) for one in op.records)
+        for op in disk
+    )
 
 
 class RaftCore:
@@ -234,8 +251,14 @@ class RaftCore:
         self._refuse_stale_forwards()
         messages, raft.outbox = raft.outbox, []
         answered, self._answered = self._answered, []
+        disk = raft.log.take_ops()
+        early: list[tuple[str, Message]] = []
+        if raft.role == LEADER and only_entries(disk):
+            early = [sent for sent in messages if isinstance(sent[1], Append)]
+            messages = [sent for sent in messages if not isinstance(sent[1], Append)]
         return Turn(
-            disk=raft.log.take_ops(),
+            disk=disk,
+            early=early,
             messages=messages,
             reads=answered,
             again=self._more_to_do(),

@@ -16,6 +16,7 @@ import msgspec
 
 from distroml.consensus.messages import SnapshotChunk
 from distroml.consensus.raft_types import MAX_SNAPSHOT_BYTES, StorageCorrupt
+from distroml.errors import UNDECODABLE
 
 FORMAT: Final = 1
 _MAGIC: Final = b"DMLSNAP\x01"
@@ -81,7 +82,7 @@ def decode_file(content: bytes, where: str) -> Snapshot:
         raise StorageCorrupt(f"{where} has a damaged header")
     try:
         header = msgspec.msgpack.decode(raw, type=_Header)
-    except msgspec.MsgspecError as error:
+    except UNDECODABLE as error:
         raise StorageCorrupt(f"{where} has an unreadable header: {error}") from error
     if header.format != FORMAT:
         raise StorageCorrupt(f"{where} has format {header.format}; this program reads {FORMAT}")

@@ -20,7 +20,7 @@ import os
 import struct
 import zlib
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -34,6 +34,7 @@ from distroml.consensus.raft_log import (
     image_records,
 )
 from distroml.consensus.raft_types import StorageCorrupt
+from distroml.errors import UNDECODABLE
 
 FORMAT: Final = 1
 _MAGIC: Final = b"DMLWAL\x00\x01"
@@ -42,6 +43,8 @@ _HEADER_LENGTHS: Final = struct.Struct("<II")
 _BATCH: Final = struct.Struct("<4sQQI")
 """magic, sequence, payload length, CRC-32: 64-bit numbers, so no size limit hides here."""
 _MAX_HEADER_BYTES: Final = 64 * 1024
+_SEARCH_SHARE: Final = 8
+"""Bytes checksummed in search of an intact batch behind a bad one, in lengths of the file; by accident it is less than one."""
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[list[Record]] = msgspec.msgpack.Decoder(list[Record])
@@ -58,7 +61,7 @@ class _Header(msgspec.Struct, frozen=True):
     format: int
     identity: Identity
     number: int
-    salt: int
+    salt: Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Replayed(msgspec.Struct):
@@ -117,14 +120,14 @@ def replay(content: bytes, where: str, identity: Identity) -> Replayed:
                 raise StorageCorrupt("the segment does not begin with an anchor")
             for record in records:
                 apply_record(image, record)
-        except (msgspec.MsgspecError, StorageCorrupt) as error:
+        except (*UNDECODABLE, StorageCorrupt) as error:
             raise _damage(where, offset, f"batch {sequence} is unreadable: {error}") from error
         offset, sequence = end, sequence + 1
     if sequence == 0:
         raise _damage(where, offset, "its first batch is damaged")
     later = _later_batch(content, offset + 1, header.salt, sequence)
     if later is not None:
-        raise _damage(where, offset, f"batch {sequence} is damaged, yet an intact one follows")
+        raise _damage(where, offset, f"batch {sequence} is damaged, {later}")
     return Replayed(image, sequence, offset, len(content) - offset)
 
 
@@ -146,7 +149,7 @@ def _decode_header(content: bytes, where: str) -> tuple[_Header, int]:
         raise _damage(where, 0, "its header is damaged")
     try:
         header = msgspec.msgpack.decode(raw, type=_Header)
-    except msgspec.MsgspecError as error:
+    except UNDECODABLE as error:
         raise _damage(where, 0, f"its header is unreadable: {error}") from error
     if header.format != FORMAT:
         raise StorageCorrupt(f"{where} has format {header.format}; this program reads {FORMAT}")
@@ -171,13 +174,20 @@ def _batch_at(
     return payload, start + length
 
 
-def _later_batch(content: bytes, offset: int, salt: int, sequence: int) -> int | None:
-    """Offset of an intact batch behind a bad one, which no unfinished write can leave there."""
+def _later_batch(content: bytes, offset: int, salt: int, sequence: int) -> str | None:
+    """What speaks for an intact batch behind a bad one, which no unfinished write can leave there."""
+    left_bytes = _SEARCH_SHARE * len(content)
     while (offset := content.find(_BATCH_MAGIC, offset)) >= 0:
+        if left_bytes < 0:
+            # Bytes that were made to look like batches could keep us here for hours: refuse, never guess.
+            return "and what follows looks like a batch in too many places to be searched"
         if _batch_at(content, offset, salt, None) is not None:
             found: int = _BATCH.unpack_from(content, offset)[1]
             if found >= sequence:
-                return offset
+                return "yet an intact one follows"
+        if len(content) - offset >= _BATCH.size:
+            length: int = _BATCH.unpack_from(content, offset)[2]
+            left_bytes -= length if length <= len(content) - offset else 0
         offset += 1
     return None
 

@@ -10,6 +10,7 @@ import asyncio
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
@@ -125,7 +126,7 @@ def parse_query(request: web.Request, kind: type[T]) -> T:
     Raises:
         InvalidRequest: unknown, repeated, mistyped or out of range; ``field`` names it.
     """
-    types = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
+    types = _field_types(kind)
     if len(request.query) > MAX_QUERY_PAIRS:
         raise InvalidRequest(f"More than {MAX_QUERY_PAIRS} query parameters.")
     values: dict[str, Any] = {}
@@ -153,6 +154,11 @@ def parse_query(request: web.Request, kind: type[T]) -> T:
             f"Query parameter '{name}': {_lower_first(text)}; {value!r} was given.",
             field=name or None,
         ) from None
+
+
+@cache
+def _field_types(kind: type[Struct]) -> dict[str, Any]:
+    return {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
 
 
 def _is_tuple(kind: Any) -> bool:
@@ -189,8 +195,9 @@ async def read_body(request: web.Request, settings: HttpSettings) -> bytes:
     announced = request.content_length
     if announced is not None and announced > settings.body_max_bytes:
         raise _too_large(settings)
+    has_arrived = request.content.is_eof()  # then there is nothing to wait for, and no timer to pay
     try:
-        async with asyncio.timeout(settings.body_timeout_s):
+        async with asyncio.timeout(None if has_arrived else settings.body_timeout_s):
             return await request.read()
     except web.HTTPRequestEntityTooLarge:
         raise _too_large(settings) from None

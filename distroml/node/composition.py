@@ -30,6 +30,7 @@ from distroml.http.app import HttpServer
 from distroml.model import Event
 from distroml.node.registration import FAREWELL_TIMEOUT_S, Registration
 from distroml.runtime.assignment import SupervisorSettings
+from distroml.runtime.barrier_wire import BarrierWire
 from distroml.runtime.checkpoint.store import LocalStore
 from distroml.runtime.coordinator import Coordinator, CoordinatorSettings
 from distroml.runtime.facts import ReconcilerSettings
@@ -102,7 +103,7 @@ class Node:
         )
         self.relay = ReportRelay(
             links=self.links,
-            learners=lambda: [name for name in self.links.peers if name in self.links.learners],
+            learners=lambda name: name in self.links.learners,
             leads=lambda: self.raft.is_leader,
             monotonic=time.monotonic,
         )
@@ -118,6 +119,14 @@ class Node:
             peers=self.links.peers.keys,
             known_jobs=lambda: self.replica.state.jobs.keys(),
         )
+        self.barriers = BarrierWire(
+            node=config.name,
+            links=self.links,
+            raft=self.raft,
+            state=lambda: self.replica.state,
+            released=lambda *release: self.supervisor.release(*release),
+            monotonic=time.monotonic,
+        )
         self.supervisor = Supervisor(
             SupervisorSettings(
                 node=config.name,
@@ -129,6 +138,7 @@ class Node:
             ),
             sink=HistorySink(metrics=self.writer.take_metrics, logs=self.writer.take_logs),
             changed=self._local_change,
+            arrived=self.barriers.arrive,
         )
         self.reporter = Reporter(
             node=config.name,
@@ -174,6 +184,7 @@ class Node:
                 warm=self._warm,
                 coordinator=self.coordinator,
                 reporter=self.reporter,
+                barriers=self.barriers,
             )
         )
         self.http = HttpServer(self.services)
@@ -238,6 +249,7 @@ class Node:
         with directory_errors(self.config):
             await self.supervisor.start(warm=self.config.slots > 0)
         stack.push_async_callback(self.supervisor.stop)
+        stack.callback(self.barriers.close)
         self.reporter.start()
         stack.push_async_callback(self.reporter.stop)
         self.coordinator.start()
@@ -259,6 +271,7 @@ class Node:
     def _wire(self) -> None:
         self.links.subscribe(Channel.PROPOSE, self.proposer.on_forwarded)
         self.links.subscribe(Channel.REPORT, self._take_report)
+        self.links.subscribe(Channel.BARRIER, self.barriers.on_frame)
         self.links.on_link(self._on_link)
         self.replica.listen(self.proposer.on_applied)
         self.replica.listen(self.services.events.applied)
@@ -286,6 +299,7 @@ class Node:
         self.registration.on_applied()
         self._converge_due.set()
         self.coordinator.kick()
+        self.barriers.on_applied()
         if superseded := self.registration.superseded():
             self._break(superseded)
         if self.registration.done and entry is None and not outcome.error:
@@ -303,19 +317,23 @@ class Node:
         if self.raft.failure:
             self._break(self.raft.failure)
         self.proposer.on_leader_change()
+        self.barriers.on_leader_change()
         self.coordinator.kick()
 
     def _on_link(self, peer: str, up: bool) -> None:
         self.observations.link(peer, up)
         if up:
             self.reporter.kick()
+            self.barriers.on_link(peer)
         self.coordinator.kick()
 
     def _take_report(self, peer: str, body: bytes) -> None:
-        report = self.observations.receive(peer, body)
-        if report is not None:
-            self.relay.take(report, body)
+        received = self.observations.receive(peer, body)
+        for report in received.reports:
+            if report.node == peer:
+                self.relay.take(report, body)
             self.supervisor.take_peer_report(report)
+        if received.news:
             self.coordinator.kick()
 
     def _take_own_report(self, report: object) -> None:

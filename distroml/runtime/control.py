@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from distroml.model import Checkpoint
 from distroml.reports import ShardFact, WorkerFailure, WorkerOutcome, WorkerPhase
+from distroml.runtime.barrier import BarrierName, BarrierValue
 from distroml.spec import JobSpec
 
 MAX_FRAME_BYTES = 4 * 1024 * 1024
@@ -95,6 +96,13 @@ class ShardAbandoned(Struct, frozen=True, tag=True, kw_only=True):
     reason: str
 
 
+class Arrive(Struct, frozen=True, tag=True, kw_only=True):
+    """This rank stands at a barrier of its generation; see ``runtime.barrier``."""
+
+    name: BarrierName
+    value: BarrierValue = 0
+
+
 class Failed(Struct, frozen=True, tag=True, kw_only=True):
     """The last frame of a worker that ends with an error."""
 
@@ -108,7 +116,9 @@ class Finished(Struct, frozen=True, tag=True, kw_only=True):
     outcome: WorkerOutcome
 
 
-FromWorker = Hello | Rendezvous | Progress | ShardDurable | ShardAbandoned | Failed | Finished
+FromWorker = (
+    Hello | Rendezvous | Progress | ShardDurable | ShardAbandoned | Arrive | Failed | Finished
+)
 
 
 # --- agent -> worker -------------------------------------------------------------------------------------------
@@ -124,7 +134,14 @@ class Stop(Struct, frozen=True, tag=True, kw_only=True):
     """Agree with the other ranks on the next step boundary, save a final checkpoint there, finish."""
 
 
-ToWorker = RendezvousKeys | Stop
+class Released(Struct, frozen=True, tag=True, kw_only=True):
+    """All ranks of its generation have arrived at a barrier; ``value`` is the largest that they came with."""
+
+    name: str
+    value: int
+
+
+ToWorker = RendezvousKeys | Stop | Released
 
 
 # --- agent <-> forkserver --------------------------------------------------------------------------------------

@@ -68,12 +68,14 @@ def gather(
 ) -> list[Evidence]:
     """All that speaks against the ranks of ``generation``, by rank."""
     known = members_facts(job, facts)
+    places = {(member.node, member.incarnation): member for member in generation.members}
+    gone = {place: survey.gone(member) for place, member in places.items()}
     found: list[Evidence] = []
     for member in generation.members:
         fact = known.get(member.rank)
         if fact is not None and fact.outcome is not None:
             continue  # its work is done and its last shard durable, whatever became of it since
-        node_gone = survey.gone(member)
+        node_gone = gone[member.node, member.incarnation]
         evidence: Evidence | None = None
         # A node that announced its end explains how its workers ended.
         left = node_gone is not None and node_gone.kind is FailureKind.NODE_LEFT

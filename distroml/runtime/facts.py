@@ -13,7 +13,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from distroml.consensus.state import ClusterState
-from distroml.model import Job, JobStatus
+from distroml.model import Generation, Job, JobStatus
 from distroml.reports import NodeReport, WorkerFact, WorkerPhase
 from distroml.runtime.failure_detector import Health
 
@@ -113,6 +113,8 @@ class Facts(Struct, frozen=True, gc=False, kw_only=True):
     """Manifests that the coordinator is writing or has written and not yet seen committed."""
     write_failures: dict[CheckpointKey, str] = {}
     """Manifests that it gave up on, with the reason."""
+    ranks: dict[tuple[str, str, int], dict[int, WorkerFact]] = {}
+    """What ``members_facts`` found, by job, run and generation: a turn asks more than once."""
 
 
 def look(
@@ -151,16 +153,27 @@ def members_facts(job: Job, facts: Facts) -> dict[int, WorkerFact]:
     if job.generation is None:
         return {}
     wanted = (job.job_id, job.run_id, job.generation.number)
-    places = {member.rank: member for member in job.generation.members}
+    known = facts.ranks.get(wanted)
+    if known is None:
+        known = facts.ranks[wanted] = _members_facts(job.generation, wanted, facts)
+    return known
+
+
+def _members_facts(
+    generation: Generation, wanted: tuple[str, str, int], facts: Facts
+) -> dict[int, WorkerFact]:
+    places = {member.rank: (member.node, member.incarnation) for member in generation.members}
     found: dict[int, WorkerFact] = {}
-    for name in sorted({member.node for member in job.generation.members}):
+    for name in {member.node for member in generation.members}:
         node = facts.nodes.get(name)
         report = node.report if node else None
-        for fact in report.workers if report else ():
-            if (fact.job_id, fact.run_id, fact.generation) != wanted or report is None:
-                continue
-            place = places.get(fact.rank)
-            if place and (place.node, place.incarnation) == (name, report.incarnation):
+        if report is None:
+            continue
+        here = (name, report.incarnation)
+        for fact in report.workers:
+            if (fact.job_id, fact.run_id, fact.generation) == wanted and (
+                places.get(fact.rank) == here
+            ):
                 found[fact.rank] = fact
     return dict(sorted(found.items()))
 

@@ -99,7 +99,7 @@ class LocalWorker:
             case control.Finished(outcome=outcome):
                 bounded = _bounded(outcome)
                 self.update(phase=WorkerPhase.FINISHED, outcome=bounded, step=outcome.step)
-            case control.Hello():
+            case control.Hello() | control.Arrive():
                 return False
         return True
 

@@ -14,7 +14,7 @@ from distroml.model import ASSIGNED, FailureKind, Job, Member, Node, NodeStatus
 from distroml.reports import NodeReport
 from distroml.runtime.facts import Facts, NodeFacts, Now, ReconcilerSettings, sighting_of
 from distroml.runtime.failure_detector import Health
-from distroml.runtime.scheduler import Host, leftover_workers, possible_workers
+from distroml.runtime.scheduler import Host, assigned_places, leftover_workers, possible_workers
 
 
 class GoneNode(Struct, frozen=True):
@@ -124,11 +124,12 @@ def _hosts(state: ClusterState, facts: Facts, views: dict[str, NodeView]) -> tup
         for job_id, job in state.jobs.items()
         if job.change_index > oldest and job.generation and job.status not in ASSIGNED
     }
+    places = assigned_places(state.jobs.values())
     hosts = []
     for name, report in reports.items():
         node = views[name].node
         unseen = possible_workers(report, released, state.jobs)
-        taken = used.get(name, 0) + leftover_workers(report, state.jobs) + unseen
+        taken = used.get(name, 0) + leftover_workers(report, places) + unseen
         hosts.append(
             Host(
                 node=name,

@@ -25,9 +25,22 @@ class ObservedNode(Struct, frozen=True):
     connected: bool
 
 
+class Received(Struct, frozen=True):
+    """What a frame told that was not known."""
+
+    reports: tuple[NodeReport, ...] = ()
+    news: bool = False
+    """Whether decisions may follow from it: more than steps has changed."""
+
+
+NOTHING = Received()
+
+
 class _Heard(Struct):
     report: NodeReport
     at_s: float
+    telling: tuple[object, ...] | None = None
+    """As of ``_telling``, once it was needed."""
 
 
 class Observations:
@@ -46,21 +59,40 @@ class Observations:
         self._monotonic = monotonic
         self._heard: dict[str, _Heard] = {}
         self._down_since_s: dict[str, float] = {}
-        self._decoder = msgspec.msgpack.Decoder(NodeReport)
+        self._decoder: msgspec.msgpack.Decoder[NodeReport | list[NodeReport]] = (
+            msgspec.msgpack.Decoder(NodeReport | list[NodeReport])
+        )
         self.refused = 0
 
-    def receive(self, peer: str, body: bytes) -> NodeReport | None:
-        """Take a report that a peer sent; None where it is bad, not its own, or older than one we have."""
+    def receive(self, peer: str, body: bytes) -> Received:
+        """Take the report that a peer sent, or what a voter passes on of several learners.
+
+        Left out is what is bad, not the peer's to tell, or older than what we have.
+        """
         try:
-            report = self._decoder.decode(body)
+            told = self._decoder.decode(body)
         except UNDECODABLE:
             self.refused += 1
-            return None
-        relayed = peer in self._relays and report.node not in self._relays
-        if report.node != peer and (not relayed or report.node == self._name):
-            self.refused += 1
-            return None
-        return report if self.take(report) else None
+            return NOTHING
+        if isinstance(told, NodeReport):
+            if not self._may_tell(peer, told):
+                self.refused += 1
+                return NOTHING
+            before = self._heard.get(told.node)
+            known = None if before is None else before.telling or _telling(before.report)
+            if not self.take(told):
+                return NOTHING
+            self._heard[told.node].telling = telling = _telling(told)
+            return Received((told,), telling != known)
+        allowed = [report for report in told if self._may_tell(peer, report)]
+        self.refused += len(told) - len(allowed)
+        taken = tuple(report for report in allowed if self.take(report))
+        return Received(taken, bool(taken))
+
+    def _may_tell(self, peer: str, report: NodeReport) -> bool:
+        if report.node == peer:
+            return True
+        return peer in self._relays and report.node not in self._relays | {self._name}
 
     def take(self, report: NodeReport) -> bool:
         """Keep a report unless a newer one of that node was seen."""
@@ -115,3 +147,35 @@ class Observations:
 
     def _connected(self, node: str) -> bool:
         return node == self._name or node not in self._down_since_s
+
+
+def _telling(report: NodeReport) -> tuple[object, ...]:
+    """Everything in a report that a decision may hang on at once: not that it came, and not steps completed.
+
+    What follows from time alone is decided at every turn of the coordinator, so it need not hurry for the rest: with
+    a thousand workers a turn takes milliseconds.
+    """
+    return (
+        report.incarnation,
+        report.slots,
+        report.applied_index,
+        report.draining,
+        report.ready,
+        [
+            (
+                fact.run_id,
+                fact.generation,
+                fact.rank,
+                fact.phase,
+                fact.pid,
+                fact.total_steps,
+                fact.shards,
+                fact.abandoned,
+                fact.failure,
+                fact.outcome,
+                fact.exit_code,
+                fact.ended_at,
+            )
+            for fact in report.workers
+        ],
+    )

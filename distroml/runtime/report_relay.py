@@ -1,18 +1,27 @@
 """What the leader passes on between learners, who have no links with each other.
 
-A rank on one learner needs the rendezvous keys of ranks on another, at once; views of the cluster need the rest, now
-and then. So a learner's report is passed on when its keys changed, and otherwise every `PASS_ON_S`.
+A rank on one learner needs the rendezvous keys of ranks on another, at once: a report with a new key is passed on as
+it came. Views of the cluster need the rest, now and then: a learner that reports is answered with the newest reports
+of all others in one frame, every ``PASS_ON_S``, and less often where they are many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import struct
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final, Protocol
 
 from distroml.consensus.frames import Channel
 from distroml.reports import NodeReport
 
 PASS_ON_S: Final = 2.0
+PASS_ON_MOST_S: Final = 10.0
+PASS_ON_BYTES_PER_S: Final = 8 * 1024 * 1024
+"""What all learners together are told of each other, as far as ``PASS_ON_MOST_S`` allows."""
+MAX_DIGEST_BYTES: Final = 1024 * 1024
+"""Reports in one frame; a larger one goes alone."""
+
+_ARRAY_32: Final = struct.Struct(">BI")
 
 
 class _Links(Protocol):
@@ -20,42 +29,92 @@ class _Links(Protocol):
 
 
 class ReportRelay:
-    """`learners` gives the names of those connected here; `leads` whether this node is the one that relays."""
+    """`learners` tells who is one; `leads` whether this node is the one that relays."""
 
     def __init__(
         self,
         *,
         links: _Links,
-        learners: Callable[[], Iterable[str]],
+        learners: Callable[[str], bool],
         leads: Callable[[], bool],
         monotonic: Callable[[], float],
     ) -> None:
         self._links, self._learners = links, learners
         self._leads, self._monotonic = leads, monotonic
-        self._passed: dict[str, tuple[frozenset[str], float]] = {}
-        """By learner: the keys it had when its report was passed on, and when that was."""
+        self._newest: dict[str, bytes] = {}
+        self._bytes = 0
+        """Of all newest reports."""
+        self._keys: dict[str, frozenset[tuple[str, int, str]]] = {}
+        """Those that were passed on, by learner."""
+        self._told_s: dict[str, float] = {}
+        """When each learner was told of the others."""
+        self._checked_s = float("-inf")
 
     def take(self, report: NodeReport, body: bytes) -> None:
         """A report that a learner sent, as it came."""
         if not self._leads():
-            self._passed.clear()
+            self._forget(tuple(self._newest))
             return
-        learners = list(self._learners())
-        if report.node not in learners or not self._due(report):
+        if not self._learners(report.node):
             return
-        for learner in learners:
-            if learner != report.node:
-                self._links.send(learner, Channel.REPORT, body)
-        for gone in self._passed.keys() - set(learners):
-            del self._passed[gone]
-
-    def _due(self, report: NodeReport) -> bool:
-        keys = frozenset(
-            f"{fact.run_id}/{key}" for fact in report.workers for key in fact.rendezvous
-        )
-        known, at_s = self._passed.get(report.node, (frozenset(), float("-inf")))
+        self._bytes += len(body) - len(self._newest.get(report.node, b""))
+        self._newest[report.node] = body
+        if self._has_new_keys(report):
+            for learner in self._newest:
+                if learner != report.node:
+                    self._links.send(learner, Channel.REPORT, body)
         now_s = self._monotonic()
-        if keys <= known and now_s - at_s < PASS_ON_S:
+        if now_s - self._told_s.get(report.node, float("-inf")) >= self._pause_s():
+            self._forget_gone(now_s)
+            self._told_s[report.node] = now_s
+            others = [one for name, one in self._newest.items() if name != report.node]
+            for digest in _digests(others):
+                self._links.send(report.node, Channel.REPORT, digest)
+
+    def _has_new_keys(self, report: NodeReport) -> bool:
+        if not any(fact.rendezvous for fact in report.workers):
+            self._keys.pop(report.node, None)
             return False
-        self._passed[report.node] = (keys, now_s)
-        return True
+        keys = frozenset(
+            (fact.run_id, fact.generation, key)
+            for fact in report.workers
+            for key in fact.rendezvous
+        )
+        new = not keys <= self._keys.get(report.node, frozenset())
+        self._keys[report.node] = keys
+        return new
+
+    def _pause_s(self) -> float:
+        wanted_s = self._bytes * len(self._newest) / PASS_ON_BYTES_PER_S
+        return min(max(PASS_ON_S, wanted_s), PASS_ON_MOST_S)
+
+    def _forget_gone(self, now_s: float) -> None:
+        """Drop whoever is no learner any more; at most every ``PASS_ON_S``."""
+        if now_s - self._checked_s >= PASS_ON_S:
+            self._checked_s = now_s
+            self._forget([name for name in self._newest if not self._learners(name)])
+
+    def _forget(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._bytes -= len(self._newest.pop(name))
+            self._keys.pop(name, None)
+            self._told_s.pop(name, None)
+
+
+def _digests(bodies: Iterable[bytes]) -> Iterator[bytes]:
+    """Encoded lists of reports that are encoded already."""
+    part: list[bytes] = []
+    size_bytes = 0
+    for body in bodies:
+        if part and size_bytes + len(body) > MAX_DIGEST_BYTES:
+            yield _encoded_list(part)
+            part, size_bytes = [], 0
+        part.append(body)
+        size_bytes += len(body)
+    if part:
+        yield _encoded_list(part)
+
+
+def _encoded_list(encoded: list[bytes]) -> bytes:
+    """MessagePack's ``array 32`` of what is MessagePack already: nothing is decoded to be passed on."""
+    return b"".join((_ARRAY_32.pack(0xDD, len(encoded)), *encoded))

@@ -8,7 +8,7 @@ would starve. A job larger than the cluster stands aside, since waiting for it w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -110,13 +110,35 @@ def describe(members: Sequence[Member]) -> str:
     return f"{_count(len(members), 'worker')} on {where}"
 
 
-def leftover_workers(report: NodeReport, jobs: Mapping[str, Job]) -> int:
+Place = tuple[str, str, str, int, int, int]
+"""Job, run, node, its incarnation, generation and rank of one assigned worker, in that order."""
+
+
+def assigned_places(jobs: Iterable[Job]) -> frozenset[Place]:
+    """Where the ranks of current generations are."""
+    return frozenset(
+        (job.job_id, job.run_id, m.node, m.incarnation, job.generation.number, m.rank)
+        for job in jobs
+        if job.status in ASSIGNED and job.generation is not None
+        for m in job.generation.members
+    )
+
+
+def leftover_workers(report: NodeReport, places: Set[Place]) -> int:
     """Processes alive on the node that are no rank of a current generation there.
 
     They hold their slots until they end; those of current generations are counted by the assignment
     (``ClusterState.slots_used``) whether their process exists or not.
+
+    Args:
+        places: as of ``assigned_places``; looked up once per worker, since a turn looks at all of them.
     """
-    return sum(1 for fact in report.workers if is_alive(fact) and not _belongs(fact, report, jobs))
+    node, incarnation = report.node, report.incarnation
+    return sum(
+        is_alive(fact)
+        and (fact.job_id, fact.run_id, node, incarnation, fact.generation, fact.rank) not in places
+        for fact in report.workers
+    )
 
 
 def possible_workers(
@@ -145,17 +167,6 @@ def is_alive(fact: WorkerFact) -> bool:
         return False
     never_spawned = fact.pid is None and fact.phase is WorkerPhase.FAILED
     return not never_spawned
-
-
-def _belongs(fact: WorkerFact, report: NodeReport, jobs: Mapping[str, Job]) -> bool:
-    """Whether a process is a rank of a current generation, which is counted by the assignment already."""
-    job = jobs.get(fact.job_id)
-    if job is None or job.status not in ASSIGNED or job.generation is None:
-        return False
-    if (job.run_id, job.generation.number) != (fact.run_id, fact.generation):
-        return False
-    place = (report.node, report.incarnation, fact.rank)
-    return any((m.node, m.incarnation, m.rank) == place for m in job.generation.members)
 
 
 def _queue_order(request: Request) -> tuple[int, bool, int, str]:

@@ -15,7 +15,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from distroml.consensus.state import ClusterState
@@ -28,9 +28,10 @@ from distroml.runtime.assignment import (
     assigned_to,
     worker_plan,
 )
+from distroml.runtime.barrier import MAX_OPEN, Barrier, NotTaken, RunGeneration
 from distroml.runtime.control import FromWorker
 from distroml.runtime.key_exchange import KeyExchange
-from distroml.runtime.local_worker import LocalWorker, failure_of
+from distroml.runtime.local_worker import LocalWorker, Misbehaved, failure_of
 from distroml.runtime.spawner import Spawner, SpawnEvents, WorkerId
 from distroml.runtime.worker_output import HistorySink, WorkerOutput
 from distroml.runtime.worker_server import WorkerLink, WorkerServer, socket_path
@@ -55,6 +56,7 @@ class Supervisor:
 
     Args:
         changed: called after every change of ``facts`` that others should hear of soon.
+        arrived: called with a barrier at which a local rank stands, that rank, and its value.
         spawner: makes what forks the workers.
         monotonic: seconds of a clock that only goes forward.
     """
@@ -65,12 +67,14 @@ class Supervisor:
         *,
         sink: HistorySink,
         changed: Callable[[], None],
+        arrived: Callable[[Barrier, int, int], None],
         spawner: Callable[[Path, SpawnEvents], Spawner] = Spawner,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
         self._output = WorkerOutput(settings.log_dir, sink=sink, monotonic=monotonic)
         self._changed = changed
+        self._arrived = arrived
         self._monotonic = monotonic
         self._workers: dict[WorkerId, LocalWorker] = {}
         self._by_pid: dict[int, WorkerId] = {}
@@ -172,6 +176,15 @@ class Supervisor:
         for fact in report.workers:
             if fact.rendezvous:
                 self._share_keys(fact.run_id, fact.generation, fact.rendezvous)
+
+    def release(
+        self, generation: RunGeneration, ranks: Iterable[int], name: str, value: int
+    ) -> None:
+        """Local ranks may go on from a barrier."""
+        for rank in ranks:
+            local = self._workers.get((generation.run_id, generation.number, rank))
+            if local is not None and local.link is not None:
+                local.link.send(control.Released(name=name, value=value))
 
     def _spawn(self, worker: WorkerId, assignment: Assignment) -> None:
         if not self._spawner.ready:
@@ -327,6 +340,12 @@ class Supervisor:
                 self._output.ship_metrics(local.fact, metrics)
             case control.Rendezvous(key=key, value=value):
                 self._share_keys(worker[0], worker[1], {key: value})
+            case control.Arrive(name=name, value=value):
+                generation = RunGeneration(local.fact.job_id, worker[0], worker[1])
+                try:
+                    self._arrived(Barrier(generation, name), worker[2], value)
+                except NotTaken:
+                    raise Misbehaved(f"it stands at more than {MAX_OPEN} barriers") from None
             case control.Failed():
                 self._output.ship_log(local)
                 local.update(last_lines=local.tail.last_lines)

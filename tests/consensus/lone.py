@@ -27,6 +27,11 @@ THREE = ("a", "b", "c")
 FIVE = ("a", "b", "c", "d", "e")
 
 
+def sent_in(turn: Turn) -> list[tuple[str, Message]]:
+    """All messages of a turn, in the order in which they leave."""
+    return [*turn.early, *turn.messages]
+
+
 class Lone:
     """One core, node a, whose peers are played by the test."""
 
@@ -75,7 +80,7 @@ class Lone:
         end = self.now + seconds
         while self.now < end:
             self.now = min(end, max(self.now + 1e-4, self.last.wake_at))
-            sent += [message for _, message in self.turn().messages]
+            sent += [message for _, message in sent_in(self.turn())]
         return sent
 
     def feed(self, peer: str, *messages: Message) -> list[Message]:
@@ -85,7 +90,7 @@ class Lone:
             for message in messages:
                 self.core.receive(peer, decode(encode(message)))
 
-        return [message for to, message in self.turn(deliver).messages if to == peer]
+        return [message for to, message in sent_in(self.turn(deliver)) if to == peer]
 
     def lead(self) -> int:
         """Wins an election with b's vote and commits the no-op; returns the term."""

@@ -269,7 +269,7 @@ def test_p2_entries_leave_in_the_turn_in_which_they_came() -> None:
     node.lead()
     node.ack("c")
     turn = node.submit(b"x", b"y")
-    appends = {peer: m for peer, m in turn.messages if isinstance(m, Append)}
+    appends = {peer: m for peer, m in turn.early if isinstance(m, Append)}
     assert sorted(appends) == ["b", "c"]
     assert [command for command, _, _ in appends["b"].entries] == [b"\x00x", b"\x00y"]
     assert turn.disk != []

@@ -46,7 +46,7 @@ def test_a_learner_is_sent_the_log_and_its_answers_commit_nothing() -> None:
     node.ack("c")
     node.feed("x", AppendReply(node.raft.term, True, node.raft.log.last_index + 1))
     turn = node.submit(b"new")
-    assert {peer for peer, m in turn.messages if isinstance(m, Append) and m.entries} >= {"x"}
+    assert {peer for peer, m in turn.early if isinstance(m, Append) and m.entries} >= {"x"}
     node.feed("x", AppendReply(node.raft.term, True, node.raft.log.last_index + 1))
     assert node.raft.commit_index == node.raft.log.last_index - 1
     node.ack("b")

@@ -167,13 +167,24 @@ async def test_a_new_leader_is_offered_the_same_entry_at_once(
 async def test_an_entry_that_nobody_answers_is_offered_again(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "RETRY_FIRST_S", 0.001)
+    monkeypatch.setattr(module, "RETRY_MOST_S", 0.001)
     task = world.propose(submit("x"))
     await until(lambda: len(world.raft.taken) >= 3, "the entry to be offered three times")
     assert len(set(world.raft.taken)) == 1
     world.apply(world.entries()[0])
     await task
     world.apply(world.entries()[0])  # the repeats are applied too, and harm nobody
+
+
+async def test_an_entry_that_was_sent_away_is_sent_again_sooner_than_one_that_is_in_the_log(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RETRY_FIRST_S", 0.001)
+    world.propose(submit("x"))
+    await until(lambda: world.raft.taken, "the entry to be appended here")
+    world.lead("b")
+    await until(lambda: len(world.links.sent) >= 3, "the entry to be sent three times")
+    assert len(world.raft.taken) == 1
 
 
 async def test_without_a_leader_nothing_was_done_and_that_is_said(world: World) -> None:

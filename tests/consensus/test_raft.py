@@ -113,6 +113,8 @@ async def test_all_nodes_stop_and_start_again_with_everything(three: LiveCluster
 
 async def test_reads_are_linearizable_on_every_node(three: LiveCluster) -> None:
     leader = await three.leader()
+    for live in three.nodes.values():
+        await until(lambda live=live: live.node.leader == leader.node.name, "all know the leader")
     for round_ in range(5):
         entry = b"round-%d" % round_
         leader.node.append(entry)
@@ -177,9 +179,11 @@ async def test_role_handlers_hear_of_every_change(tmp_path: Path) -> None:
     heard: list[RaftStatus] = []
     live = await cluster.start("a")
     live.node.on_role(heard.append)
-    await cluster.leader()
+    await until(
+        lambda: any(status.role is Role.LEADER and status.leader == "a" for status in heard),
+        "it hears that it leads",
+    )
     await cluster.close()
-    assert any(status.role is Role.LEADER and status.leader == "a" for status in heard)
     assert heard[-1].healthy is False
 
 

@@ -27,11 +27,37 @@ from distroml.consensus.raft_types import (
     Role,
 )
 from distroml.consensus.read_barriers import ReadBarriers
-from tests.consensus.lone import FIVE, Lone, image
+from tests.consensus.lone import FIVE, Lone, entries, image
 
 
 def read(node: Lone, token: int = 1) -> Turn:
     return node.turn(lambda: node.core.request_read(token))
+
+
+def test_a_leaders_entries_go_out_while_it_writes_them_itself() -> None:
+    node = Lone()
+    node.lead()
+    node.ack("c")
+    turn = node.submit(b"x")
+    assert [peer for peer, m in turn.early if isinstance(m, Append)] == ["b", "c"]
+    assert turn.messages == []
+    assert node.raft.commit_index < node.raft.log.last_index, "its own copy counts later"
+
+
+def test_nothing_else_leaves_before_the_disk() -> None:
+    follower = Lone(image=image(3, term=1))
+    follower.feed("b", Append(1, 3, 1, 3, entries(4, 5, term=1)))
+    assert follower.last.disk
+    assert follower.last.early == []
+    assert [type(m) for _, m in follower.last.messages] == [AppendReply]
+
+
+def test_a_candidate_asks_for_votes_once_its_own_is_on_disk() -> None:
+    node = Lone(image=image(3, term=1))
+    node.wait(1.0)
+    asked = node.feed("b", VoteReply(2, True, 1))
+    assert node.last.disk
+    assert (node.last.early, [type(m) for m in asked]) == ([], [RequestVote])
 
 
 def test_s15_a_read_waits_for_echoes_of_a_majority() -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distroml.consensus import wal
 from distroml.consensus.disk import RealDisk
 from distroml.consensus.raft_log import (
     AnchorRecord,
@@ -279,3 +280,27 @@ def test_the_log_of_another_node_is_refused(tmp_path: Path) -> None:
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StorageCorrupt, match="not a log segment"):
         replay(b"DMLWAL\x00\x02" + b"\x00" * 40, "log", IDENTITY)
+
+
+def test_bytes_that_look_like_batches_everywhere_do_not_keep_a_start_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    count = 500
+    size = struct.calcsize("<4sQQI")
+    looks_like = b"".join(
+        struct.pack("<4sQQI", b"\xd1BT\x9e", 1, size * (count - place - 1), 0)
+        for place in range(count)
+    )
+    content = encode_segment(IDENTITY, 1, SALT, blank_image()) + looks_like
+    summed, checksum = [0], wal._checksum
+
+    def counting(salt: int, sequence: int, payload: bytes) -> int:
+        summed[0] += len(payload)
+        return checksum(salt, sequence, payload)
+
+    monkeypatch.setattr(wal, "_checksum", counting)
+    with pytest.raises(StorageCorrupt, match="looks like a batch in too many places"):
+        replay(content, "log", IDENTITY)
+    assert summed[0] <= 12 * len(content)
+    few = encode_segment(IDENTITY, 1, SALT, blank_image()) + looks_like[-5 * size :]
+    assert replay(few, "log", IDENTITY).cut_bytes == 5 * size

@@ -13,6 +13,7 @@ from pathlib import Path
 from distroml.consensus.state import ClusterState
 from distroml.reports import WorkerFact
 from distroml.runtime.assignment import SupervisorSettings
+from distroml.runtime.barrier import Barrier, NotTaken
 from distroml.runtime.control import (
     FrameReader,
     FromWorker,
@@ -114,6 +115,9 @@ class Agent:
         self.changes = 0
         self.metrics: list[MetricRecord] = []
         self.lines: list[str] = []
+        self.arrived: list[tuple[Barrier, int, int]] = []
+        self.full = False
+        """Whether no rank may stand at one more barrier."""
         self.sink_fails = False
         self.data_dir = directory
         self.workers: list[FakeWorker] = []
@@ -128,6 +132,7 @@ class Agent:
             ),
             sink=HistorySink(metrics=self._take_metrics, logs=self._take_logs),
             changed=self._changed,
+            arrived=self._arrive,
             spawner=FakeSpawner,  # type: ignore[arg-type]
             monotonic=lambda: self.now_s,
         )
@@ -238,6 +243,11 @@ class Agent:
         if self.sink_fails:
             raise RuntimeError("history is broken")
         self.lines += lines
+
+    def _arrive(self, barrier: Barrier, rank: int, value: int) -> None:
+        if self.full:
+            raise NotTaken("too_many_open")
+        self.arrived.append((barrier, rank, value))
 
     def _changed(self) -> None:
         self.changes += 1

@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from distroml.reports import NodeReport
+from distroml.reports import NodeReport, WorkerFact, WorkerPhase
 from distroml.runtime import observations as module
-from distroml.runtime.observations import Observations
+from distroml.runtime.observations import NOTHING, Observations
 
 
 class World:
@@ -17,7 +17,7 @@ class World:
 
     def hears(self, name: str, incarnation: int, sequence: int, peer: str = "") -> bool:
         body = msgspec.msgpack.encode(report(name, incarnation, sequence))
-        return self.seen.receive(peer or name, body) is not None
+        return bool(self.seen.receive(peer or name, body).reports)
 
     def newest(self, name: str) -> tuple[int, int]:
         found = self.seen.report(name)
@@ -59,7 +59,7 @@ def test_nobody_speaks_for_another(world: World) -> None:
 
 @pytest.mark.parametrize("body", [b"", b"\xc1", b"\x80", b"\x91" * 100_000, b"\xa1\xff"])
 def test_bytes_that_are_no_report_are_refused_and_counted(world: World, body: bytes) -> None:
-    assert world.seen.receive("b", body) is None
+    assert world.seen.receive("b", body) == NOTHING
     assert world.seen.refused == 1
 
 
@@ -93,3 +93,43 @@ def test_a_node_that_never_spoke_has_its_registered_incarnation(world: World) ->
 def test_a_node_is_connected_to_itself(world: World) -> None:
     assert world.seen.take(report("a", 1, 1))
     assert world.seen.view()["a"].connected
+
+
+WORKER = WorkerFact(job_id="j", run_id="r", generation=1, rank=0, phase=WorkerPhase.TRAINING)
+
+
+def news(before: NodeReport, after: NodeReport) -> bool:
+    """Whether the second of two reports is news."""
+    seen = Observations(name="a", monotonic=lambda: 0.0)
+    assert seen.receive("b", msgspec.msgpack.encode(before)).news, "the first word always is"
+    later = msgspec.structs.replace(after, sequence=before.sequence + 1)
+    return seen.receive("b", msgspec.msgpack.encode(later)).news
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"phase": WorkerPhase.FAILED},
+        {"pid": 7},
+        {"exit_code": -9},
+        {"generation": 2},
+        {"abandoned": ((5, "disk full"),)},
+    ],
+)
+def test_a_workers_change_is_news_and_a_step_is_not(change: dict[str, object]) -> None:
+    before = msgspec.structs.replace(report("b", 1, 1), workers=(WORKER,))
+    step = msgspec.structs.replace(WORKER, step=9, epoch=1)
+    assert not news(before, msgspec.structs.replace(before, workers=(step,)))
+    changed = msgspec.structs.replace(step, **change)
+    assert news(before, msgspec.structs.replace(before, workers=(changed,)))
+    assert news(before, msgspec.structs.replace(before, workers=()))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"incarnation": 2}, {"slots": 2}, {"applied_index": 9}, {"draining": True}, {"ready": False}],
+)
+def test_a_nodes_change_is_news(change: dict[str, object]) -> None:
+    before = report("b", 1, 1)
+    assert not news(before, msgspec.structs.replace(before, at=9.0, memory_bytes=1))
+    assert news(before, msgspec.structs.replace(before, **change))

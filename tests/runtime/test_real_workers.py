@@ -41,6 +41,7 @@ class RealAgent:
                 metrics=lambda *_: None, logs=lambda _, lines: self.lines.extend(lines)
             ),
             changed=lambda: None,
+            arrived=lambda *_: None,
         )
 
     def assign(self, job_id: str, *ranks: str, generation: int = 1, **spec: object) -> None:

@@ -13,6 +13,7 @@ from distroml.reports import NodeReport, WorkerFact, WorkerPhase
 from distroml.runtime.scheduler import (
     Host,
     Request,
+    assigned_places,
     describe,
     leftover_workers,
     place,
@@ -238,20 +239,32 @@ def report(*workers: WorkerFact, applied_index: int = 10**6) -> NodeReport:
 
 def test_processes_of_ended_generations_hold_their_slots_until_they_are_gone() -> None:
     jobs = running(Log()).state.jobs
-    assert leftover_workers(report(worker(0)), jobs) == 0
-    assert leftover_workers(report(worker(0), worker(0, generation=0)), jobs) == 1
-    assert leftover_workers(report(worker(1)), jobs) == 1, "rank 1 belongs to node b"
-    assert leftover_workers(report(worker(0, generation=0, exit_code=-9)), jobs) == 0
+    assert leftover_workers(report(worker(0)), assigned_places(jobs.values())) == 0
+    assert (
+        leftover_workers(report(worker(0), worker(0, generation=0)), assigned_places(jobs.values()))
+        == 1
+    )
+    assert leftover_workers(report(worker(1)), assigned_places(jobs.values())) == 1, (
+        "rank 1 belongs to node b"
+    )
+    assert (
+        leftover_workers(
+            report(worker(0, generation=0, exit_code=-9)), assigned_places(jobs.values())
+        )
+        == 0
+    )
     dead = worker(0, generation=0, phase=WorkerPhase.FAILED, pid=None)
-    assert leftover_workers(report(dead), jobs) == 0, "it was never spawned"
+    assert leftover_workers(report(dead), assigned_places(jobs.values())) == 0, (
+        "it was never spawned"
+    )
 
 
 def test_processes_of_finished_and_forgotten_jobs_are_counted() -> None:
     log = running(Log())
     log.ok(c.CancelJob(job_id="job-1", reason="cancelled"))
-    assert leftover_workers(report(worker(0)), log.state.jobs) == 1
+    assert leftover_workers(report(worker(0)), assigned_places(log.state.jobs.values())) == 1
     log.ok(c.RemoveJob(job_id="job-1"))
-    assert leftover_workers(report(worker(0)), log.state.jobs) == 1
+    assert leftover_workers(report(worker(0)), assigned_places(log.state.jobs.values())) == 1
 
 
 def test_a_start_that_the_agent_may_still_carry_out_is_counted() -> None:

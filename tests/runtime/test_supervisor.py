@@ -22,11 +22,14 @@ from distroml.reports import (
     WorkerPhase,
 )
 from distroml.runtime import supervisor as module
+from distroml.runtime.barrier import Barrier, RunGeneration
 from distroml.runtime.control import (
+    Arrive,
     Failed,
     Finished,
     MetricRecord,
     Progress,
+    Released,
     Rendezvous,
     RendezvousKeys,
     ShardAbandoned,
@@ -381,6 +384,27 @@ class TestMessages:
         agent.spawner.events.exited(worker.pid, -9)
         await worker.hang_up()
         await agent.until_fact(lambda f: f.ended_at, "the end")
+
+    async def test_a_rank_at_a_barrier_is_told_of_and_released(self, agent: Agent) -> None:
+        agent.assign("a", "a")
+        first, second = await agent.running(0), await agent.running(1)
+        second.say(Arrive(name="step/7", value=7))
+        generation = RunGeneration("job", "run-job", 1)
+        barrier = Barrier(generation, "step/7")
+        await until(lambda: agent.arrived == [(barrier, 1, 7)], "the arrival to be handed on")
+        agent.supervisor.release(generation, (1, 2), "step/7", 9)
+        await until(lambda: second.got == [Released(name="step/7", value=9)], "the release")
+        assert first.got == []
+
+    async def test_a_rank_at_too_many_barriers_is_ended_and_told_why(self, agent: Agent) -> None:
+        agent.assign("a")
+        worker = await agent.running()
+        agent.full = True
+        worker.say(Arrive(name="one more"))
+        await until(lambda: worker.closed, "the connection to be closed")
+        failure = (await agent.until_fact(lambda f: f.failure, "the failure")).failure
+        assert failure is not None
+        assert "barriers" in failure.error
 
     async def test_a_stop_is_told_once_also_to_who_connects_later(self, agent: Agent) -> None:
         agent.assign("a", "a")

@@ -12,7 +12,7 @@ from distroml.commands import Entry, Outcome, SubmitJob
 from distroml.consensus.library_fields import LEADER
 from distroml.consensus.messages import NO_OP, AppendReply, Message, RequestVote, VoteGranted
 from distroml.consensus.raft_core import Turn
-from distroml.consensus.raft_log import AppendRecords, EntryRecord, TruncateRecord
+from distroml.consensus.raft_log import AppendRecords, EntryRecord, LogImage, TruncateRecord
 
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
@@ -100,6 +100,12 @@ class Checker:
                 f"spoke: its log ends at {found.last}/{found.last_term}"
             )
 
+    def given(self, name: str, image: LogImage) -> None:
+        """The node's disk holds this before its first life."""
+        self.promises[name] = _Promise(image.term, image.vote, image.last_index, image.last_term)
+        if image.vote is not None:
+            self.votes[name, image.term] = image.vote
+
     def died(self, process: Process) -> None:
         process.seen = None
 
@@ -123,11 +129,11 @@ class Checker:
                 if accepted and process.seen is not None:
                     process.seen.acknowledged = max(process.seen.acknowledged, (term, index - 1))
             case RequestVote(term=term):
-                self._votes(process, term, process.name)
+                self.voted(process, term, process.name)
             case VoteGranted(term=term):
-                self._votes(process, term, peer)
+                self.voted(process, term, peer)
 
-    def _votes(self, process: Process, term: int, candidate: str) -> None:
+    def voted(self, process: Process, term: int, candidate: str) -> None:
         known = self.votes.setdefault((process.name, term), candidate)
         if known != candidate:
             self._fail(f"{process.name} voted in term {term} for {known} and for {candidate}")

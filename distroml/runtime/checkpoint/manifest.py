@@ -7,14 +7,14 @@ reported and the headers of their files into one ``Manifest``, whose canonical b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from distroml.errors import UNDECODABLE
 from distroml.reports import DataCursor, ShardFact
-from distroml.runtime.checkpoint.shard_file import ShardHeader
+from distroml.runtime.checkpoint.shard_file import Shape, ShardHeader, size_of
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
@@ -28,7 +28,7 @@ class ShardRecord(Struct, frozen=True, kw_only=True):
 
     rank: int
     file: str
-    size_bytes: int
+    size_bytes: Annotated[int, Meta(ge=0)]
     sha256: str
 
 
@@ -38,7 +38,7 @@ class TensorRecord(Struct, frozen=True, kw_only=True):
     name: str
     dtype: str
     """As in safetensors: F32, BF16, I64, ..."""
-    shape: tuple[int, ...]
+    shape: Shape
     file: str
     offset: int
     """From the start of ``file``, in bytes."""
@@ -199,4 +199,6 @@ def decode_manifest(data: bytes) -> Manifest:
         size = sizes.get(tensor.file, -1)
         if tensor.offset < 0 or tensor.length < 0 or tensor.offset + tensor.length > size:
             raise ValueError(f"tensor '{tensor.name}' lies outside of its file")
+        if tensor.length != size_of(tensor.dtype, tensor.shape):
+            raise ValueError(f"tensor '{tensor.name}' has a wrong size or type")
     return manifest

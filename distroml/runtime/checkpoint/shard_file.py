@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Any
+from math import prod
+from typing import Annotated, Any
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from distroml.errors import UNDECODABLE
 from distroml.reports import DataCursor
@@ -29,6 +30,16 @@ ITEM_BYTES = {
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
 """Bytes per element of each dtype that a shard can hold."""
+
+
+Shape = Annotated[tuple[Annotated[int, Meta(ge=0, le=2**62)], ...], Meta(max_length=64)]
+"""Dimensions as read from a file; bounded, since their product is taken."""
+
+
+def size_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor, or -1 where no shard holds such a dtype."""
+    item_bytes = ITEM_BYTES.get(dtype)
+    return -1 if item_bytes is None else item_bytes * prod(shape)
 
 
 class TensorBytes(Struct, frozen=True):
@@ -79,7 +90,7 @@ class ShardHeader(Struct, frozen=True):
 
 class _Entry(Struct, frozen=True):
     dtype: str
-    shape: tuple[int, ...]
+    shape: Shape
     data_offsets: tuple[int, int]
 
 
@@ -135,10 +146,7 @@ def parse_safetensors_header(data: bytes) -> ShardHeader:
     places, end = [], 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         begin, stop = entry.data_offsets
-        elements = 1
-        for dimension in entry.shape:
-            elements *= dimension
-        if begin != end or stop - begin != elements * ITEM_BYTES.get(entry.dtype, -1):
+        if begin != end or stop - begin != size_of(entry.dtype, entry.shape):
             raise ValueError(f"tensor '{name}' has a wrong size, type or place")
         places.append(TensorPlace(name, entry.dtype, entry.shape, size + begin, stop - begin))
         end = stop

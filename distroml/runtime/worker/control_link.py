@@ -23,11 +23,13 @@ from distroml.runtime.control import (
     FromWorker,
     MetricRecord,
     Progress,
+    Released,
     RendezvousKeys,
     Stop,
     ToWorker,
     encode_frame,
 )
+from distroml.runtime.worker.meetings import Meetings
 
 CONNECT_TIMEOUT_S = 10.0
 FLUSH_TIMEOUT_S = 10.0
@@ -66,6 +68,8 @@ class ControlLink:
         self._socket.settimeout(CONNECT_TIMEOUT_S)
         self._socket.connect(path)
         self._socket.settimeout(None)
+        self.meetings = Meetings(self.send)
+        """Barriers with the other ranks, by way of the agents."""
         self._wake = threading.Condition()
         self._lifecycle: deque[FromWorker] = deque()
         self._metrics: deque[MetricRecord] = deque(maxlen=MAX_PENDING_METRICS)
@@ -158,7 +162,7 @@ class ControlLink:
                 self._wake.notify_all()
 
     def _read(self) -> None:
-        frames: FrameReader[RendezvousKeys | Stop] = FrameReader(ToWorker)
+        frames: FrameReader[RendezvousKeys | Stop | Released] = FrameReader(ToWorker)
         while True:
             try:
                 data = self._socket.recv(READ_BYTES)
@@ -169,6 +173,8 @@ class ControlLink:
             for message in frames.feed(data):
                 if isinstance(message, RendezvousKeys):
                     self._on_keys(message.keys)
+                elif isinstance(message, Released):
+                    self.meetings.release(message)
                 else:
                     self._on_stop()
 

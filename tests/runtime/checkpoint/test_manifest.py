@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -98,6 +100,12 @@ def test_shards_of_different_steps_are_refused(parts, tmp_path) -> None:
         compose(1, [facts[0], other[1]], headers)
 
 
+def _with_tensor(manifest: Manifest, **changes: Any) -> Manifest:
+    first, *others = manifest.tensors
+    tensors = (msgspec.structs.replace(first, **changes), *others)
+    return msgspec.structs.replace(manifest, tensors=tensors)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -105,6 +113,9 @@ def test_shards_of_different_steps_are_refused(parts, tmp_path) -> None:
         (lambda m: msgspec.structs.replace(m, shards=m.shards[:1] * 2), "a shard file twice"),
         (lambda m: msgspec.structs.replace(m, shards=m.shards[:1]), "outside of its file"),
         (lambda m: msgspec.structs.replace(m, tensors=m.tensors[:1] * 2), "twice"),
+        (lambda m: _with_tensor(m, shape=(-2, -3)), "decoded: Expected `int` >= 0"),
+        (lambda m: _with_tensor(m, shape=(3, 3)), "has a wrong size or type"),
+        (lambda m: _with_tensor(m, dtype="X9"), "has a wrong size or type"),
     ],
 )
 def test_inconsistent_manifests_are_refused(parts, change, message: str) -> None:

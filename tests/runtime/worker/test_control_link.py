@@ -13,11 +13,13 @@ import pytest
 
 from distroml.reports import WorkerPhase
 from distroml.runtime.control import (
+    Arrive,
     FrameReader,
     FromWorker,
     Hello,
     MetricRecord,
     Progress,
+    Released,
     RendezvousKeys,
     ShardAbandoned,
     Stop,
@@ -119,6 +121,14 @@ def test_frames_of_the_agent_reach_the_callbacks(agent: Agent) -> None:
     agent.socket.sendall(encode_frame(Stop()))
     assert agent.stop.wait(WAIT_S), "the stop never arrived"
     assert agent.keys == [{"g1/0/1": b"x"}]
+
+
+def test_a_release_ends_the_wait_at_a_barrier(agent: Agent) -> None:
+    agent.link.meetings.arrive("step/7", 7)
+    assert agent.next() == Arrive(name="step/7", value=7)
+    assert agent.link.meetings.agreed("step/7") is None
+    agent.socket.sendall(encode_frame(Released(name="step/7", value=9)))
+    assert agent.link.meetings.wait("step/7", WAIT_S) == 9
 
 
 def test_the_end_of_the_agent_ends_the_worker(agent: Agent) -> None:
