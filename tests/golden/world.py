@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from distroml.consensus.messages import Message, decode, encode
 from distroml.consensus.raft_core import RaftCore, Turn
-from distroml.consensus.raft_log import AppendRecords, LogImage, RewriteLog, TermRecord
+from distroml.consensus.raft_log import LogImage, RewriteLog
 from distroml.consensus.raft_types import ConsensusError, RaftSettings, SafetyViolation
 from tests.consensus.ledger import Ledger
 from tests.golden import wording
@@ -61,8 +61,9 @@ class Node:
         )
         self.ledger.on_apply = self._note
         self.last: Turn | None = None
-        self.started, self.learns = True, name in world.learners
         self.seen: Any = None
+        self.started = True
+        self.learns = name in world.learners
 
     @property
     def log(self) -> Any:
@@ -80,7 +81,6 @@ class World:
         self.disks: dict[str, Disk] = {}
         self.nodes: dict[str, Node] = {}
         """Those that run."""
-        self.processes = self.nodes
         self.linked: set[tuple[str, str]] = set()
         """Pairs in name order."""
         self.cut: set[tuple[str, str]] = set()
@@ -94,6 +94,10 @@ class World:
         """What the command at hand has caused, as text."""
 
     # ------------------------------------------------------------------ what the checker calls
+
+    @property
+    def processes(self) -> dict[str, Node]:
+        return self.nodes
 
     def violate(self, what: str) -> None:
         raise Violated(what)
@@ -149,6 +153,7 @@ class World:
                 raise Violated(f"{node.name} broke: {error!r}") from error
             self._perform(node, turn)
             self.checker.after_turn(node, turn)  # type: ignore[arg-type]
+            self._show_what_leaves(node, turn)
             self._tell(node, before, turn)
             if not turn.again:
                 return
@@ -158,9 +163,11 @@ class World:
     def _perform(self, node: Node, turn: Turn) -> None:
         for op in turn.disk:
             node.disk.perform(op)
-            for record in op.records if isinstance(op, AppendRecords) else ():
-                if isinstance(record, TermRecord) and record.vote is not None:
-                    self.checker.voted(node, record.term, record.vote)  # type: ignore[arg-type]
+
+    def _show_what_leaves(self, node: Node, turn: Turn) -> None:
+        for peer, message in (*turn.early, *turn.messages):
+            self.checker.speaks(node)  # type: ignore[arg-type]
+            self.checker.tells(node, peer, message)  # type: ignore[arg-type]
 
     def _tell(self, node: Node, before: wording.View, turn: Turn) -> None:
         lines = wording.changes(before, wording.View(node.core))

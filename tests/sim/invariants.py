@@ -129,11 +129,11 @@ class Checker:
                 if accepted and process.seen is not None:
                     process.seen.acknowledged = max(process.seen.acknowledged, (term, index - 1))
             case RequestVote(term=term):
-                self.voted(process, term, process.name)
+                self._votes(process, term, process.name)
             case VoteGranted(term=term):
-                self.voted(process, term, peer)
+                self._votes(process, term, peer)
 
-    def voted(self, process: Process, term: int, candidate: str) -> None:
+    def _votes(self, process: Process, term: int, candidate: str) -> None:
         known = self.votes.setdefault((process.name, term), candidate)
         if known != candidate:
             self._fail(f"{process.name} voted in term {term} for {known} and for {candidate}")
