@@ -242,6 +242,7 @@ class Outbound(_Connection):
         super().__init__(owner, tls.dial() if tls else None)
         self.hello = hello
         self.peer_incarnation = 0
+        self._idle = True
         self.ready: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
     @property
@@ -303,10 +304,13 @@ class Outbound(_Connection):
         if waiting and waiting + HEADER_BYTES + len(body) > queue_bytes:
             return False
         self.write(channel, body)
+        self._idle = False
         return True
 
     def ping(self) -> None:
-        if self.transport is not None and self.transport.get_write_buffer_size() == 0:
+        """Says something where nothing was said since the last call."""
+        idle, self._idle = self._idle, True
+        if idle and self.transport is not None and self.transport.get_write_buffer_size() == 0:
             self.say(Ping())
 
 

@@ -49,7 +49,7 @@ class Lane(enum.IntEnum):
     BULK = 1
 
 
-LANE_OF: Final = {
+LANE_OF: Final[dict[int, Lane]] = {
     Channel.RAFT: Lane.CONTROL,
     Channel.PROPOSE: Lane.CONTROL,
     Channel.REPORT: Lane.BULK,
@@ -98,7 +98,7 @@ class LinkLimits(msgspec.Struct, frozen=True, kw_only=True):
     backoff_min_s: float = 0.05
     backoff_max_s: float = 1.0
     ping_s: float = 1.0
-    """An idle connection carries a ping this often."""
+    """A connection on which nothing was sent for this long carries a ping; no two such times pass in silence."""
     idle_timeout_s: float = 5.0
     """Silence after which a connection counts as dead, whatever TCP believes."""
     frame_timeout_s: float = 30.0

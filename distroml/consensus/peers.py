@@ -334,7 +334,7 @@ class PeerLinks:
         if handler is None:
             self.count("dropped_no_subscriber")
             return
-        if LANE_OF[Channel(channel)] is not connection.lane:
+        if LANE_OF[channel] is not connection.lane:
             connection.refuse("garbage", f"channel {channel} came on the wrong lane")
             return
         self.counters["frames_in"] += 1

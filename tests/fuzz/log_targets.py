@@ -32,9 +32,9 @@ from distroml.consensus.storage import Recovered
 from distroml.errors import UNDECODABLE
 from distroml.model import JobStatus
 from tests import builders
+from tests.consensus.ledger import Ledger
 from tests.fuzz.target import Target, caught
 from tests.fuzz.typed import encoded
-from tests.golden.stand_ins import Ledger
 
 # --- the write-ahead log ---------------------------------------------------------------------------------------
 

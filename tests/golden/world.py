@@ -16,8 +16,9 @@ from distroml.consensus.messages import Message, decode, encode
 from distroml.consensus.raft_core import RaftCore, Turn
 from distroml.consensus.raft_log import LogImage, RewriteLog
 from distroml.consensus.raft_types import ConsensusError, RaftSettings, SafetyViolation
+from tests.consensus.ledger import Ledger
 from tests.golden import wording
-from tests.golden.stand_ins import Ledger, SimDisk
+from tests.golden.disk import Disk
 from tests.sim.invariants import Checker
 
 START_S: Final = 100.0
@@ -43,7 +44,7 @@ class _Draws(random.Random):
 class Node:
     """One life of one node."""
 
-    def __init__(self, world: World, name: str, disk: SimDisk) -> None:
+    def __init__(self, world: World, name: str, disk: Disk) -> None:
         self.name, self.disk, self.life = name, disk, name
         self.now = START_S
         self.draws = _Draws(0)
@@ -77,7 +78,7 @@ class World:
         self.voters: list[str] = []
         self.learners: list[str] = []
         self.settings = RaftSettings()
-        self.disks: dict[str, SimDisk] = {}
+        self.disks: dict[str, Disk] = {}
         self.nodes: dict[str, Node] = {}
         """Those that run."""
         self.linked: set[tuple[str, str]] = set()
@@ -107,13 +108,12 @@ class World:
 
     def found(self, voters: list[str], learners: list[str], settings: RaftSettings) -> None:
         self.voters, self.learners, self.settings = voters, learners, settings
-        self.disks = {name: SimDisk() for name in (*voters, *learners)}
+        self.disks = {name: Disk() for name in (*voters, *learners)}
 
     def give(self, name: str, image: LogImage) -> None:
         """The node's disk holds this log before the script begins."""
         self.disks[name].perform(RewriteLog(image))
-        if image.vote is not None:
-            self.checker.votes[name, image.term] = image.vote
+        self.checker.given(name, image)
 
     def start(self, name: str) -> None:
         node = self.nodes[name] = Node(self, name, self.disks[name])
@@ -132,7 +132,7 @@ class World:
         del self.nodes[name]
 
     def wipe(self, name: str) -> None:
-        self.disks[name] = SimDisk()
+        self.disks[name] = Disk()
         self.checker.wiped(name)
 
     # ------------------------------------------------------------------ turns

@@ -610,7 +610,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "whoever connects takes part in elections",
         "consensus.hardening:HardenedRaft.receive",
         "if node is None or peer == self.name or handler is None:",
-        "node = node or max(self.peers, key=hash)\n    if handler is None:",
+        "node = node or self.others[-1]\n    if handler is None:",
         _ELECTIONS + "test_s8_a_voter_counts_once_and_strangers_never",
     ),
     Mutant(

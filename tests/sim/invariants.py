@@ -12,7 +12,7 @@ from distroml.commands import Entry, Outcome, SubmitJob
 from distroml.consensus.library_fields import LEADER
 from distroml.consensus.messages import NO_OP, AppendReply, Message, RequestVote, VoteGranted
 from distroml.consensus.raft_core import Turn
-from distroml.consensus.raft_log import AppendRecords, EntryRecord, TruncateRecord
+from distroml.consensus.raft_log import AppendRecords, EntryRecord, LogImage, TruncateRecord
 
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
@@ -99,6 +99,12 @@ class Checker:
                 f"{name} forgot entry {promise.last}/{promise.last_term}, which it had when it last "
                 f"spoke: its log ends at {found.last}/{found.last_term}"
             )
+
+    def given(self, name: str, image: LogImage) -> None:
+        """The node's disk holds this before its first life."""
+        self.promises[name] = _Promise(image.term, image.vote, image.last_index, image.last_term)
+        if image.vote is not None:
+            self.votes[name, image.term] = image.vote
 
     def died(self, process: Process) -> None:
         process.seen = None

@@ -30,7 +30,7 @@ def test_a_snapshot_arrives_although_the_leader_compacts_faster_than_it_travels(
     )
     cluster = Cluster(1, config)
     leader = cluster.elect().name
-    workload = Workload(cluster, config.rate)
+    workload = Workload(cluster, config.rate, steady=True)
     cluster.world.run(30.0)
     name = _loses_its_directory(cluster)
     for there, back in ((leader, name), (name, leader)):
@@ -45,7 +45,7 @@ def test_lost_and_overtaken_chunks_do_not_cost_a_stall_each(seed: int) -> None:
     config = Config(lossy=True, compaction_entries=10, trailing_entries=0, snapshot_chunk_bytes=64)
     cluster = Cluster(seed, config)
     cluster.elect()
-    workload = Workload(cluster, 20.0)
+    workload = Workload(cluster, 20.0, steady=True)
     cluster.world.run(30.0)
     workload.active = False
     process = cluster.boot(_loses_its_directory(cluster))

@@ -32,10 +32,13 @@ def test_random_faults_break_no_invariant() -> None:
         assert int(figures[f" {what}"]) > SEEDS / 10, f"{what}: a run without it proves nothing"
 
 
-def test_a_seed_replays_bit_for_bit_in_any_process() -> None:
+@pytest.mark.parametrize("lossy", [False, True])
+def test_a_seed_replays_bit_for_bit_in_any_process(lossy: bool) -> None:
     code = (
+        "from msgspec.structs import replace\n"
         "from tests.sim.run import draw_config, run\n"
-        "print(run(7, draw_config(7, 3, lossy=True), 5.0).fingerprint)"
+        f"config = replace(draw_config(7, 3, lossy={lossy}), learners=1, keyed=True)\n"
+        "print(run(7, config, 5.0).fingerprint)"
     )
     prints = {
         subprocess.run(

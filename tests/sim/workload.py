@@ -65,8 +65,10 @@ class _Operation:
 
 
 class Workload:
-    def __init__(self, cluster: Cluster, rate: float) -> None:
-        self.cluster, self.rate = cluster, rate
+    def __init__(self, cluster: Cluster, rate: float, *, steady: bool = False) -> None:
+        """`steady`: no bursts, and nobody wants leadership to move."""
+        self.cluster, self.rate, self._steady = cluster, rate, steady
+        self._paces = (1.0,) if steady else PACES
         self._rng = cluster.world.stream("clients")
         self._errands: list[_Errand] = []
         self._made = 0
@@ -91,7 +93,7 @@ class Workload:
     # ------------------------------------------------------------------ the clients
 
     def _change_pace(self) -> None:
-        self._pace = self._rng.choice(PACES)
+        self._pace = self._rng.choice(self._paces)
         self._pace_until = self.cluster.world.now + PACE_S
         self._await_client()
 
@@ -119,7 +121,7 @@ class Workload:
             self.read(process)
         elif kind < 0.35:
             self._status(process)
-        elif kind < 0.36:
+        elif kind < 0.36 and not self._steady:
             self.hand_over(process)
         else:
             self._next_step(process)
