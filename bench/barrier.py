@@ -19,10 +19,10 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from bench.control_plane import SLOTS, ControlPlane, control_plane, percentile
+from bench.control_plane import SLOTS, ControlPlane, control_plane
 from bench.parts import Bench, Part, Say, run_parts
 from bench.players import Player, playing
-from bench.table import Aim, Row, compare
+from bench.table import Aim, Row, compare, percentile
 
 BARE = "bare asyncio, same sockets"
 RUST_PEER = "a Rust peer reports"

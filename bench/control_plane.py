@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -62,15 +62,3 @@ async def control_plane(directory: Path, workers: int) -> AsyncIterator[ControlP
         await plane.all_agents("train", **generation)
         await leader.ask("until_running", START_TIMEOUT_S)
         yield plane
-
-
-def percentile(values: Sequence[float], part: float) -> float:
-    """The smallest value that is not below ``part`` (0 to 1) of them.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if not values:
-        raise ValueError("there is no percentile of no values")
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(part * len(ordered)))]

@@ -15,10 +15,10 @@ from typing import Any
 
 from msgspec import Struct
 
-from bench.control_plane import SLOTS, ControlPlane, control_plane, percentile
+from bench.control_plane import SLOTS, ControlPlane, control_plane
 from bench.parts import Bench, Part, Say, run_parts
 from bench.processes import Broken
-from bench.table import Aim, Row, compare
+from bench.table import Aim, Row, compare, percentile
 
 RUST_PEER = "a Rust peer reports"
 RUST_RATE = 11_500.0

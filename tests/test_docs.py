@@ -39,7 +39,13 @@ def test_links_in_the_documents_lead_somewhere() -> None:
 
 
 def test_flags_of_the_node_named_in_the_readme_exist() -> None:
-    known = set(build_parser().format_help().split()) | {"--follow", "--json", "--rank", "--tail", "--undo"}
+    known = set(build_parser().format_help().split()) | {
+        "--follow",
+        "--json",
+        "--rank",
+        "--tail",
+        "--undo",
+    }
     known = {word.strip("[],()") for word in known}
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)):
         assert flag in known, flag

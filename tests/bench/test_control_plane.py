@@ -11,7 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from bench import barrier, heartbeats
-from bench.control_plane import SLOTS, control_plane, percentile
+from bench.control_plane import SLOTS, control_plane
 from bench.heartbeats import Window
 from bench.players import playing
 from bench.processes import Broken
@@ -22,13 +22,6 @@ RATE = 200
 
 def say(text: str) -> None:
     """Nobody listens."""
-
-
-def test_a_percentile_is_one_of_the_values() -> None:
-    values = [float(number) for number in range(100, 0, -1)]
-    assert [percentile(values, part) for part in (0.0, 0.5, 0.99, 1.0)] == [1.0, 51.0, 100.0, 100.0]
-    with pytest.raises(ValueError, match="no percentile"):
-        percentile([], 0.5)
 
 
 async def test_a_player_tells_what_went_wrong_and_ends_with_the_benchmark(tmp_path: Path) -> None:
