@@ -54,11 +54,10 @@ LOST_PARENT_EXIT = 71
 
 def preload() -> None:
     """Import everything a worker needs, so that its first step does not wait for an import."""
-    # Named singly: torch imports these on first use only (optimizers and DDP both reach for _dynamo).
+    # Named singly: torch imports these on first use only (optimizers reach for _dynamo).
     import torch
     import torch._dynamo
     import torch.distributed
-    import torch.nn.parallel
     import torch.optim
     import torch.utils.data
 
