@@ -177,14 +177,17 @@ async def test_a_learner_that_is_there_before_a_voter_has_read_its_disk_is_follo
 async def test_role_handlers_hear_of_every_change(tmp_path: Path) -> None:
     cluster = LiveCluster(tmp_path, "a")
     heard: list[RaftStatus] = []
-    live = await cluster.start("a")
-    live.node.on_role(heard.append)
+    live = cluster.make("a")
+    live.node.on_role(heard.append)  # before it starts: a lone voter leads within milliseconds
+    await live.links.start()
+    await live.node.start()
+    cluster.nodes["a"] = live
     await until(
         lambda: any(status.role is Role.LEADER and status.leader == "a" for status in heard),
         "it hears that it leads",
     )
     await cluster.close()
-    assert heard[-1].healthy is False
+    await until(lambda: heard[-1].healthy is False, "it hears that it is stopped")
 
 
 async def test_a_node_that_has_not_started_says_so_instead_of_failing(tmp_path: Path) -> None:
