@@ -211,8 +211,9 @@ class Elections(LibraryFields):
         if not self._founding():
             self.supporters.add(node.id)
             self.receive_in_library(node, {"type": "response_vote", "term": vote.term})
-        elif self.pre_vote_term is None and vote.unproven == self.founders.get(node.id):
-            # The same directory as in the pre-votes: so all were blank at once, between the two rounds.
+        elif vote.unproven == self.founders.get(node.id):
+            # The same directory as in the pre-votes: so all were blank at once, between the two rounds. Once it asks
+            # for pre-votes anew, the founders of this round are forgotten.
             self.supporters.add(node.id)
             if self._enough():
                 self.become_leader()

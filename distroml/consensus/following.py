@@ -86,20 +86,20 @@ class Following(LibraryFields):
                 log.append(command, index, term)
             verified = index
         self.commit_index = max(self.commit_index, min(message.commit_index, verified))
-        if self.unproven and self._shown_proven(message, verified):
+        if self.unproven and self._shown_proven(message):
             log.set_proven()
         self._answer(node, True, verified + 1)
 
     def _answer(self, node: Any, accepted: bool, next_index: int) -> None:
         self.emit(node, AppendReply(self.term, accepted, next_index, self.unproven))
 
-    def _shown_proven(self, message: Append, verified: int) -> bool:
+    def _shown_proven(self, message: Append) -> bool:
         """Whether the log holds a proof of this very directory (`proofs` says why these two prove)."""
         log, commit = self.log, message.commit_index
         if self.founder_nonce(self.name) == log.nonce:
             return True
-        if verified < commit or log.term_at(commit) != message.term:
-            return False
+        if log.term_at(commit) != message.term:
+            return False  # else the leader itself sent that entry, and compared all below it
         committed = log.entries[1 : commit - log.anchor_index + 1]
         return any(nonces_in(entry[0]).get(self.name) == log.nonce for entry in committed)
 

@@ -11,9 +11,9 @@ the two rounds all were blank at once. As long as no majority of the directories
 acknowledged before that instant. Whoever still has the directory that the entry names has therefore forgotten nothing
 since the cluster exists. It is proven by holding the entry, committed or not. Until then it votes for those who have it.
 
-*The proof of one voter*, v, is appended by a leader after v's new directory has spoken to it. v is proven once it
-verified its log up to the commit index of the leader of its term, that entry is below, and the entry at that index is
-of the leader's own term. Why that is enough:
+*The proof of one voter*, v, is appended by a leader after v's new directory has spoken to it. v is proven once the
+leader of its term says that this entry is committed, and v has the log up to the commit index it tells, where an
+entry of the leader's own term is. Why that is enough:
 
 1. The entry was committed by a majority Q without v, after the loss. Say the leader L of term t committed it.
 2. Suppose v had helped, before the loss, to elect or to follow a leader N of a term n above t. N's other voters meet Q
