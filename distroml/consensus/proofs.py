@@ -1,7 +1,7 @@
 """Entries that prove a voter: who founded the cluster, and who has lost its data directory and may count again.
 
 A voter with an empty directory may have lost one. It has forgotten its votes and what it acknowledged, so until it is
-**proven** it counts for nothing: not in a commit, an election, a read or a leader's quorum. Each directory has a random
+**proven** it counts for nothing, in no commit, election, read or leader's quorum, except to found a cluster. Each directory has a random
 nonce, on disk before it is told, and an unproven voter adds it to what it answers. There are two proofs, both no-ops
 that name nonces:
 
@@ -19,8 +19,9 @@ entry of the leader's own term is. Why that is enough:
 2. Suppose v had helped, before the loss, to elect or to follow a leader N of a term n above t. N's other voters meet Q
    in some voter q. Had q voted for N first, it could not have acknowledged the entry in the older term t. Had it
    acknowledged first, it would have refused N: N asked for its votes before the loss, thus before the entry existed, so
-   N's log lacks it and has nothing newer. (If q itself was emptied between the two, the same holds for its own proof,
-   which is older.) So there is no such leader, nor can one still be made of v's old vote.
+   N's log lacks it. Nor has N anything of a term between t and n, for the same holds for the leader that would have
+   written it. (If q itself was emptied between the two, the same holds for its own proof, which is older.) So there is
+   no such leader, nor can one still be made of v's old vote.
 3. So every entry that v had helped to commit is of a term up to t. L has them all, below the proof if v acknowledged
    them in L's own term. v holds all of L's log up to the proof, thus all of them, as if it had never lost anything.
 4. v may have forgotten its vote in term t itself. v's log now has an entry of term t, and no other candidate of that term

@@ -20,8 +20,19 @@ from distroml.consensus.messages import (
     encode,
 )
 from distroml.consensus.proofs import PROOF_PAUSE_S, nonces_in, proof
-from distroml.consensus.raft_log import AppendRecords, LogImage, NonceRecord
+from distroml.consensus.raft_log import (
+    AppendRecords,
+    LogImage,
+    NonceRecord,
+    RaftLog,
+    RewriteLog,
+    apply_record,
+    blank_image,
+    image_records,
+)
 from distroml.consensus.raft_types import Role
+from distroml.consensus.snapshot import Snapshot
+from distroml.consensus.storage import join
 from tests.consensus.lone import FIVE, NONCE, THREE, Lone, entries, image
 
 ELSE = NONCE + 1
@@ -84,6 +95,21 @@ def test_the_nonce_is_part_of_the_first_turn() -> None:
     (op,) = node.first.disk
     assert isinstance(op, AppendRecords)
     assert NonceRecord(node.raft.log.nonce) in op.records
+
+
+def test_a_directory_keeps_its_nonce_whatever_becomes_of_its_log() -> None:
+    held = LogImage([(NO_OP, 1, 0), *entries(2, 9, 1)], 1, None, False, NONCE)
+    rebuilt = blank_image()
+    for record in image_records(held):
+        apply_record(rebuilt, record)
+    assert rebuilt == held == held.copy()
+    snapshot = Snapshot.take(20, 2, list(THREE), b"")
+    assert join(held, snapshot, "here").nonce == NONCE
+    log = RaftLog(held.copy())
+    log.reset_to(snapshot)
+    (_, rewritten) = log.take_ops()
+    assert isinstance(rewritten, RewriteLog)
+    assert rewritten.image.nonce == NONCE
 
 
 # ---------------------------------------------------------------------- the leader's side
