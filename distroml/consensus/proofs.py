@@ -1,9 +1,9 @@
 """Entries that prove a voter: who founded the cluster, and who has lost its data directory and may count again.
 
 A voter with an empty directory may have lost one. It has forgotten its votes and what it acknowledged, so until it is
-**proven** it counts for nothing, in no commit, election, read or leader's quorum, except to found a cluster. Each directory has a random
-nonce, on disk before it is told, and an unproven voter adds it to what it answers. There are two proofs, both no-ops
-that name nonces:
+**proven** it counts for nothing, in no commit, election, read or leader's quorum, except to found a cluster. Each
+directory has a random nonce, on disk before it is told, and an unproven voter adds it to what it answers. There are two
+proofs, both no-ops that name nonces:
 
 *The founding entry* is the first of a cluster. A candidate whose log is blank needs the pre-vote and then the vote of
 every voter, each time from the same blank directories. A directory that has left blank does not return to it, so between
