@@ -245,7 +245,7 @@ class NodeServices:
         if not status.healthy:
             return False, status.reason
         if status.leader is None:
-            return False, "no leader is known"
+            return False, status.awaits or "no leader is known"
         if not self.caught_up():
             return False, "this node has not applied the whole log since it started"
         return True, ""

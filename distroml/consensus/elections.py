@@ -28,6 +28,10 @@ class Elections(LibraryFields):
     pre_vote_at: float
     supporters: set[str]
     """Who has granted the current pre-vote or vote, this node included."""
+    founders: dict[str, int]
+    """Who has granted the last pre-vote, with the nonce of its blank directory: they would found the cluster."""
+    knowing: set[str]
+    """Voters that have answered this one's questions from a directory that is proven."""
 
     def _majority(self, count: int) -> bool:
         return count > len(self.voters) // 2
@@ -41,6 +45,38 @@ class Elections(LibraryFields):
         with what it has, except in a cluster where all is new."""
         return not self.learner and (self.log.proven or self.log.blank)
 
+    def _founding(self) -> bool:
+        """Nothing is known here, so an election could only found the cluster, and that takes all voters."""
+        return self.log.blank and not self.log.proven
+
+    def _enough(self) -> bool:
+        supporters = len(self.supporters)
+        if self._founding():
+            return supporters == len(self.voters)
+        return self._majority(supporters)
+
+    def _counts(self, node: Any, unproven: int) -> bool:
+        """Whether a voter with such a directory counts in this node's election: to found the cluster only those where
+        all is new; else those that have forgotten nothing."""
+        if self._founding():
+            return unproven != 0
+        return unproven in (0, self.founder_nonce(node.id))
+
+    def awaited(self) -> str:
+        """What has to happen before this voter may take part in elections; empty where it may."""
+        if not self.unproven:
+            return ""
+        if self.leader_node is not None or not self.log.blank:
+            return "this voter's data directory is new; it votes once a leader has proven that it has everything"
+        if self.knowing:
+            return (
+                f"this voter's data directory is new, but not that of {', '.join(sorted(self.knowing))}: the cluster "
+                "exists, and needs a majority of the voters that still have their data"
+            )
+        silent = [node.id for node in self.others if node not in self.connected]
+        whom = f"; not heard yet: {', '.join(silent)}" if silent else ""
+        return f"a new cluster is founded once by all of its voters{whom}"
+
     def seek_election(self) -> None:
         if self.peers and self.now - self.heard_leader_at > self.settings.election_max_s:
             self.leader_node = (
@@ -48,15 +84,17 @@ class Elections(LibraryFields):
             )
         if not self._may_campaign():
             return
+        self.founders = {self.name: self.log.nonce}
         if not self.peers:
             self.campaign(transfer=False)
             return
         self.pre_vote_rounds += 1
         self.pre_vote_term, self.pre_vote_at = self.term + 1, self.now
         self.supporters = {self.name}
-        question = PreVote(self.pre_vote_term, self.log.last_index, self.log.last_term)
+        last_index, last_term = self.log.last_index, self.log.last_term
         for node in self.others:
-            self.emit(node, question)
+            founded = self.founder_nonce(node.id)
+            self.emit(node, PreVote(self.pre_vote_term, last_index, last_term, founded))
 
     def campaign(self, *, transfer: bool) -> None:
         """Starts a real election (Raft, section 5.2)."""
@@ -67,9 +105,10 @@ class Elections(LibraryFields):
         self.set_role(CANDIDATE)
         self.adopt_term(self.term + 1, self.name)
         self.votes = 1
-        request = RequestVote(self.term, self.log.last_index, self.log.last_term, transfer)
+        last_index, last_term = self.log.last_index, self.log.last_term
         for node in self.others:
-            self.emit(node, request)
+            founded = self.founder_nonce(node.id)
+            self.emit(node, RequestVote(self.term, last_index, last_term, transfer, founded))
         if not self.peers:
             self.become_leader()
 
@@ -82,9 +121,12 @@ class Elections(LibraryFields):
         return self._majority(answered + 1)
 
     def _refuses_as_forgetful(self, question: PreVote | RequestVote) -> bool:
-        """An emptied voter may have voted before; it helps only a cluster in which all is new."""
+        """An emptied voter may have voted before; it helps only to found a cluster, and a candidate that knows it to
+        have been there, with this very directory, when that was founded."""
+        if self.log.proven or (question.founded and question.founded == self.log.nonce):
+            return False
         blank_candidate = question.last_index == FIRST_INDEX and question.last_term == 0
-        return not self.log.proven and not (self.log.blank and blank_candidate)
+        return not (self.log.blank and blank_candidate)
 
     def _yields_to_me(self, node: Any, question: PreVote) -> bool:
         """Of two voters with equal logs that ask each other in the same moment, the first by name
@@ -115,9 +157,13 @@ class Elections(LibraryFields):
             soonest = self.now + self.retry_s()
             self.election_deadline = max(self.election_deadline, soonest)
         # Hazard L4: a refusal carries our term, else a candidate behind in terms never catches up.
-        self.emit(node, VoteReply(question.term, granted, self.term))
+        self.emit(node, VoteReply(question.term, granted, self.term, self.unproven))
 
     def on_vote_reply(self, node: Any, reply: VoteReply) -> None:
+        if reply.unproven:
+            self.knowing.discard(node.id)
+        else:
+            self.knowing.add(node.id)
         if reply.current_term > self.term:
             deadline = self.election_deadline
             self.step_down(reply.current_term)
@@ -125,13 +171,16 @@ class Elections(LibraryFields):
             return
         if not reply.granted or reply.term != self.pre_vote_term or reply.term != self.term + 1:
             return
+        if not self._counts(node, reply.unproven):
+            return
         self.supporters.add(node.id)
-        if self._majority(len(self.supporters)) and self.role != LEADER:
+        self.founders[node.id] = reply.unproven
+        if self._enough() and self.role != LEADER:
             self.campaign(transfer=False)
 
     def on_request_vote(self, node: Any, request: RequestVote) -> None:
         if request.term < self.term:
-            self.emit(node, VoteReply(request.term, False, self.term))
+            self.emit(node, VoteReply(request.term, False, self.term, self.unproven))
             return
         # Hazard L4: loyalty to a live leader, unless that leader itself wants the election.
         if request.term > self.term and not request.transfer and self._loyal():
@@ -141,9 +190,8 @@ class Elections(LibraryFields):
                 self.step_down(request.term)
             return
         if request.term == self.term and self.voted_for == node.id and self.role == FOLLOWER:
-            self.emit(node, VoteGranted(self.term))  # the first answer may have been lost
+            self.grant(node, self.term)  # the first answer may have been lost
             return
-        founding = self.log.blank
         self.receive_in_library(
             node,
             {
@@ -153,18 +201,25 @@ class Elections(LibraryFields):
                 "last_log_term": request.last_term,
             },
         )
-        if founding and self.voted_for == node.id:
-            self.log.set_proven()  # it has helped to found a cluster in which all was new
 
     def on_vote_granted(self, node: Any, vote: VoteGranted) -> None:
         # Hazard S8: each voter counts once per term.
         if vote.term != self.term or self.role != CANDIDATE or node.id in self.supporters:
             return
-        self.supporters.add(node.id)
-        self.receive_in_library(node, {"type": "response_vote", "term": vote.term})
+        if not self._counts(node, vote.unproven):
+            return
+        if not self._founding():
+            self.supporters.add(node.id)
+            self.receive_in_library(node, {"type": "response_vote", "term": vote.term})
+        elif vote.unproven == self.founders.get(node.id):
+            # The same directory as in the pre-votes: so all were blank at once, between the two rounds. Once it asks
+            # for pre-votes anew, the founders of this round are forgotten.
+            self.supporters.add(node.id)
+            if self._enough():
+                self.become_leader()
 
     def on_timeout_now(self, node: Any, order: TimeoutNow) -> None:
-        if order.term == self.term and node == self.leader_node and self._may_campaign():
+        if order.term == self.term and node == self.leader_node and self.log.proven:
             self.campaign(transfer=True)
 
     def step_down(self, term: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from distroml.consensus.library_fields import FOLLOWER, LEADER, LibraryFields
 from distroml.consensus.messages import Append, AppendReply, SnapshotChunk, SnapshotReply
+from distroml.consensus.proofs import nonces_in
 from distroml.consensus.raft_types import SafetyViolation
 from distroml.consensus.snapshot import IncomingSnapshot, Snapshot
 
@@ -47,7 +48,7 @@ class Following(LibraryFields):
             and node is self.leader_node
             and self.role == FOLLOWER
             and min(message.commit_index, message.prev_index) <= self.commit_index
-            and log.proven
+            and (log.proven or self.learner)
             and message.prev_index >= log.anchor_index
             and log.term_at(message.prev_index) == message.prev_term
         )
@@ -61,7 +62,7 @@ class Following(LibraryFields):
         # and commits up to its own log end. Here only a real conflict truncates, and nothing beyond
         # the last entry that this very message verified is acknowledged or committed (Raft, 5.3).
         if message.term < self.term:
-            self.emit(node, AppendReply(self.term, False, self.log.last_index + 1))
+            self._answer(node, False, self.log.last_index + 1)
             return
         self._follow(node, message.term)
         log, anchor = self.log, self.log.anchor_index
@@ -72,7 +73,7 @@ class Following(LibraryFields):
             entries = entries[anchor - verified :]
             verified = anchor
         elif log.term_at(verified) != message.prev_term:
-            self.emit(node, AppendReply(self.term, False, self._conflict_hint(verified)))
+            self._answer(node, False, self._conflict_hint(verified))
             return
         for command, index, term in entries:
             known = log.term_at(index)
@@ -85,10 +86,22 @@ class Following(LibraryFields):
                 log.append(command, index, term)
             verified = index
         self.commit_index = max(self.commit_index, min(message.commit_index, verified))
-        # An entry of the leader's own term is committed, so all older ones are below it: we have all.
-        if verified >= message.commit_index and log.term_at(message.commit_index) == message.term:
+        if self.unproven and self._shown_proven(message):
             log.set_proven()
-        self.emit(node, AppendReply(self.term, True, verified + 1))
+        self._answer(node, True, verified + 1)
+
+    def _answer(self, node: Any, accepted: bool, next_index: int) -> None:
+        self.emit(node, AppendReply(self.term, accepted, next_index, self.unproven))
+
+    def _shown_proven(self, message: Append) -> bool:
+        """Whether the log holds a proof of this very directory (`proofs` says why these two prove)."""
+        log, commit = self.log, message.commit_index
+        if self.founder_nonce(self.name) == log.nonce:
+            return True
+        if log.term_at(commit) != message.term:
+            return False  # else the leader itself sent that entry, and compared all below it
+        committed = log.entries[1 : commit - log.anchor_index + 1]
+        return any(nonces_in(entry[0]).get(self.name) == log.nonce for entry in committed)
 
     def _conflict_hint(self, previous: int) -> int:
         """Hazard L3: skips the whole conflicting term instead of one entry per round trip."""
@@ -105,19 +118,20 @@ class Following(LibraryFields):
         # Hazards S1, S9: a chunk never moves the commit index; only a whole, verified snapshot that is
         # ahead of us replaces state, and only then is it acknowledged.
         if chunk.term < self.term:
-            self.emit(node, AppendReply(self.term, False, self.log.last_index + 1))
+            self._answer(node, False, self.log.last_index + 1)
             return
         self._follow(node, chunk.term)
         if chunk.index <= self.commit_index:
             self.incoming.discard()
-            self.emit(node, AppendReply(self.term, True, self.commit_index + 1))
+            self._answer(node, True, self.commit_index + 1)
             return
         snapshot = self.incoming.receive(chunk, list(self.voters))
         if snapshot is None or not self._install(snapshot):
             offset = self.incoming.next_offset
-            self.emit(node, SnapshotReply(self.term, chunk.index, chunk.sha256, offset))
+            reply = SnapshotReply(self.term, chunk.index, chunk.sha256, offset, self.unproven)
+            self.emit(node, reply)
             return
-        self.emit(node, AppendReply(self.term, True, snapshot.index + 1))
+        self._answer(node, True, snapshot.index + 1)
 
     def _install(self, snapshot: Snapshot) -> bool:
         try:

@@ -36,8 +36,8 @@ X1    pickle on wire, in log and in dumps → `messages`, `_SyncObj__doApplyComm
 X2    anyone could change membership or pose as a node → `peers`, `receive`
 ====  ===========================================================================================
 
-Also: a voter whose directory was emptied has forgotten its votes. It helps to elect nobody until it
-holds all that a leader has committed (`RaftLog.proven`), except to found a cluster where all is new.
+Also: a voter whose directory was emptied has forgotten its votes and acknowledgements. It counts for
+nothing until the log proves it, except to found a cluster with all other voters: see `proofs`.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ from distroml.consensus.following import Following
 from distroml.consensus.library import Journal, Outbox, Peer, adopt_library, ambient
 from distroml.consensus.library_fields import LEADER
 from distroml.consensus.messages import (
+    NO_OP,
     REGULAR,
     Append,
     AppendReply,
@@ -66,6 +67,7 @@ from distroml.consensus.messages import (
     VoteGranted,
     VoteReply,
 )
+from distroml.consensus.proofs import proof
 from distroml.consensus.raft_log import LogImage
 from distroml.consensus.raft_types import (
     RaftSettings,
@@ -120,6 +122,8 @@ class HardenedRaft(Elections, Following, Replication, syncobj.SyncObj):  # type:
         self.apply_failures = 0
         self.refused = 0
         self.supporters: set[str] = set()
+        self.founders: dict[str, int] = {}
+        self.knowing: set[str] = set()
         self.pre_vote_term: int | None = None
         self.pre_vote_rounds = 0
         self.pre_vote_at = float("-inf")
@@ -127,12 +131,13 @@ class HardenedRaft(Elections, Following, Replication, syncobj.SyncObj):  # type:
         self.incoming = IncomingSnapshot()
         self.begin(now)
         self.heartbeat_at = now  # the library reads every attribute while it constructs itself
+        self.journal = Journal(image)
         conf = syncobj.SyncObjConf(
             autoTick=False,
             useFork=False,
             dynamicMembershipChange=False,
             commandsWaitLeader=False,
-            journalFile=Journal(image),
+            journalFile=self.journal,
             raftMinTimeout=settings.election_min_s,
             raftMaxTimeout=settings.election_max_s,
             appendEntriesPeriod=settings.heartbeat_s,
@@ -140,13 +145,15 @@ class HardenedRaft(Elections, Following, Replication, syncobj.SyncObj):  # type:
             connectionTimeout=settings.election_max_s,
             appendEntriesUseBatch=True,
         )
-        super().__init__(self.nodes[name], self.others, conf, transport=Outbox(self.emit))
+        super().__init__(self.nodes[name], self.others, conf, transport=Outbox(self.grant))
         if snapshot is not None:
             machine.restore(snapshot.index, snapshot.blob)
             self.applied_index = self.commit_index = snapshot.index
         # Asking for pre-votes soon disturbs nobody, and a cluster that starts has nothing to wait for.
         self.election_deadline = now + (self.retry_s() if self.others else 0.0)
         self.compact_from = self.applied_index
+        if not self.learner and not self.log.proven and not self.log.nonce:
+            self.log.set_nonce(1 + rng.getrandbits(61))  # durable before this node says anything
 
     # ------------------------------------------------------------------ inputs
 
@@ -246,12 +253,15 @@ class HardenedRaft(Elections, Following, Replication, syncobj.SyncObj):  # type:
 
     def _SyncObj__onBecomeLeader(self) -> None:  # noqa: N802
         self.reset_progress()
-        self.log.set_proven()
+        if self._founding():
+            self.journal.no_op = proof(self.founders)
+            self.log.set_proven()
         self.incoming.discard()
         self.heartbeat_at = self.now
         for node in self.learners.values():
             self.next_index[node], self.match_index[node] = self.log.last_index + 1, 0
         super()._SyncObj__onBecomeLeader()
+        self.journal.no_op = NO_OP
 
     def _SyncObj__applyLogEntries(self) -> bool:  # noqa: N802
         # Hazards S10, L2: the index moves on whatever apply does, and an entry that raises is an

@@ -18,7 +18,7 @@ from pysyncobj import syncobj
 from pysyncobj.node import Node
 from pysyncobj.transport import Transport
 
-from distroml.consensus.messages import Message, VoteGranted
+from distroml.consensus.messages import NO_OP
 from distroml.consensus.raft_log import FIRST_INDEX, RaftLog
 from distroml.consensus.raft_types import SafetyViolation, UnsafeLibrary
 
@@ -96,8 +96,11 @@ class Journal(RaftLog):
     def __len__(self) -> int:
         return len(self.entries)
 
+    no_op: bytes = NO_OP
+    """What the library's no-op of a new leader is here: the first of a cluster names its founders."""
+
     def add(self, command: bytes, index: int, term: int) -> None:
-        self.append(command, index, term)
+        self.append(self.no_op if command == NO_OP else command, index, term)
 
     def getCurrentTerm(self) -> int:  # noqa: N802
         return self.term
@@ -118,12 +121,12 @@ class Journal(RaftLog):
 class Outbox(Transport):  # type: ignore[misc]
     """The library's transport: collects what it wants sent. Only vote replies are left to it."""
 
-    def __init__(self, emit: Callable[[Any, Message], None]) -> None:
+    def __init__(self, grant: Callable[[Any, int], None]) -> None:
         super().__init__(None, None, None)
-        self._emit = emit
+        self._grant = grant
 
     def send(self, node: Any, message: dict[str, Any]) -> bool:
         if message["type"] != "response_vote":
             raise SafetyViolation(f"the library sent a {message['type']!r} past its override")
-        self._emit(node, VoteGranted(message["term"]))
+        self._grant(node, message["term"])
         return True

@@ -10,8 +10,9 @@ import operator
 import random
 from typing import Any, cast
 
-from distroml.consensus.messages import Message
-from distroml.consensus.raft_log import RaftLog
+from distroml.consensus.messages import Message, VoteGranted
+from distroml.consensus.proofs import nonces_in
+from distroml.consensus.raft_log import FIRST_INDEX, RaftLog
 from distroml.consensus.raft_types import RaftSettings, StateMachine
 from distroml.consensus.snapshot import Snapshot
 
@@ -69,9 +70,26 @@ class LibraryFields:
     refused: int
     """Messages that no correct peer sends, or that came from a stranger."""
 
+    def grant(self, node: Any, term: int) -> None:
+        self.emit(node, VoteGranted(term, self.unproven))
+
     def emit(self, node: Any, message: Message) -> None:
         """Puts a message into the turn's outbox; it leaves once the turn is on disk."""
         self.outbox.append((node.id, message))
+
+    @property
+    def unproven(self) -> int:
+        """What this node adds to its answers: the nonce of its directory, 0 where that is proven or never votes."""
+        return 0 if self.learner or self.log.proven else self.log.nonce
+
+    def founder_nonce(self, name: str) -> int:
+        """The voter's nonce in the entry that founded the cluster; 0 where this log does not hold that entry.
+
+        It is the first entry of all: its leader had none. All other proofs follow a leader's own no-op."""
+        entries = self.log.entries
+        if len(entries) == 1 or entries[0][1] != FIRST_INDEX:
+            return 0
+        return nonces_in(entries[1][0]).get(name, 0)
 
     def followers_in_order(self) -> list[Any]:
         """Everyone that the leader replicates to: voters in name order, then learners."""

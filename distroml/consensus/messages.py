@@ -32,6 +32,8 @@ class PreVote(msgspec.Struct, frozen=True, array_like=True, tag=1):
     term: Number
     last_index: Number
     last_term: Number
+    founded: Number = 0
+    """The nonce of the asked voter's directory in the entry that founded the cluster; 0 where that is unknown."""
 
 
 class VoteReply(msgspec.Struct, frozen=True, array_like=True, tag=2):
@@ -40,6 +42,8 @@ class VoteReply(msgspec.Struct, frozen=True, array_like=True, tag=2):
     term: Number
     granted: bool
     current_term: Number
+    unproven: Number = 0
+    """The nonce of a directory that is not proven (see `proofs`); 0 where it is. So in all answers."""
 
 
 class RequestVote(msgspec.Struct, frozen=True, array_like=True, tag=3):
@@ -48,10 +52,12 @@ class RequestVote(msgspec.Struct, frozen=True, array_like=True, tag=3):
     last_term: Number
     transfer: bool
     """The leader itself asked for this election, so loyalty to it is no ground to refuse."""
+    founded: Number = 0
 
 
 class VoteGranted(msgspec.Struct, frozen=True, array_like=True, tag=4):
     term: Number
+    unproven: Number = 0
 
 
 class Append(msgspec.Struct, frozen=True, array_like=True, tag=5):
@@ -70,6 +76,7 @@ class AppendReply(msgspec.Struct, frozen=True, array_like=True, tag=6):
     term: Number
     accepted: bool
     next_index: Number
+    unproven: Number = 0
 
 
 class SnapshotChunk(msgspec.Struct, frozen=True, array_like=True, tag=7):
@@ -87,6 +94,7 @@ class SnapshotReply(msgspec.Struct, frozen=True, array_like=True, tag=8):
     index: Number
     sha256: Digest
     next_offset: Offset
+    unproven: Number = 0
 
 
 class TimeoutNow(msgspec.Struct, frozen=True, array_like=True, tag=9):

@@ -102,6 +102,7 @@ class RaftNode:
         self._role_handlers: list[Callable[[RaftStatus], None]] = []
         self._handover = Handover(self, links, self._post)
         self._published: tuple[object, ...] = ()
+        self._awaits = ""
         self._failure = ""
         self.notes: list[str] = []
         """What had to be repaired on disk at the start."""
@@ -228,6 +229,7 @@ class RaftNode:
             snapshot_index=raft.snapshot.index if raft.snapshot else 0,
             last_sync_ms=self._sync.last_sync_ms,
             proven=raft.log.proven,
+            awaits=raft.awaited(),
             healthy=not trouble,
             reason=trouble,
         )
@@ -385,6 +387,10 @@ class RaftNode:
         self._timer, self._timer_at = loop.call_at(at, self._wake.set), at
 
     def _publish(self) -> None:
+        awaits = "" if self._core is None else self._core.raft.awaited()
+        if awaits != self._awaits:
+            self._awaits = awaits
+            logger.info("%s: %s", self.name, awaits or "this voter takes part in elections")
         trouble = self._trouble
         role = Role.FOLLOWER if trouble or self._core is None else self._core.role
         facts = (role, self.term, self.leader, not trouble)

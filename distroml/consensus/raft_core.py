@@ -217,12 +217,16 @@ class RaftCore:
     def transfer(self, target: str | None) -> str | None:
         """Begins handing leadership to `target`, or to the most advanced connected voter.
 
-        Returns who was chosen; None where nobody is connected. Raises NotLeader.
+        Returns who was chosen; None where nobody is connected that may lead. Raises NotLeader.
         """
         raft = self.raft
         if raft.role != LEADER:
             raise NotLeader(self.leader)
-        connected = [node for node in raft.others if node in raft.connected]
+        connected = [
+            node
+            for node in raft.others
+            if node in raft.connected and not raft.progress[node].unproven
+        ]
         if target is not None:
             connected = [node for node in connected if node.id == target]
         if not connected:
@@ -287,11 +291,12 @@ class RaftCore:
         node = raft.nodes[peer]
         match message:
             case ReadProbe(term=term, nonce=nonce):
-                # Only a node that still is in the leader's term vouches for it.
-                if term == raft.term and raft.role != LEADER:
+                # Only a node that still is in the leader's term vouches for it, and has not forgotten a newer one.
+                if term == raft.term and raft.role != LEADER and not raft.unproven:
                     raft.emit(node, ReadEcho(term, nonce))
             case ReadEcho(term=term, nonce=nonce):
-                if term == raft.term and raft.role == LEADER:
+                counts = raft.role == LEADER and not raft.progress[node].unproven
+                if term == raft.term and counts:
                     raft.last_response_at[node] = raft.now
                     self._echoes[peer] = max(self._echoes.get(peer, 0), nonce)
             case ReadRequest(token=token):

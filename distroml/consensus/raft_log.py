@@ -43,10 +43,16 @@ class AnchorRecord(msgspec.Struct, frozen=True, array_like=True, tag=4):
 
 
 class ProvenRecord(msgspec.Struct, frozen=True, array_like=True, tag=5):
-    """This voter has caught up with a leader since its data directory was empty."""
+    """This voter has forgotten nothing, or has all that it had forgotten (see `proofs`)."""
 
 
-Record = EntryRecord | TermRecord | TruncateRecord | AnchorRecord | ProvenRecord
+class NonceRecord(msgspec.Struct, frozen=True, array_like=True, tag=6):
+    """The name of this directory among all that this voter ever had."""
+
+    nonce: Number
+
+
+Record = EntryRecord | TermRecord | TruncateRecord | AnchorRecord | ProvenRecord | NonceRecord
 
 
 class LogImage(msgspec.Struct):
@@ -56,6 +62,8 @@ class LogImage(msgspec.Struct):
     term: int
     vote: str | None
     proven: bool
+    nonce: int = 0
+    """0 until the directory has one; those that are proven need none."""
 
     @property
     def anchor_index(self) -> int:
@@ -70,7 +78,7 @@ class LogImage(msgspec.Struct):
         return self.entries[-1][2]
 
     def copy(self) -> LogImage:
-        return LogImage(list(self.entries), self.term, self.vote, self.proven)
+        return LogImage(list(self.entries), self.term, self.vote, self.proven, self.nonce)
 
 
 def blank_image() -> LogImage:
@@ -83,6 +91,8 @@ def image_records(image: LogImage) -> list[Record]:
     records: list[Record] = [AnchorRecord(anchor[1], anchor[2]), TermRecord(image.term, image.vote)]
     if image.proven:
         records.append(ProvenRecord())
+    if image.nonce:
+        records.append(NonceRecord(image.nonce))
     records.extend(EntryRecord(*entry) for entry in image.entries[1:])
     return records
 
@@ -110,6 +120,8 @@ def apply_record(image: LogImage, record: Record) -> None:
             image.entries = [(NO_OP, record.index, record.term)]
         case ProvenRecord():
             image.proven = True
+        case NonceRecord():
+            image.nonce = record.nonce
 
 
 class AppendRecords(msgspec.Struct, frozen=True):
@@ -171,6 +183,10 @@ class RaftLog:
         return self._image.proven
 
     @property
+    def nonce(self) -> int:
+        return self._image.nonce
+
+    @property
     def blank(self) -> bool:
         """Nothing was ever appended, and no snapshot stands behind the anchor."""
         return self.last_index == FIRST_INDEX
@@ -225,6 +241,10 @@ class RaftLog:
         if not self.proven:
             self._image.proven = True
             self._pending.append(ProvenRecord())
+
+    def set_nonce(self, nonce: int) -> None:
+        self._image.nonce = nonce
+        self._pending.append(NonceRecord(nonce))
 
     def compact(self, snapshot: Snapshot, anchor_index: int) -> None:
         """Drops the entries below `anchor_index`, once `snapshot` (which covers them) is durable."""

@@ -144,7 +144,9 @@ class RaftStatus(msgspec.Struct, frozen=True, kw_only=True):
     last_sync_ms: float = 0.0
     """Duration of the last group write + fdatasync."""
     proven: bool = False
-    """False while this voter's empty data directory has not yet caught up with a leader."""
+    """False while this voter's new data directory counts for nothing (see `proofs`)."""
+    awaits: str = ""
+    """What must happen before this voter may take part in elections; empty where it may."""
     healthy: bool
     reason: str
     """Why the node is unhealthy; empty when it is well."""

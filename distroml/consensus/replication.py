@@ -11,6 +11,7 @@ from typing import Any
 
 from distroml.consensus.library_fields import LEADER, LibraryFields
 from distroml.consensus.messages import Append, AppendReply, SnapshotReply
+from distroml.consensus.proofs import PROOF_PAUSE_S, proof
 from distroml.consensus.raft_log import FIRST_INDEX
 from distroml.consensus.snapshot import OutgoingSnapshot
 
@@ -21,15 +22,33 @@ _MESSAGES_PER_ROUND = 8
 class Progress:
     """What the leader knows of one follower beyond the library's next and match index."""
 
-    __slots__ = ("probe_in_flight", "probing", "sent_commit", "transfer")
+    __slots__ = (
+        "match",
+        "probe_in_flight",
+        "probing",
+        "proof_at",
+        "proof_index",
+        "sent_commit",
+        "transfer",
+        "unproven",
+    )
 
     def __init__(self) -> None:
+        self.match = 0
+        """The follower's log equals ours up to there. The library's own match index, by which it commits, stays 0
+        while the follower is not proven."""
         self.probing = True
         self.probe_in_flight = False
         self.sent_commit = 0
         self.transfer: OutgoingSnapshot | None = None
+        self.unproven = 0
+        """The nonce that a voter with an unproven directory gave last, else 0."""
+        self.proof_index = 0
+        """Where the newest proof of that nonce is; 0 where there is none."""
+        self.proof_at = float("-inf")
 
     def lose_contact(self, now: float) -> None:
+        self.match = 0
         self.probing = True
         self.probe_in_flight = False
         self.sent_commit = 0
@@ -85,7 +104,7 @@ class Replication(LibraryFields):
     def _stream(self, node: Any, progress: Progress, due: bool) -> None:
         sent = 0
         while sent < _MESSAGES_PER_ROUND and self.next_index[node] <= self.log.last_index:
-            in_flight = self.next_index[node] - 1 - self.match_index[node]
+            in_flight = self.next_index[node] - 1 - progress.match
             if in_flight >= self.settings.inflight_entries:
                 break
             self.next_index[node] = self._send_append(node, progress)
@@ -146,40 +165,67 @@ class Replication(LibraryFields):
             and reply.term == self.term
             and self.role == LEADER
             and not self.progress[node].probing
-            and reply.next_index - 1 <= self.match_index[node]
+            and reply.unproven == self.progress[node].unproven == 0
+            and reply.next_index - 1 <= self.progress[node].match
             and self.next_index[node] > self.log.last_index
         )
         if nothing_new:
             self.last_response_at[node] = self.now
         return nothing_new
 
-    def _answers_this_term(self, node: Any, term: int) -> bool:
+    def _answers_this_term(self, node: Any, reply: AppendReply | SnapshotReply) -> bool:
         # Hazard S7: an acknowledgement counts only in the term it was given in (Raft, section 5.3).
+        term = reply.term
         if term > self.term:
             self.step_down(term)
             return False
         if term != self.term or self.role != LEADER:
             return False
-        self.last_response_at[node] = self.now
+        self._note_directory(node, reply.unproven)
+        if not self.progress[node].unproven:
+            self.last_response_at[node] = self.now  # others are no part of a leader's quorum
         return True
 
+    def _note_directory(self, node: Any, nonce: int) -> None:
+        progress = self.progress[node]
+        if node not in self.peers or nonce == progress.unproven:
+            return
+        # Another directory than before, or one whose word now counts: only what it says from here on does.
+        progress.unproven = nonce
+        progress.match = self.match_index[node] = 0
+        founder = nonce and nonce == self.founder_nonce(node.id)
+        progress.proof_index = FIRST_INDEX + 1 if founder else 0
+
+    def _prove(self, node: Any) -> None:
+        """Appends a proof of an unproven voter: one, and another only where it has passed that without seeing it
+        committed, as when the proof came inside a snapshot."""
+        progress = self.progress[node]
+        seen = min(progress.match, self.commit_index) >= progress.proof_index
+        if progress.unproven and seen and self.now >= progress.proof_at + PROOF_PAUSE_S:
+            progress.proof_index = self.log.last_index + 1
+            progress.proof_at = self.now
+            self.log.append(proof({node.id: progress.unproven}), progress.proof_index, self.term)
+            self.send_needed = True
+
     def on_append_reply(self, node: Any, reply: AppendReply) -> None:
-        if not self._answers_this_term(node, reply.term):
+        if not self._answers_this_term(node, reply):
             return
         progress = self.progress[node]
+        self._prove(node)
         if not reply.accepted:
             # Hazards L1, L3: the hint only ever lowers next_index, never below what is known to
             # match, and the follower is probed at once instead of at the next heartbeat.
             hinted = min(reply.next_index, self.next_index[node])
-            self.next_index[node] = max(hinted, self.match_index[node] + 1, FIRST_INDEX + 1)
+            self.next_index[node] = max(hinted, progress.match + 1, FIRST_INDEX + 1)
             progress.probing, progress.probe_in_flight = True, False
             self.send_needed = True
             return
         if reply.next_index > self.log.last_index + 1:
             return  # hazard S7: nobody may speak of entries beyond this log
-        if reply.next_index - 1 > self.match_index[node]:
-            self.match_index[node] = reply.next_index - 1
-        self.next_index[node] = max(self.next_index[node], self.match_index[node] + 1)
+        progress.match = max(progress.match, reply.next_index - 1)
+        # Who may have forgotten what it acknowledged does not count (`proofs`).
+        self.match_index[node] = 0 if progress.unproven else progress.match
+        self.next_index[node] = max(self.next_index[node], progress.match + 1)
         if progress.probing or self.next_index[node] <= self.log.last_index:
             self.send_needed = True
         progress.probing = False
@@ -187,8 +233,9 @@ class Replication(LibraryFields):
             progress.transfer = None
 
     def on_snapshot_reply(self, node: Any, reply: SnapshotReply) -> None:
-        if not self._answers_this_term(node, reply.term):
+        if not self._answers_this_term(node, reply):
             return
+        self._prove(node)
         transfer = self.progress[node].transfer
         if transfer is not None and reply.sha256 == transfer.snapshot.sha256:
             transfer.acknowledged(reply.next_offset, self.now)

@@ -179,6 +179,7 @@ def join(image: LogImage, snapshot: Snapshot | None, where: str) -> LogImage:
         term=max(image.term, snapshot.term),
         vote=image.vote if image.term >= snapshot.term else None,
         proven=image.proven,
+        nonce=image.nonce,
     )
 
 

@@ -25,6 +25,8 @@ from tests.consensus.ledger import Ledger
 
 THREE = ("a", "b", "c")
 FIVE = ("a", "b", "c", "d", "e")
+NONCE = 77
+"""Of the blank directories of a's peers."""
 
 
 def sent_in(turn: Turn) -> list[tuple[str, Message]]:
@@ -55,9 +57,8 @@ class Lone:
             clock=lambda: self.now,
             rng=random.Random(7),
         )
-        self.last: Turn = self.turn(
-            lambda: [self.core.set_link(p, True) for p in voters if p != "a"]
-        )
+        self.first = self.turn(lambda: [self.core.set_link(p, True) for p in voters if p != "a"])
+        self.last: Turn = self.first
 
     @property
     def raft(self) -> Any:
@@ -93,17 +94,20 @@ class Lone:
         return [message for to, message in sent_in(self.turn(deliver)) if to == peer]
 
     def lead(self) -> int:
-        """Wins an election with b's vote and commits the no-op; returns the term."""
+        """Wins an election with b's vote (all votes, where nothing is known yet) and commits the no-op; returns the term."""
         self.wait(self.settings.election_max_s)
         for _ in range(50):
             if self.raft.pre_vote_term == self.raft.term + 1:
                 break
             self.wait(0.05)
         supporters = self.raft.voters[1 : len(self.raft.voters) // 2 + 1]
-        for peer in supporters:
-            self.feed(peer, VoteReply(self.raft.term + 1, True, self.raft.term))
-        for peer in supporters:
-            self.feed(peer, VoteGranted(self.raft.term))
+        founding = not self.raft.log.proven
+        asked = self.raft.voters[1:] if founding else supporters
+        nonce = NONCE if founding else 0
+        for peer in asked:
+            self.feed(peer, VoteReply(self.raft.term + 1, True, self.raft.term, nonce))
+        for peer in asked:
+            self.feed(peer, VoteGranted(self.raft.term, nonce))
         assert self.core.role is Role.LEADER
         for peer in supporters:
             self.ack(peer)

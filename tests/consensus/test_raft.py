@@ -38,6 +38,25 @@ async def three(tmp_path: Path) -> AsyncIterator[LiveCluster]:
     await cluster.close()
 
 
+async def test_a_first_start_waits_for_all_and_says_for_whom(tmp_path: Path) -> None:
+    cluster = LiveCluster(tmp_path, "a", "b", "c", settings=SMALL)
+    a, b = await cluster.start("a"), await cluster.start("b")
+    awaited = "a new cluster is founded once by all of its voters; not heard yet: c"
+    await until(lambda: a.node.status().awaits == b.node.status().awaits == awaited, "both wait")
+    rounds = a.node.counters["pre_vote_rounds"]
+    await until(lambda: a.node.counters["pre_vote_rounds"] > rounds + 3, "it asks in vain")
+    assert (a.node.term, a.node.leader) == (0, None)
+    await cluster.start("c")
+    await cluster.commit(b"founded")
+    assert {live.node.status().awaits for live in cluster.nodes.values()} == {""}
+    for name in ("a", "b", "c"):
+        await cluster.kill(name)
+    await cluster.start("b")
+    await cluster.start("c")
+    await cluster.commit(b"any majority")
+    await cluster.close()
+
+
 def others(cluster: LiveCluster, name: str) -> list[str]:
     return [other for other in cluster.nodes if other != name]
 

@@ -17,6 +17,7 @@ from distroml.consensus.raft_log import (
     AnchorRecord,
     EntryRecord,
     LogImage,
+    NonceRecord,
     ProvenRecord,
     Record,
     TermRecord,
@@ -44,7 +45,7 @@ _BATCHES: Final[tuple[list[Record], ...]] = (
     [TermRecord(1, "a"), EntryRecord(b"\x01", 2, 1)],
     [EntryRecord(b"\x00first", 3, 1), EntryRecord(b"\x00" + bytes(range(256)), 4, 1)],
     [TruncateRecord(4), TermRecord(2, None), EntryRecord(b"\x00other", 4, 2), ProvenRecord()],
-    [TermRecord(3, "b")],
+    [TermRecord(3, "b"), NonceRecord(7)],
     [EntryRecord(b"\x00\xd1BT\x9e" * 3, 5, 3)],
 )
 
@@ -360,6 +361,7 @@ def _sensible() -> list[msgspec.Raw]:
     taken = Snapshot.take(9, 2, [], blob)
     said: list[Message] = [
         m.PreVote(2, 9, 2), m.VoteReply(2, True, 1), m.RequestVote(2, 9, 2, False),
+        m.PreVote(2, 9, 2, 7), m.VoteGranted(2, 7), m.AppendReply(2, True, 5, 7),
         m.VoteGranted(2), m.Append(1, 3, 1, 3, []), m.Append(2, 3, 1, 4, [(b"\x00z", 4, 2)]),
         m.Append(2, 2, 1, 2, [(b"\x00w", 3, 2)]), m.AppendReply(2, True, 5),
         m.AppendReply(2, False, 2), m.AppendReply(2, False, 0),

@@ -23,18 +23,24 @@ from distroml.consensus.messages import (
     VoteGranted,
     VoteReply,
 )
+from distroml.consensus.proofs import nonces_in
+from distroml.consensus.raft_log import FIRST_INDEX
 
 
 def entry(item: Entry) -> str:
     """`5/2 "x"`: index, term, content."""
     command, index, term = item
     if command[:1] == NO_OP:
-        return f"{index}/{term} no-op"
+        named = " ".join(nonces_in(command))
+        what = "of founders" if index == FIRST_INDEX + 1 else "that proves"
+        return f"{index}/{term} no-op" + (f" {what} {named}" if named else "")
     return f'{index}/{term} "{command[1:].decode()}"'
 
 
 def message(item: Message) -> str:
-    return f"{type(item).__name__} {_details(item)}"
+    unproven, founded = getattr(item, "unproven", 0), getattr(item, "founded", 0)
+    about = f", unproven {unproven}" if unproven else f", to founder {founded}" if founded else ""
+    return f"{type(item).__name__} {_details(item)}{about}"
 
 
 def _details(item: Message) -> str:

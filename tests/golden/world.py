@@ -36,9 +36,13 @@ class _Draws(random.Random):
     """Every random number is `share` of its range."""
 
     share = 0.5
+    life = 0
 
     def random(self) -> float:
         return self.share
+
+    def getrandbits(self, _bits: int) -> int:
+        return self.life  # nonces: in the order in which nodes first start
 
 
 class Node:
@@ -48,6 +52,7 @@ class Node:
         self.name, self.disk, self.life = name, disk, name
         self.now = START_S
         self.draws = _Draws(0)
+        self.draws.life = world.lives
         self.ledger = Ledger()
         self.applied: list[str] = []
         self.core = RaftCore(
@@ -88,6 +93,7 @@ class World:
         """In the order of sending."""
         self.held: list[tuple[str, str, Message]] = []
         self.reads = 0
+        self.lives = 0
         self.world = self  # what the checker expects of a cluster
         self.checker = Checker(self)  # type: ignore[arg-type]
         self.story: list[str] = []
@@ -118,6 +124,7 @@ class World:
     def start(self, name: str) -> None:
         node = self.nodes[name] = Node(self, name, self.disks[name])
         self.checker.started(node)  # type: ignore[arg-type]
+        self.lives += 1
         view = wording.View(node.core)
         self.story.append(f"{name} starts as {view.role_line()}, log {view.log_line()}")
         self.turn(node, lambda: None)

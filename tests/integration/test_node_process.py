@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,6 +104,29 @@ async def test_two_processes_cannot_share_a_directory_or_an_address(
         third = run_node("--name", "x", "--peers", peers, "--data-dir", str(tmp_path / "x"))
         assert_refused(third, f"listen {listen}", "in use")
     assert alone.running
+
+
+def _assert_not_ready(node: LocalNode, said: str) -> None:
+    with pytest.raises(urllib.error.HTTPError) as unready:
+        urllib.request.urlopen(f"{node.url}/ready", timeout=LIMIT_S)
+    assert unready.value.code == 503
+    assert said in unready.value.read().decode()
+
+
+async def test_the_first_of_three_says_whom_it_waits_for(tmp_path: Path) -> None:
+    port, http, *absent = free_ports(4)
+    peers = ",".join(f"{n}=127.0.0.1:{p}" for n, p in zip("abc", (port, *absent), strict=True))
+    flags = ["--name", "a", "--peers", peers, "--http", f"127.0.0.1:{http}", "--slots", "0"]
+    flags += ["--data-dir", str(tmp_path / "a"), "--store-dir", str(tmp_path / "store")]
+    node = LocalNode("a", tmp_path, flags, f"127.0.0.1:{http}", "")
+    node.start()
+    try:
+        await is_up(node)
+        said = "a new cluster is founded once by all of its voters; not heard yet: b, c"
+        _assert_not_ready(node, said)
+        await until(lambda: said in node.log_tail(), "the log to say so", LIMIT_S)
+    finally:
+        node.kill()
 
 
 async def test_variables_file_and_flags_make_one_node_and_what_is_unknown_is_told(

@@ -62,8 +62,9 @@ class Fault(msgspec.Struct, frozen=True, omit_defaults=True):
     value: float = 0.0
 
 
-def plan(seed: int, config: Config, seconds: float) -> list[Fault]:
-    """The faults of one run. Each seed leaves out some kinds, so that the rest meet more often."""
+def plan(seed: int, config: Config, seconds: float, only: tuple[str, ...] = ()) -> list[Fault]:
+    """The faults of one run. Each seed leaves out some kinds, so that the rest meet more often; `only` says which
+    there are, each as often as the others."""
     rng = random.Random(f"{seed}/faults")
     names = [f"n{place}" for place in range(config.nodes)]
     names += [f"x{place}" for place in range(config.learners)]
@@ -77,7 +78,7 @@ def plan(seed: int, config: Config, seconds: float) -> list[Fault]:
     faults: list[Fault] = []
     at = FIRST_S
     while (at := at + rng.expovariate(rate)) < seconds:
-        kind = rng.choices(kinds, [_WEIGHTS[kind] for kind in kinds])[0]
+        kind = rng.choices(only or kinds, None if only else [_WEIGHTS[kind] for kind in kinds])[0]
         faults.append(_draw(rng, len(faults), round(at, 4), kind, names))
     return faults
 
@@ -214,11 +215,12 @@ class Nemesis:
             process.loop.set_rate(rate)
 
     def _wipe(self, fault: Fault, name: str) -> None:
-        """A directory is lost: of the voters' one at a time, the next only when the last has caught up."""
+        """A directory is lost: of the voters' a minority at a time, whatever the others are doing. A lost one counts
+        until the voter is proven."""
         cluster = self.cluster
         if name in cluster.voters:
-            voters = [cluster.processes.get(voter) for voter in cluster.voters]
-            if not all(p is not None and p.rests and p.log.proven for p in voters):
+            lost = set(cluster.checker.lost) | {name}
+            if len(lost) > (len(cluster.voters) - 1) // 2:
                 return
         if name in cluster.processes:
             cluster.kill(name, rng=self._rng(fault))

@@ -73,6 +73,8 @@ class Checker:
         self.leaders: dict[int, str] = {}
         self.votes: dict[tuple[str, int], str] = {}
         self.promises: dict[str, _Promise] = {}
+        self.lost: dict[str, _Promise | None] = {}
+        """Voters whose directory was lost and that were not seen proven since, with what they had promised before."""
         self.snapshots: dict[int, bytes] = {}
         self.floor = 0
         """Index that every later linearizable read must cover."""
@@ -110,7 +112,9 @@ class Checker:
         process.seen = None
 
     def wiped(self, name: str) -> None:
-        self.promises.pop(name, None)
+        lost, earlier = self.promises.pop(name, None), self.lost.get(name)
+        # Lost again before it was proven: whatever it said in between did not count.
+        self.lost[name] = earlier if name in self.lost else lost
         for key in [key for key in self.votes if key[0] == name]:
             del self.votes[key]
 
@@ -144,6 +148,8 @@ class Checker:
         self.turns += 1
         raft, seen, log = process.core.raft, process.seen, process.log
         term, role, commit, last = raft.term, raft.role, raft.commit_index, log.last_index
+        if log.proven:
+            self.lost.pop(process.name, None)
         facts = (term, role, commit, raft.applied_index, last)
         self._world.note(process.life, term * 4 + role, commit + (last << 24))
         if facts == seen.facts and not turn.disk:
@@ -234,16 +240,20 @@ class Checker:
         self.highest = max(self.highest, commit)
 
     def _check_majority(self, leader: Process, commit: int) -> None:
-        """What a leader counts as committed is on the disks of a majority, or was before one was lost."""
+        """What a leader counts as committed is on the disks of a majority, or was before one was lost. A voter that
+        lost its directory is no part of it until it is proven, but for what it acknowledged before."""
         cluster, term = self._cluster, leader.log.term_at(commit)
         holders = 0
         for name in cluster.voters:
             process, promise = cluster.processes.get(name), self.promises.get(name)
-            if process is not None and process.started and process.log.proven:
+            if name in self.lost:
+                lost = self.lost[name]
+                holders += lost is not None and lost.last >= commit
+            elif process is not None and process.started:
                 log = process.log
                 holders += log.anchor_index >= commit or log.term_at(commit) == term
             else:
-                holders += promise is None or promise.last >= commit
+                holders += promise is not None and promise.last >= commit
         if holders <= len(cluster.voters) // 2:
             self._fail(
                 f"{leader.name} counts entry {commit}/{term} as committed, which {holders} of "

@@ -109,15 +109,6 @@ class Process:
     def leads(self) -> bool:
         return self.started and self.core.role is Role.LEADER
 
-    @property
-    def rests(self) -> bool:
-        """All that this process knows is on its disk."""
-        return (
-            self.started
-            and self.disk_until <= self.cluster.world.now
-            and self.raft.status().healthy
-        )
-
     # ------------------------------------------------------------------ life
 
     def start(self) -> None:

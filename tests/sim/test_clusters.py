@@ -12,7 +12,7 @@ from distroml.consensus.raft_types import NotLeader
 from distroml.errors import DistroMLError
 from distroml.spec import JobSpec
 from tests.sim.cluster import Cluster, Config
-from tests.sim.faults import Fault
+from tests.sim.faults import Fault, plan
 from tests.sim.process import Process
 from tests.sim.run import draw_config, run
 
@@ -127,6 +127,15 @@ def test_losing_directories_one_at_a_time_breaks_no_invariant(seed: int) -> None
     result = run(2000 + seed, config, 35.0, schedule)
     assert result.violation == ""
     assert result.figures["wiped"] > 3
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_losing_directories_amid_other_faults_breaks_no_invariant(seed: int) -> None:
+    config = draw_config(seed, (3, 5)[seed % 2], lossy=seed % 3 == 1)
+    schedule = plan(seed, config, 30.0, only=("wipe", "kill", "isolate", "pause"))
+    result = run(seed, config, 30.0, schedule)
+    assert result.violation == ""
+    assert result.figures["wiped"] > 0
 
 
 @pytest.mark.parametrize("seed", range(10))
