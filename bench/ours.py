@@ -28,12 +28,12 @@ async def time_to_first_step(cluster: LocalCluster, client: AsyncClient, spec: J
     try:
         async with (
             within(FIRST_STEP_TIMEOUT_S, f"the first step of job {job_id}"),
-            aclosing(_steps(client, job_id)) as steps,
+            aclosing(steps(client, job_id)) as events,
         ):
-            await anext(steps)
+            await anext(events)
             return time.monotonic() - began
     finally:
-        await _cancel(cluster, client, job_id)
+        await cancel(cluster, client, job_id)
 
 
 async def train(client: AsyncClient, spec: JobSpec) -> TrainedRun:
@@ -50,10 +50,10 @@ async def train(client: AsyncClient, spec: JobSpec) -> TrainedRun:
     loss = 0.0
     async with (
         within(END_TIMEOUT_S, f"the recorded steps of job {job_id}"),
-        aclosing(_steps(client, job_id)) as steps,
+        aclosing(steps(client, job_id)) as events,
     ):
-        async for event in steps:
-            stamps.append(datetime.fromisoformat(event["at"]).timestamp())
+        async for event in events:
+            stamps.append(seconds_of(event["at"]))
             loss = event["loss"]
     if len(stamps) != job["total_steps"]:
         raise Broken(f"job {job_id} reported {len(stamps)} of {job['total_steps']} steps")
@@ -64,23 +64,28 @@ async def time_to_recover(cluster: LocalCluster, client: AsyncClient, spec: JobS
     """Seconds from SIGKILL of one worker until the client has seen a completed step of a later generation."""
     job_id = (await client.submit(spec))["job_id"]
     try:
-        await _until_saved(cluster, client, job_id)
+        await until_saved(cluster, client, job_id)
         killed_at: float | None = None
         async with (
             within(FIRST_STEP_TIMEOUT_S, f"a step of job {job_id} after the kill"),
-            aclosing(_steps(client, job_id, cursor="now")) as steps,
+            aclosing(steps(client, job_id, cursor="now")) as events,
         ):
-            async for event in steps:
+            async for event in events:
                 if killed_at is None:
                     killed_at = await _kill_worker(client, job_id)
                 elif event["generation"] > 1:
                     return time.monotonic() - killed_at
         raise Broken(f"job {job_id} ended before a worker was killed")
     finally:
-        await _cancel(cluster, client, job_id)
+        await cancel(cluster, client, job_id)
 
 
-async def _steps(
+def seconds_of(at: str) -> float:
+    """Unix seconds of a time in an answer."""
+    return datetime.fromisoformat(at).timestamp()
+
+
+async def steps(
     client: AsyncClient, job_id: str, cursor: str | None = None
 ) -> AsyncGenerator[dict[str, Any]]:
     """Metric events of completed steps, without those of evaluations."""
@@ -90,7 +95,7 @@ async def _steps(
                 yield event
 
 
-async def _until_saved(cluster: LocalCluster, client: AsyncClient, job_id: str) -> None:
+async def until_saved(cluster: LocalCluster, client: AsyncClient, job_id: str) -> None:
     """Wait until the job trains steadily and has a committed checkpoint."""
     await cluster.until(
         lambda: client.job(job_id),
@@ -113,7 +118,7 @@ async def _kill_worker(client: AsyncClient, job_id: str) -> float:
     return killed_at
 
 
-async def _cancel(cluster: LocalCluster, client: AsyncClient, job_id: str) -> None:
+async def cancel(cluster: LocalCluster, client: AsyncClient, job_id: str) -> None:
     """End the job and wait until its workers are gone, so that they do not burden what comes next."""
     await client.cancel(job_id)
     await client.wait(job_id, END_TIMEOUT_S)

@@ -13,12 +13,10 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from bench import ours, starts, torchrun, writes
+from bench import ours, starts, throughput, torchrun, writes
 from bench.parts import Bench, Part, Say, run_parts
-from bench.processes import Broken
 from bench.table import Aim, Row, compare
-from bench.workloads import MILLION, SMALL, TrainedRun, Workload, steps_per_s
-from distroml.client import AsyncClient
+from bench.workloads import MILLION, SMALL
 from distroml.local_cluster import LocalCluster
 from distroml.spec import JobSpec
 
@@ -26,8 +24,6 @@ SLOTS = 4
 CHECKPOINT_EVERY = 10
 WARM_TIMEOUT_S = 60.0
 ENDLESS_EPOCHS = 1_000_000
-LOSS_TOLERANCE = 0.01
-"""Relative; sides that train the same thing end with the same loss but for rounding."""
 
 
 class Scale(Struct, frozen=True, kw_only=True):
@@ -120,59 +116,18 @@ async def steps(bench: Bench[Scale]) -> list[Row]:
     async with _one_node(bench) as cluster, cluster.client() as client:
         for workload in (SMALL, MILLION):
             for workers in bench.scale.worker_counts:
-                rows += await _throughput(bench, client, workload, workers)
+                scale = bench.scale
+                rows += await throughput.beside_torchrun(
+                    client,
+                    workload,
+                    workers,
+                    rounds=scale.throughput_runs,
+                    epochs=scale.epochs[workload.name],
+                    aims={"deterministic": 0.95, "fast": 0.95},
+                    directory=bench.directory,
+                    say=bench.say,
+                )
     return rows
-
-
-async def _throughput(
-    bench: Bench[Scale], client: AsyncClient, workload: Workload, workers: int
-) -> list[Row]:
-    """Rows of both reductions; who goes first changes from round to round."""
-    epochs = bench.scale.epochs[workload.name]
-    sides = ["deterministic", "peer", "fast"]
-    rates: dict[str, list[float]] = {side: [] for side in sides}
-    for number in range(bench.scale.throughput_runs):
-        bench.say(f"steps: {workload.name}, {workers} workers, round {number + 1}")
-        losses: dict[str, float] = {}
-        for side in sides[number % 3 :] + sides[: number % 3]:
-            run = await _run(side, bench, client, workload, workers, epochs)
-            rates[side].append(steps_per_s(run.stamps, workload.epoch_steps))
-            losses[side] = run.loss
-        _check_same_work(losses)
-    best = max(rates["peer"])
-    return [
-        compare(
-            f"steps, {workload.name} parameters, {workers} workers, {reduction}",
-            "1/s",
-            "higher",
-            ours=rates[reduction],
-            peer_name="torchrun DDP, all-reduce",
-            peer=rates["peer"],
-            aim=Aim("ratio", ">=", 0.95),
-            note=f"best runs: {max(rates[reduction]):.1f} beside {best:.1f}, "
-            f"ratio {max(rates[reduction]) / best:.3f}",
-        )
-        for reduction in ("deterministic", "fast")
-    ]
-
-
-async def _run(
-    side: str,
-    bench: Bench[Scale],
-    client: AsyncClient,
-    workload: Workload,
-    workers: int,
-    epochs: int,
-) -> TrainedRun:
-    if side == "peer":
-        return await torchrun.train(workload.spec(workers, epochs=epochs), bench.directory)
-    return await ours.train(client, workload.spec(workers, epochs=epochs, reduction=side))
-
-
-def _check_same_work(losses: dict[str, float]) -> None:
-    low, high = min(losses.values()), max(losses.values())
-    if high - low > LOSS_TOLERANCE * high:
-        raise Broken(f"the sides did not train the same: last losses {losses}")
 
 
 async def write(bench: Bench[Scale]) -> list[Row]:
