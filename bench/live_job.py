@@ -7,6 +7,7 @@ user's would.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
@@ -74,7 +75,9 @@ class LiveJob:
             Broken: no step or no whole incident followed in time.
         """
         view = await self.until_steady()
-        harmed_at = 0.0
+        generation, harmed_at = view["generation"], 0.0
+        seen: dict[int, float] = {}
+        watching: asyncio.Task[dict[str, Any]] | None = None
         async with (
             within(NEXT_STEP_TIMEOUT_S, f"a step of job {self.job_id} in a later generation"),
             aclosing(ours.steps(self.client, self.job_id, cursor="now")) as events,
@@ -82,14 +85,19 @@ class LiveJob:
             await anext(events)
             harmed_at = disturb(view)
             async for event in events:
-                if event["generation"] > view["generation"]:
-                    break
+                # Told again are also steps from before that nobody may have heard of.
+                if event["generation"] > generation:
+                    seen.setdefault(event["step"], time.time())
+                    if watching is None:
+                        watching = asyncio.create_task(self._incident(generation))
+                    if watching.done() and max(seen) > watching.result()["resume_step"]:
+                        break
             else:
                 raise Broken(f"job {self.job_id} ended: {(await self.view())['reason']}")
-        seen_s = time.time() - harmed_at
-        incident = await self._incident(view["generation"])
+        incident = watching.result()
         return Recovery(
-            seen_s=seen_s,
+            seen_s=min(at for step, at in seen.items() if step > incident["resume_step"])
+            - harmed_at,
             first_step_s=ours.seconds_of(incident["first_step_at"]) - harmed_at,
             phases_ms=incident["phases_ms"],
             steps_lost=incident["steps_lost"],

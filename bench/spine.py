@@ -1,4 +1,4 @@
-"""The spine: what starting, submitting, stepping, writing and recovering cost, each beside its peer.
+"""The spine: what starting, submitting, stepping and writing cost, each beside its peer.
 
 Parts are independent of each other; each has its own cluster, interleaves our runs with the peer's, and cleans up.
 Which model and how often is in ``Scale``, so ``--quick`` differs from the full run in numbers only.
@@ -21,7 +21,6 @@ from distroml.local_cluster import LocalCluster
 from distroml.spec import JobSpec
 
 SLOTS = 4
-CHECKPOINT_EVERY = 10
 WARM_TIMEOUT_S = 60.0
 ENDLESS_EPOCHS = 1_000_000
 
@@ -37,7 +36,6 @@ class Scale(Struct, frozen=True, kw_only=True):
     """By workload; the first epoch is not counted."""
     write_rounds: int
     writes: int
-    recovery_runs: int
 
 
 FULL = Scale(
@@ -48,7 +46,6 @@ FULL = Scale(
     epochs={SMALL.name: 9, MILLION.name: 7},
     write_rounds=5,
     writes=200,
-    recovery_runs=5,
 )
 QUICK = Scale(
     start_runs=3,
@@ -58,7 +55,6 @@ QUICK = Scale(
     epochs={SMALL.name: 4, MILLION.name: 4},
     write_rounds=3,
     writes=64,
-    recovery_runs=3,
 )
 
 
@@ -136,35 +132,6 @@ async def write(bench: Bench[Scale]) -> list[Row]:
     return await writes.measure(bench.scale.write_rounds, bench.scale.writes, bench.directory)
 
 
-async def recover(bench: Bench[Scale]) -> list[Row]:
-    """SIGKILL of one of four workers to the next completed step, beside torchrun's restart."""
-    spec = MILLION.spec(SLOTS, epochs=ENDLESS_EPOCHS, checkpoint_every=CHECKPOINT_EVERY)
-    own: list[float] = []
-    peer: list[float] = []
-    async with _one_node(bench) as cluster, cluster.client() as client:
-        for number in range(bench.scale.recovery_runs):
-            bench.say(f"recover: round {number + 1}")
-            own.append(await ours.time_to_recover(cluster, client, spec))
-            peer.append(await torchrun.time_to_recover(spec, bench.directory))
-    late = sum(seconds >= torchrun.RECOVERY_TIMEOUT_S for seconds in peer)
-    note = (
-        f"the peer was not back within {torchrun.RECOVERY_TIMEOUT_S:g} s in {late} of {len(peer)} runs, "
-        "which count as that long"
-    )
-    return [
-        compare(
-            f"kill -9 of 1 of {SLOTS} workers to the next step",
-            "s",
-            "lower",
-            ours=own,
-            peer_name="torchrun, own store per attempt",
-            peer=peer,
-            aim=Aim("ratio", ">=", 3),
-            note=note if late else "",
-        )
-    ]
-
-
 @asynccontextmanager
 async def _one_node(bench: Bench[Scale]) -> AsyncIterator[LocalCluster]:
     """A cluster of one node whose forkserver is warm."""
@@ -184,7 +151,6 @@ PARTS: dict[str, Part[Scale]] = {
     "submit": submit,
     "steps": steps,
     "write": write,
-    "recover": recover,
 }
 
 
