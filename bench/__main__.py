@@ -24,11 +24,12 @@ from rich.console import Console
 from bench.table import Report, Row, environment, show, write_json
 
 BENCHMARKS = {
-    "spine": "start, submit, steps per second, acknowledged writes and recovery, beside plain torchrun",
+    "spine": "start, submit, steps per second and acknowledged writes, beside plain torchrun",
     "heartbeats": "1,000 workers on 125 agents that report to one leader: cost of a report, and the rate held",
     "barrier": "100 and 1,000 workers that meet in the control plane, beside bare asyncio",
     "consensus": "writes per second and their latency on three nodes with fsync, beside etcd",
     "failover": "SIGKILL of the leader to the next acknowledged write, and that none is lost, beside etcd",
+    "recovery": "from a killed worker, node or leader to the next step, and what being able to costs, beside torchrun",
     "elections": "leader changes that nobody needed while a job trains on all slots",
 }
 """Name of the module -> one line on what it measures."""

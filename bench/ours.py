@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -11,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from bench.processes import Broken, within
-from bench.workloads import STEPS_BEFORE_KILL, VICTIM_RANK, TrainedRun
+from bench.workloads import TrainedRun
 from distroml.client import AsyncClient
 from distroml.local_cluster import LocalCluster
 from distroml.spec import JobSpec
@@ -28,12 +26,12 @@ async def time_to_first_step(cluster: LocalCluster, client: AsyncClient, spec: J
     try:
         async with (
             within(FIRST_STEP_TIMEOUT_S, f"the first step of job {job_id}"),
-            aclosing(_steps(client, job_id)) as steps,
+            aclosing(steps(client, job_id)) as events,
         ):
-            await anext(steps)
+            await anext(events)
             return time.monotonic() - began
     finally:
-        await _cancel(cluster, client, job_id)
+        await cancel(cluster, client, job_id)
 
 
 async def train(client: AsyncClient, spec: JobSpec) -> TrainedRun:
@@ -50,37 +48,22 @@ async def train(client: AsyncClient, spec: JobSpec) -> TrainedRun:
     loss = 0.0
     async with (
         within(END_TIMEOUT_S, f"the recorded steps of job {job_id}"),
-        aclosing(_steps(client, job_id)) as steps,
+        aclosing(steps(client, job_id)) as events,
     ):
-        async for event in steps:
-            stamps.append(datetime.fromisoformat(event["at"]).timestamp())
+        async for event in events:
+            stamps.append(seconds_of(event["at"]))
             loss = event["loss"]
     if len(stamps) != job["total_steps"]:
         raise Broken(f"job {job_id} reported {len(stamps)} of {job['total_steps']} steps")
     return TrainedRun(stamps, loss)
 
 
-async def time_to_recover(cluster: LocalCluster, client: AsyncClient, spec: JobSpec) -> float:
-    """Seconds from SIGKILL of one worker until the client has seen a completed step of a later generation."""
-    job_id = (await client.submit(spec))["job_id"]
-    try:
-        await _until_saved(cluster, client, job_id)
-        killed_at: float | None = None
-        async with (
-            within(FIRST_STEP_TIMEOUT_S, f"a step of job {job_id} after the kill"),
-            aclosing(_steps(client, job_id, cursor="now")) as steps,
-        ):
-            async for event in steps:
-                if killed_at is None:
-                    killed_at = await _kill_worker(client, job_id)
-                elif event["generation"] > 1:
-                    return time.monotonic() - killed_at
-        raise Broken(f"job {job_id} ended before a worker was killed")
-    finally:
-        await _cancel(cluster, client, job_id)
+def seconds_of(at: str) -> float:
+    """Unix seconds of a time in an answer."""
+    return datetime.fromisoformat(at).timestamp()
 
 
-async def _steps(
+async def steps(
     client: AsyncClient, job_id: str, cursor: str | None = None
 ) -> AsyncGenerator[dict[str, Any]]:
     """Metric events of completed steps, without those of evaluations."""
@@ -90,30 +73,7 @@ async def _steps(
                 yield event
 
 
-async def _until_saved(cluster: LocalCluster, client: AsyncClient, job_id: str) -> None:
-    """Wait until the job trains steadily and has a committed checkpoint."""
-    await cluster.until(
-        lambda: client.job(job_id),
-        lambda job: job["step"] >= STEPS_BEFORE_KILL,
-        f"job {job_id} to complete {STEPS_BEFORE_KILL} steps",
-        timeout_s=FIRST_STEP_TIMEOUT_S,
-    )
-    await cluster.until(
-        lambda: client.checkpoints(job_id),
-        lambda answer: bool(answer["checkpoints"]),
-        f"job {job_id} to commit a checkpoint",
-        timeout_s=FIRST_STEP_TIMEOUT_S,
-    )
-
-
-async def _kill_worker(client: AsyncClient, job_id: str) -> float:
-    worker = (await client.job(job_id))["workers"][VICTIM_RANK]
-    killed_at = time.monotonic()
-    os.kill(worker["pid"], signal.SIGKILL)
-    return killed_at
-
-
-async def _cancel(cluster: LocalCluster, client: AsyncClient, job_id: str) -> None:
+async def cancel(cluster: LocalCluster, client: AsyncClient, job_id: str) -> None:
     """End the job and wait until its workers are gone, so that they do not burden what comes next."""
     await client.cancel(job_id)
     await client.wait(job_id, END_TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""The spine: what starting, submitting, stepping, writing and recovering cost, each beside its peer.
+"""The spine: what starting, submitting, stepping and writing cost, each beside its peer.
 
 Parts are independent of each other; each has its own cluster, interleaves our runs with the peer's, and cleans up.
 Which model and how often is in ``Scale``, so ``--quick`` differs from the full run in numbers only.
@@ -13,21 +13,16 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from bench import ours, starts, torchrun, writes
+from bench import ours, starts, throughput, torchrun, writes
 from bench.parts import Bench, Part, Say, run_parts
-from bench.processes import Broken
 from bench.table import Aim, Row, compare
-from bench.workloads import MILLION, SMALL, TrainedRun, Workload, steps_per_s
-from distroml.client import AsyncClient
+from bench.workloads import MILLION, SMALL
 from distroml.local_cluster import LocalCluster
 from distroml.spec import JobSpec
 
 SLOTS = 4
-CHECKPOINT_EVERY = 10
 WARM_TIMEOUT_S = 60.0
 ENDLESS_EPOCHS = 1_000_000
-LOSS_TOLERANCE = 0.01
-"""Relative; sides that train the same thing end with the same loss but for rounding."""
 
 
 class Scale(Struct, frozen=True, kw_only=True):
@@ -41,7 +36,6 @@ class Scale(Struct, frozen=True, kw_only=True):
     """By workload; the first epoch is not counted."""
     write_rounds: int
     writes: int
-    recovery_runs: int
 
 
 FULL = Scale(
@@ -52,7 +46,6 @@ FULL = Scale(
     epochs={SMALL.name: 9, MILLION.name: 7},
     write_rounds=5,
     writes=200,
-    recovery_runs=5,
 )
 QUICK = Scale(
     start_runs=3,
@@ -62,7 +55,6 @@ QUICK = Scale(
     epochs={SMALL.name: 4, MILLION.name: 4},
     write_rounds=3,
     writes=64,
-    recovery_runs=3,
 )
 
 
@@ -120,94 +112,24 @@ async def steps(bench: Bench[Scale]) -> list[Row]:
     async with _one_node(bench) as cluster, cluster.client() as client:
         for workload in (SMALL, MILLION):
             for workers in bench.scale.worker_counts:
-                rows += await _throughput(bench, client, workload, workers)
+                scale = bench.scale
+                rows += await throughput.beside_torchrun(
+                    client,
+                    workload,
+                    workers,
+                    rounds=scale.throughput_runs,
+                    epochs=scale.epochs[workload.name],
+                    aims={"deterministic": 0.95, "fast": 0.95},
+                    directory=bench.directory,
+                    say=bench.say,
+                )
     return rows
-
-
-async def _throughput(
-    bench: Bench[Scale], client: AsyncClient, workload: Workload, workers: int
-) -> list[Row]:
-    """Rows of both reductions; who goes first changes from round to round."""
-    epochs = bench.scale.epochs[workload.name]
-    sides = ["deterministic", "peer", "fast"]
-    rates: dict[str, list[float]] = {side: [] for side in sides}
-    for number in range(bench.scale.throughput_runs):
-        bench.say(f"steps: {workload.name}, {workers} workers, round {number + 1}")
-        losses: dict[str, float] = {}
-        for side in sides[number % 3 :] + sides[: number % 3]:
-            run = await _run(side, bench, client, workload, workers, epochs)
-            rates[side].append(steps_per_s(run.stamps, workload.epoch_steps))
-            losses[side] = run.loss
-        _check_same_work(losses)
-    best = max(rates["peer"])
-    return [
-        compare(
-            f"steps, {workload.name} parameters, {workers} workers, {reduction}",
-            "1/s",
-            "higher",
-            ours=rates[reduction],
-            peer_name="torchrun DDP, all-reduce",
-            peer=rates["peer"],
-            aim=Aim("ratio", ">=", 0.95),
-            note=f"best runs: {max(rates[reduction]):.1f} beside {best:.1f}, "
-            f"ratio {max(rates[reduction]) / best:.3f}",
-        )
-        for reduction in ("deterministic", "fast")
-    ]
-
-
-async def _run(
-    side: str,
-    bench: Bench[Scale],
-    client: AsyncClient,
-    workload: Workload,
-    workers: int,
-    epochs: int,
-) -> TrainedRun:
-    if side == "peer":
-        return await torchrun.train(workload.spec(workers, epochs=epochs), bench.directory)
-    return await ours.train(client, workload.spec(workers, epochs=epochs, reduction=side))
-
-
-def _check_same_work(losses: dict[str, float]) -> None:
-    low, high = min(losses.values()), max(losses.values())
-    if high - low > LOSS_TOLERANCE * high:
-        raise Broken(f"the sides did not train the same: last losses {losses}")
 
 
 async def write(bench: Bench[Scale]) -> list[Row]:
     """Latency and rate of acknowledged submits on three nodes, beside fdatasync."""
     bench.say(f"write: {bench.scale.write_rounds} rounds of {bench.scale.writes} submits")
     return await writes.measure(bench.scale.write_rounds, bench.scale.writes, bench.directory)
-
-
-async def recover(bench: Bench[Scale]) -> list[Row]:
-    """SIGKILL of one of four workers to the next completed step, beside torchrun's restart."""
-    spec = MILLION.spec(SLOTS, epochs=ENDLESS_EPOCHS, checkpoint_every=CHECKPOINT_EVERY)
-    own: list[float] = []
-    peer: list[float] = []
-    async with _one_node(bench) as cluster, cluster.client() as client:
-        for number in range(bench.scale.recovery_runs):
-            bench.say(f"recover: round {number + 1}")
-            own.append(await ours.time_to_recover(cluster, client, spec))
-            peer.append(await torchrun.time_to_recover(spec, bench.directory))
-    late = sum(seconds >= torchrun.RECOVERY_TIMEOUT_S for seconds in peer)
-    note = (
-        f"the peer was not back within {torchrun.RECOVERY_TIMEOUT_S:g} s in {late} of {len(peer)} runs, "
-        "which count as that long"
-    )
-    return [
-        compare(
-            f"kill -9 of 1 of {SLOTS} workers to the next step",
-            "s",
-            "lower",
-            ours=own,
-            peer_name="torchrun, own store per attempt",
-            peer=peer,
-            aim=Aim("ratio", ">=", 3),
-            note=note if late else "",
-        )
-    ]
 
 
 @asynccontextmanager
@@ -229,7 +151,6 @@ PARTS: dict[str, Part[Scale]] = {
     "submit": submit,
     "steps": steps,
     "write": write,
-    "recover": recover,
 }
 
 

@@ -26,7 +26,9 @@ FIRST_STEP_TIMEOUT_S = 60.0
 RUN_TIMEOUT_S = 300.0
 RECOVERY_TIMEOUT_S = 60.0
 """A peer that is not back by then counts as this long."""
-MAX_RESTARTS = 10
+MAX_RESTARTS = 10_000
+MONITOR_INTERVAL_S = 0.02
+"""How often torchrun looks after its ranks; its default is 0.1."""
 KILL_TIMEOUT_S = 10.0
 MAX_LINE_BYTES = 64 * 1024
 
@@ -100,19 +102,26 @@ async def time_to_recover(spec: JobSpec, directory: Path) -> float:
 
     ``RECOVERY_TIMEOUT_S`` where there was none by then, which is a lower bound.
     """
+    async with elastic(spec, directory) as peer:
+        async with within(FIRST_STEP_TIMEOUT_S, "torchrun to train steadily"):
+            pid = await _steady(peer)
+        killed_at = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(TimeoutError, Broken):
+            async with asyncio.timeout(RECOVERY_TIMEOUT_S):
+                while True:
+                    event = await peer.event()
+                    if "step" in event and event["attempt"] > 0:
+                        return time.monotonic() - killed_at
+        return RECOVERY_TIMEOUT_S
+
+
+@asynccontextmanager
+async def elastic(spec: JobSpec, directory: Path) -> AsyncIterator[Torchrun]:
+    """A run that tells of its steps and goes on from its last checkpoint after a failure."""
     with tempfile.TemporaryDirectory(dir=directory) as place:
         async with _launched(spec, directory, "--announce", "--checkpoints", place) as peer:
-            async with within(FIRST_STEP_TIMEOUT_S, "torchrun to train steadily"):
-                pid = await _steady(peer)
-            killed_at = time.monotonic()
-            os.kill(pid, signal.SIGKILL)
-            with contextlib.suppress(TimeoutError, Broken):
-                async with asyncio.timeout(RECOVERY_TIMEOUT_S):
-                    while True:
-                        event = await peer.event()
-                        if "step" in event and event["attempt"] > 0:
-                            return time.monotonic() - killed_at
-            return RECOVERY_TIMEOUT_S
+            yield peer
 
 
 async def _steady(peer: Torchrun) -> int:
@@ -138,7 +147,8 @@ async def _launched(spec: JobSpec, directory: Path, *arguments: str) -> AsyncIte
             sys.executable,
             *("-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node", str(spec.resources.workers)),
-            *("--max-restarts", str(MAX_RESTARTS), "-m", "bench.torchrun_ddp"),
+            *("--max-restarts", str(MAX_RESTARTS), "--monitor-interval", str(MONITOR_INTERVAL_S)),
+            *("-m", "bench.torchrun_ddp"),
             *("--spec", spec_file, *arguments),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,

@@ -66,6 +66,8 @@ SMALL = Workload("26k", hidden=128, layers=2, samples=8192)
 """26 thousand parameters: what a step costs beside its arithmetic."""
 MILLION = Workload("1M", hidden=960, layers=2, samples=2048)
 """995 thousand parameters: gradients of 4 MB per step."""
+TWENTY_FIVE_MILLION = Workload("25M", hidden=4960, layers=2, samples=512)
+"""25 million parameters: gradients of 100 MB per step."""
 
 
 def steps_per_s(stamps: Sequence[float], epoch_steps: int) -> float:

@@ -196,13 +196,6 @@ class Dist:
             self._statistics.restore()
         state.values = copy.deepcopy(self._current.values)
 
-    def any_rank(self, flag: int) -> int:
-        """The flags of all ranks together."""
-        together = 0
-        for row in self.all_gather([float(flag)]):
-            together |= int(row[0])
-        return together
-
     # --- notes -------------------------------------------------------------------------------------------------
 
     def _step(self) -> _Step:

@@ -37,12 +37,13 @@ from distroml.runtime.worker.snapshot import Checkpointer, read_checkpoint
 from distroml.runtime.worker.state import TrainState
 from distroml.runtime.worker.state_transfer import (
     NO_STATE,
+    Parcel,
     Standing,
+    Transfer,
     check_agreement,
     choose_source,
     gather_standings,
-    receive_state,
-    send_state,
+    pack,
 )
 from distroml.runtime.worker.train import Run, Training
 
@@ -109,6 +110,8 @@ class Membership:
         self._dist = Dist(group, self._spec.resources.workers)
         self._marks = Marks(left_at=prepared.left_at)
         self._total_steps: int | None = None
+        self._wishes = 0
+        """Of all ranks, when they met."""
 
     def close(self) -> None:
         """Leave, in whatever state the group is."""
@@ -172,37 +175,36 @@ class Membership:
         """Make this rank's state the one that all ranks go on from."""
         prepared, group = self._prepared, self._group
         assert self._total_steps is not None
-        held = prepared.run.position if prepared.run else NO_STATE
+        parcel = self._parcel()
         standings = gather_standings(
             group,
             Standing(
-                position=held,
+                position=prepared.run.position if prepared.run else NO_STATE,
                 total_steps=self._total_steps,
                 dataset=hashlib.sha256(source.digest.encode()).digest(),
                 model=_model_sha256(prepared.run.state if prepared.run else prepared.fresh),
+                flags=self._flags(),
+                header_bytes=len(parcel.header) if parcel else 0,
+                state_bytes=parcel.size_bytes if parcel else 0,
             ),
         )
         check_agreement(standings)
+        for one in standings:
+            self._wishes |= one.flags
         checkpoint = self._join.checkpoint
         holder = choose_source(standings, 2 * checkpoint.step if checkpoint else None)
         if holder is not None:
             told = f"rank {holder}"
-            self._share(
-                holder,
-                [
-                    rank
-                    for rank, one in enumerate(standings)
-                    if one.position != standings[holder].position
-                ],
-            )
+            furthest = standings[holder].position
+            behind = [rank for rank, one in enumerate(standings) if one.position != furthest]
+            self._share(parcel, Transfer(group, standings, holder, behind), holder, behind)
         elif checkpoint is not None:
             told = f"checkpoint of step {checkpoint.step}"
             self._read(checkpoint)
         else:
             told = "scratch"
-            if group.rank == 0:
-                prepared.run = Run(prepared.fresh)
-            self._share(0, list(range(1, group.world_size)))
+            everybody_else = list(range(1, group.world_size))
+            self._share(parcel, Transfer(group, standings, 0, everybody_else), 0, everybody_else)
         run = prepared.run
         assert run is not None
         run.state.epoch = source.cursor(max(0, run.state.step - 1)).epoch
@@ -212,20 +214,29 @@ class Membership:
             self._link.progress(self._position(WorkerPhase.RESTORING), list(run.records))
         return run
 
-    def _share(self, holder: int, behind: list[int]) -> None:
+    def _parcel(self) -> Parcel | None:
+        """What this rank would send to others, should it be the one whose state counts."""
+        prepared = self._prepared
+        run = prepared.run or (Run(prepared.fresh) if self._group.rank == 0 else None)
+        return None if run is None else pack(run.blob(prepared.adapter), run.state.step)
+
+    def _share(
+        self, parcel: Parcel | None, transfer: Transfer, holder: int, behind: list[int]
+    ) -> None:
         """The state of rank ``holder`` on the ranks ``behind`` it."""
+        prepared, group = self._prepared, self._group
+        if prepared.run is None:
+            prepared.run = Run(prepared.fresh)
         if not behind:
             return
-        prepared, group = self._prepared, self._group
         if group.rank == holder:
-            assert prepared.run is not None
-            send_state(group, prepared.run.blob(prepared.adapter), prepared.run.state.step)
-            return
-        blob, step = receive_state(group, holder)
-        if group.rank in behind:
-            if prepared.run is None:
-                prepared.run = Run(prepared.fresh)
+            assert parcel is not None
+            transfer.send(parcel)
+        elif group.rank in behind:
+            blob, step = transfer.receive()
             prepared.run.take(prepared.adapter, blob, step)
+        else:
+            transfer.attend()
 
     def _read(self, checkpoint: Checkpoint) -> None:
         prepared = self._prepared
@@ -252,6 +263,7 @@ class Membership:
             checkpointer=prepared.checkpointer,
             total_steps=self._total_steps,
             flags=self._flags,
+            wishes=self._wishes,
             on_first_step=self._on_first_step,
         )
 

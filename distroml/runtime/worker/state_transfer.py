@@ -1,14 +1,16 @@
 """From ranks that met with different states to ranks with the same one.
 
 Every rank says where it stands; from these facts all draw the same conclusion: the furthest state wins, and a step
-that any of them completed is never done again. Its holder broadcasts it, in a few flat pieces of memory. Nobody
-outside of the group takes part, so no stale report can choose the source.
+that any of them completed is never done again. Its holder sends it, in a few flat pieces of memory: to all at once, or
+straight to the one rank that lacks it, as after most failures. Nobody outside of the group takes part, so no stale
+report can choose the source.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -22,7 +24,7 @@ from distroml.runtime.worker.state import StateBlob
 PIECE_BYTES = 64 * 1024 * 1024
 """Sent at once: bounds the memory that a transfer needs beside the state itself."""
 NO_STATE = -1
-_ROW = struct.Struct(">qq32s32s")
+_ROW = struct.Struct(">qq32s32sqqq")
 
 
 class Standing(msgspec.Struct, frozen=True):
@@ -35,6 +37,11 @@ class Standing(msgspec.Struct, frozen=True):
     """SHA-256 of what names its data."""
     model: bytes
     """SHA-256 of its model's parameter names, shapes and types."""
+    flags: int = 0
+    """What it wishes for the boundary at which the generation begins (``dist.STOP``, ``dist.MOVE``)."""
+    header_bytes: int = 0
+    """Size of what describes its state; 0 without one."""
+    state_bytes: int = 0
 
 
 class Tensors(msgspec.Struct, frozen=True):
@@ -47,9 +54,35 @@ class Tensors(msgspec.Struct, frozen=True):
     values: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Parcel:
+    """A state ready to be sent."""
+
+    header: bytes
+    tensors: list[Tensor]
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+
+
+def pack(blob: StateBlob, step: int) -> Parcel:
+    """What others need to have this state, without a copy of it."""
+    tensors = [tensor.detach().contiguous() for tensor in blob.tensors.values()]
+    header = Tensors(
+        step=step,
+        names=list(blob.tensors),
+        dtypes=[_dtype_name(tensor.dtype) for tensor in tensors],
+        shapes=[list(tensor.shape) for tensor in tensors],
+        values=blob.values,
+    )
+    return Parcel(msgspec.msgpack.encode(header), tensors)
+
+
 def gather_standings(group: RankGroup, mine: Standing) -> list[Standing]:
     """Where each rank stands, in rank order."""
-    row = _ROW.pack(mine.position, mine.total_steps, mine.dataset, mine.model)
+    row = _ROW.pack(*msgspec.structs.astuple(mine))
     rows = group.all_gather(torch.frombuffer(bytearray(row), dtype=torch.uint8))
     return [Standing(*_ROW.unpack(bytes(row.numpy()))) for row in rows]
 
@@ -90,53 +123,71 @@ def choose_source(standings: Sequence[Standing], least: int | None) -> int | Non
     return best
 
 
-def send_state(group: RankGroup, blob: StateBlob, step: int) -> None:
-    """Broadcast this rank's state to all others."""
-    tensors = [tensor.detach().contiguous() for tensor in blob.tensors.values()]
-    header = msgspec.msgpack.encode(
-        Tensors(
-            step=step,
-            names=list(blob.tensors),
-            dtypes=[_dtype_name(tensor.dtype) for tensor in tensors],
-            shapes=[list(tensor.shape) for tensor in tensors],
-            values=blob.values,
-        )
-    )
-    group.broadcast(torch.tensor([len(header)]), group.rank)
-    group.broadcast(torch.frombuffer(bytearray(header), dtype=torch.uint8), group.rank)
-    _broadcast_all(group, tensors, group.rank)
+class Transfer:
+    """The way of one state from its holder to the ranks behind; all ranks of the group take part.
 
+    Args:
+        behind: at least one rank, in order.
+    """
 
-def receive_state(group: RankGroup, source: int) -> tuple[StateBlob, int]:
-    """The state that rank ``source`` broadcasts, and its step."""
-    size = torch.zeros(1, dtype=torch.int64)
-    group.broadcast(size, source)
-    header = torch.zeros(int(size), dtype=torch.uint8)
-    group.broadcast(header, source)
-    described = msgspec.msgpack.decode(bytes(header.numpy()), type=Tensors)
-    tensors = [
-        torch.empty(shape, dtype=getattr(torch, dtype))
-        for shape, dtype in zip(described.shapes, described.dtypes, strict=True)
-    ]
-    _broadcast_all(group, tensors, source)
-    return StateBlob(
-        dict(zip(described.names, tensors, strict=True)), described.values
-    ), described.step
+    def __init__(
+        self, group: RankGroup, standings: Sequence[Standing], source: int, behind: Sequence[int]
+    ) -> None:
+        self._group, self._source, self._behind = group, source, behind
+        self._header_bytes = standings[source].header_bytes
+        self._state_bytes = standings[source].state_bytes
 
+    def send(self, parcel: Parcel) -> None:
+        """As the holder, of what it announced in its standing."""
+        self._pass_on(torch.frombuffer(bytearray(parcel.header), dtype=torch.uint8))
+        for piece in _pieces(parcel.tensors):
+            self._pass_on(piece[0] if len(piece) == 1 else torch.cat(piece))
 
-def _broadcast_all(group: RankGroup, tensors: Sequence[Tensor], source: int) -> None:
-    """Send many tensors as few: small ones share a piece, large ones are cut."""
-    sends = group.rank == source
-    for piece in _pieces(tensors):
-        flat = torch.empty(sum(len(part) for part in piece), dtype=torch.uint8)
-        parts = flat.split([len(part) for part in piece])
-        if sends:
-            for part, target in zip(piece, parts, strict=True):
-                target.copy_(part)
-        group.broadcast(flat, source)
-        if not sends:
-            for part, target in zip(piece, parts, strict=True):
-                part.copy_(target)
+    def receive(self) -> tuple[StateBlob, int]:
+        """As a rank behind: the state, and its step."""
+        header = torch.empty(self._header_bytes, dtype=torch.uint8)
+        self._pass_on(header)
+        described = msgspec.msgpack.decode(header.numpy(), type=Tensors)
+        tensors = [
+            torch.empty(shape, dtype=getattr(torch, dtype))
+            for shape, dtype in zip(described.shapes, described.dtypes, strict=True)
+        ]
+        for piece in _pieces(tensors):
+            flat = torch.empty(sum(map(len, piece)), dtype=torch.uint8)
+            self._pass_on(flat)
+            for part, came in zip(piece, flat.split([len(part) for part in piece]), strict=True):
+                part.copy_(came)
+        named = dict(zip(described.names, tensors, strict=True))
+        return StateBlob(named, described.values), described.step
+
+    def attend(self) -> None:
+        """As a rank that neither has to give nor lacks anything."""
+        sizes = [self._header_bytes]
+        full, rest = divmod(self._state_bytes, PIECE_BYTES)
+        sizes += [PIECE_BYTES] * full + [rest] * (rest > 0)
+        for size in sizes:
+            self._pass_on(torch.empty(0 if self._direct else size, dtype=torch.uint8))
+
+    @property
+    def _direct(self) -> bool:
+        return len(self._behind) == 1
+
+    def _pass_on(self, values: Tensor) -> None:
+        """The flat ``values`` of the holder to the ranks behind."""
+        group = self._group
+        if not self._direct:
+            group.broadcast(values, self._source)
+            return
+        nothing, nowhere = values.new_empty(0), [0] * group.world_size
+        (target,) = self._behind
+        if group.rank == self._source:
+            sent = [len(values) * (rank == target) for rank in range(group.world_size)]
+            group.all_to_all(nothing, values, nowhere, sent)
+        elif group.rank == target:
+            received = [len(values) * (rank == self._source) for rank in range(group.world_size)]
+            group.all_to_all(values, nothing, received, nowhere)
+        else:
+            group.all_to_all(nothing, nothing, nowhere, nowhere)
 
 
 def _pieces(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -83,6 +83,8 @@ class Training:
     total_steps: int
     flags: Callable[[], int]
     """What this rank wishes for the next boundary (``dist.STOP``, ``dist.MOVE``)."""
+    wishes: int = 0
+    """What the ranks together wished for the boundary from which they go on."""
     on_first_step: Callable[[], None] = lambda: None
     clock: StepClock = field(default_factory=StepClock)
 
@@ -94,7 +96,7 @@ class Training:
         """Go on to the last step; 0 there, else the flags that ended it earlier."""
         self.state.model.train()
         self._catch_up()
-        flags = self.dist.any_rank(self.flags()) if self.state.step < self.total_steps else 0
+        flags = self.wishes if self.state.step < self.total_steps else 0
         first = True
         while not flags and self.state.step < self.total_steps:
             flags = self._step()
