@@ -93,8 +93,10 @@ class RaftSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Payload of one append message, before framing."""
     inflight_entries: int = 8_192
     """Entries sent to a follower and not yet acknowledged, at most."""
-    snapshot_chunk_bytes: int = 256 * 1024
-    snapshot_window_chunks: int = 8
+    snapshot_chunk_bytes: int = 64 * 1024
+    """A chunk counts as a heartbeat where it arrives, so it must pass the slowest link within the election timeout:
+    with the defaults that takes 2 Mbit/s."""
+    snapshot_window_chunks: int = 32
     """Snapshot chunks sent to a follower and not yet acknowledged, at most."""
 
     def __post_init__(self) -> None:
