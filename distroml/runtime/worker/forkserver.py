@@ -260,7 +260,8 @@ def become_worker(spawn: Spawn, log: int, parent: int) -> NoReturn:
         os.setpgid(0, 0)
         _die_with(parent)
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
+        # Not SIGPIPE: Gloo writes to sockets that another thread shuts down when the generation is over.
+        for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         _redirect(log)
         os.environ.update(spawn.env)
