@@ -254,8 +254,13 @@ class LocalWorker:
     # --- what it is told ---
 
     def tell(self, join: Join) -> bool:
-        """Have it become that rank of that generation, unless it is so already; returns whether it was told now."""
+        """Have it become that rank of that generation, unless it is so already; returns whether it was told now.
+
+        One that has done its last step is told nothing: its outcome is that of the generation which it was in.
+        """
         told = self._told
+        if self.fact.outcome is not None:
+            return False
         if (self.fact.generation, self.fact.rank) == (join.generation, join.rank):
             return False
         known = told and (told.generation, told.rank, told.at_boundary)

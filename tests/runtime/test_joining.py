@@ -9,10 +9,19 @@ import pytest
 
 from distroml import commands as c
 from distroml.model import Cause, FailureKind, Member, NodeStatus
-from distroml.reports import DataCursor, Marks, NodeReport, ShardFact, WorkerFact, WorkerPhase
+from distroml.reports import (
+    DataCursor,
+    Marks,
+    NodeReport,
+    ShardFact,
+    WorkerFact,
+    WorkerOutcome,
+    WorkerPhase,
+)
 from distroml.runtime import supervisor as module
 from distroml.runtime.control import (
     Abort,
+    Finished,
     Join,
     MetricRecord,
     Parked,
@@ -251,6 +260,17 @@ class TestPlannedChanges:
         zero = await self.planned(agent)
         zero.say(Parked(generation=1, step=7, at=1.0, reason="the others changed over"))
         await until(lambda: joins(zero) == [(2, 0, 3, False)], "it to be told")
+
+    async def test_who_is_done_before_the_change_keeps_its_outcome(self, agent: Agent) -> None:
+        zero = await self.planned(agent)
+        done = WorkerOutcome(
+            step=9, epoch=0, state_digest="d", sample_digest="s", metrics={}, stopped=False
+        )
+        zero.say(Finished(generation=1, outcome=done))
+        await until(lambda: agent.fact(0).outcome is not None, "the outcome")
+        agent.converge()
+        assert agent.fact(0).generation == 1
+        assert joins(zero) == []
 
     async def test_who_has_no_rank_any_more_waits_until_the_others_train(
         self, agent: Agent

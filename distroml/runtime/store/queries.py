@@ -99,9 +99,12 @@ class HistoryQueries:
     ) -> MetricSeries:
         """One metric over the steps of a job, merged over generations (``series.merge``) and thinned (``series.thin``).
 
+        Rank 0 tells what the ranks know together. If it is lost with what it told last, another rank tells that again
+        in the next generation.
+
         Args:
             to_step: the last step asked for; None: all.
-            rank: whose; None: the lowest rank that has this metric.
+            rank: whose; None: the lowest one's that told of a step, in the newest generation that did.
 
         Raises:
             InvalidRequest: ``max_points`` is not 1 to ``MAX_POINTS``.
@@ -110,14 +113,14 @@ class HistoryQueries:
             raise InvalidRequest(
                 f"max_points must be 1 to {MAX_POINTS}, not {max_points}.", field="max_points"
             )
+        columns: list[Column] = []
         for candidate in self._ranks(job_id) if rank is None else [rank]:
             index = await self._indexed(job_id, candidate)
-            if columns := index.columns.get(name):
-                last = LAST_STEP if to_step is None else to_step
-                pieces = merge(columns.values(), from_step, last)
-                total = sum(piece.end - piece.start for piece in pieces)
-                return MetricSeries(points=thinned(pieces, max_points), total=total)
-        return MetricSeries(points=[], total=0)
+            columns += index.columns.get(name, {}).values()
+        last = LAST_STEP if to_step is None else to_step
+        pieces = merge(columns, from_step, last)
+        total = sum(piece.end - piece.start for piece in pieces)
+        return MetricSeries(points=thinned(pieces, max_points), total=total)
 
     async def latest_metrics(self, job_id: str) -> dict[str, MetricPoint]:
         """The newest value of each metric, of the lowest rank that has it, by name."""

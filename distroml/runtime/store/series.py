@@ -57,7 +57,7 @@ class Piece(Struct, frozen=True):
 
 
 def merge(columns: Iterable[Column], from_step: int, to_step: int) -> list[Piece]:
-    """What counts of each generation's column, in order of steps, ``to_step`` included.
+    """What counts of each column, in order of steps, ``to_step`` included; of one generation the first one counts most.
 
     A generation covers all steps from the first to the last that it recorded: of older ones only what lies
     outside is kept. So each step has one value, that of the highest generation that went over it, also where

@@ -53,6 +53,14 @@ async def test_each_step_has_the_value_of_the_highest_generation(store: HistoryS
     ]
 
 
+async def test_what_rank_0_lost_another_rank_told_again(store: HistoryStore) -> None:
+    queries = HistoryQueries(store)
+    train(store, 1, range(1, 5))
+    train(store, 2, range(1, 8), rank=3)
+    train(store, 2, range(8, 10))
+    assert [point.step for point in await points_of(queries, JOB, "loss")] == list(range(1, 10))
+
+
 async def test_series_of_ranks_and_unknown_names(store: HistoryStore) -> None:
     queries = HistoryQueries(store)
     train(store, 1, range(1, 5), rank=0)

@@ -402,7 +402,8 @@ class AgentStub:
         for other in self._peers(worker):
             keys |= other.keys
         if keys and worker.link is not None and worker.link.fileno() >= 0:
-            worker.link.sendall(encode_frame(RendezvousKeys(keys=keys)))
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # killed meanwhile
+                worker.link.sendall(encode_frame(RendezvousKeys(keys=keys)))
 
     def _peers(self, worker: StubWorker) -> list[StubWorker]:
         return [

@@ -49,6 +49,19 @@ class Regression(distroml.FrameworkAdapter):
         return (outputs - batch[1]).square().mean()
 
 
+class WritesToAClosedPipe(Regression):
+    """As Gloo does when another thread has shut its sockets down."""
+
+    def build_model(self, spec: distroml.JobSpec) -> nn.Module:
+        read, write = os.pipe()
+        os.close(read)
+        try:
+            os.write(write, b"x")
+        except BrokenPipeError:
+            return super().build_model(spec)
+        raise AssertionError("somebody read it")
+
+
 class Normalised(Regression):
     """Has running statistics, dropout and a metric of its own; draws from every generator."""
 

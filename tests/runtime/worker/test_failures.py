@@ -227,3 +227,7 @@ def _gone(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return True
+
+
+def test_a_write_that_nobody_reads_does_not_kill(agent: AgentStub) -> None:
+    finished(agent.run(user_spec("WritesToAClosedPipe")))

@@ -18,7 +18,17 @@ from tests.runtime.worker.test_training import finished, spec_of
 MODELS: dict[str, dict[str, Any]] = {
     "mlp": {"model": "mlp", "model_options": {"hidden": 32}},
     "cnn": {"model": "cnn", "model_options": {"channels": 4, "dropout": 0.2}},
+    "transformer": {
+        "model": "transformer",
+        "model_options": {"layers": 1, "heads": 2, "width": 16, "context": 8, "dropout": 0.1},
+        "dataset": "text",
+        "dataset_options": {"max_bytes": 4096},
+    },
 }
+SCHEDULES_PER_MODEL = 7
+LONG_STEPS = 140
+LAST_FAULT_STEP = 60
+"""Long before the last step: what comes of faults while ranks finish is the coordinator's to decide."""
 
 
 def spec(model: str, steps: int = 60, workers: int = 4) -> JobSpec:
@@ -71,6 +81,21 @@ class Run:
         members = [None if worker in victims else worker for worker in self.ranks]
         self.next(members if replace else [member for member in members if member])
 
+    def hang(self, rank: int) -> None:
+        """Stop a rank; the others are told to leave, and go on with a new process in its place."""
+        stopped = self.ranks[rank]
+        assert stopped.pid is not None
+        os.kill(stopped.pid, signal.SIGSTOP)
+        survivors = [worker for worker in self.ranks if worker is not stopped]
+        self.agent.abort(survivors, self.generation)
+        over = self.generation
+        self.agent.pump(
+            lambda: all(w.parked and w.parked[-1].generation == over for w in survivors),
+            "the survivors to be parked",
+        )
+        self.next([None if worker is stopped else worker for worker in self.ranks])
+        os.kill(stopped.pid, signal.SIGKILL)
+
     def outcome(self) -> WorkerOutcome:
         self.agent.wait_exit(self.ranks)
         finished(self.ranks)
@@ -97,6 +122,49 @@ def undisturbed(agent: AgentStub) -> dict[str, tuple[WorkerOutcome, dict[int, fl
         run = Run(agent, spec(model))
         found[model] = (run.outcome(), series(run.everybody))
     return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed_long(agent: AgentStub) -> dict[str, tuple[WorkerOutcome, dict[int, float]]]:
+    agent.env = {}
+    found = {}
+    for model in MODELS:
+        run = Run(agent, spec(model, LONG_STEPS))
+        found[model] = (run.outcome(), series(run.everybody))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(SCHEDULES_PER_MODEL))
+@pytest.mark.parametrize("model", MODELS)
+def test_random_faults_change_nothing(
+    agent: AgentStub, undisturbed_long: Any, model: str, seed: int
+) -> None:
+    rng = random.Random(f"{model} {seed}")
+    run = Run(agent, spec(model, LONG_STEPS))
+    for step in sorted(rng.sample(range(1, LAST_FAULT_STEP), 3)):
+        run.train_to(step)
+        _do_something(run, rng)
+    outcome = run.outcome()
+    expected, losses = undisturbed_long[model]
+    same(outcome, expected)
+    assert series(run.everybody) == losses
+
+
+def _do_something(run: Run, rng: random.Random) -> None:
+    """One random fault or change; some rank survives it."""
+    world = len(run.ranks)
+    victims = rng.sample(range(world), rng.randint(1, max(1, world - 1)))
+    if world < 4 and rng.random() < 0.5:
+        run.next([*run.ranks, *[None] * rng.randint(1, 4 - world)], at_boundary=True)
+    elif world == 1:
+        return
+    elif rng.random() < 0.2:
+        run.hang(victims[0])
+    elif rng.random() < 0.3:
+        run.lose(*victims[:1])
+        run.lose(rng.randrange(world))  # while the next generation forms
+    else:
+        run.lose(*victims, replace=rng.random() < 0.6)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -162,14 +230,7 @@ def test_a_planned_change_costs_no_step(agent: AgentStub, undisturbed: Any) -> N
 def test_a_stopped_rank_does_not_hold_the_others(agent: AgentStub, undisturbed: Any) -> None:
     run = Run(agent, spec("mlp"))
     run.train_to(10)
-    stopped = run.ranks[2]
-    assert stopped.pid is not None
-    os.kill(stopped.pid, signal.SIGSTOP)
-    survivors = [worker for worker in run.ranks if worker is not stopped]
-    agent.abort(survivors, 1)
-    agent.pump(lambda: all(worker.parked for worker in survivors), "the survivors to be parked")
-    run.next([*survivors[:2], None, survivors[2]])
-    os.kill(stopped.pid, signal.SIGKILL)
+    run.hang(2)
     same(run.outcome(), undisturbed["mlp"][0])
 
 
