@@ -264,7 +264,13 @@ class TestPlannedChanges:
     async def test_who_is_done_before_the_change_keeps_its_outcome(self, agent: Agent) -> None:
         zero = await self.planned(agent)
         done = WorkerOutcome(
-            step=9, epoch=0, state_digest="d", sample_digest="s", metrics={}, stopped=False
+            step=9,
+            epoch=0,
+            state_digest="d",
+            sample_digest="s",
+            metrics={},
+            stopped=False,
+            checkpoint_step=None,
         )
         zero.say(Finished(generation=1, outcome=done))
         await until(lambda: agent.fact(0).outcome is not None, "the outcome")
