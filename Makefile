@@ -3,13 +3,14 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check sim golden fuzz format bench clean
+.PHONY: help venv demo test check sim soak golden fuzz format bench clean
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 SEEDS ?= 200
 MINUTES ?= 5
+SCHEDULES ?= 20
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
@@ -35,6 +36,9 @@ check: $(STAMP) ## lint, format, types and import rules
 
 sim: $(STAMP) ## SEEDS random fault schedules on simulated clusters, in virtual time
 	@$(BIN)/python -m tests.sim --seeds $(SEEDS) --jobs 2 $(ARGS)
+
+soak: $(STAMP) ## SCHEDULES random faults on real nodes; ARGS='--seed S' plays from that seed on
+	@$(BIN)/python -m tests.soak --schedules $(SCHEDULES) $(ARGS)
 
 golden: $(STAMP) ## play the protocol scripts; ARGS=--rewrite writes what happens into them
 	@$(BIN)/python -m tests.golden $(ARGS)

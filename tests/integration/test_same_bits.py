@@ -1,0 +1,96 @@
+"""Through the whole stack: whatever fails, the weights, the samples and every loss are those of an undisturbed run."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from distroml.local_cluster import LocalCluster
+from tests.soak.play import Bits, digits_job, outcome, play, reached, until_warm
+from tests.soak.schedules import Fault, Harm, draw
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+STEPS = 150
+ELASTIC_STEPS = 500
+"""The node that died must be back while it still trains."""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def cluster() -> AsyncIterator[LocalCluster]:
+    """Three nodes for all tests of the module; each leaves them all up and idle."""
+    with tempfile.TemporaryDirectory(prefix="dml-") as place:
+        async with LocalCluster(Path(place), nodes=3, slots=2) as cluster:
+            await until_warm(cluster)
+            yield cluster
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def undisturbed(cluster: LocalCluster) -> Bits:
+    played = await play(cluster, digits_job(steps=STEPS))
+    assert not played.incidents
+    assert sorted(played.bits.losses) == list(range(1, STEPS + 1))
+    return played.bits
+
+
+def _at_random_steps() -> tuple[Fault, ...]:
+    rng = random.Random(5)
+    steps = sorted(rng.sample(range(5, 110), 3))
+    return tuple(Fault(step, Harm.KILL, (rng.randrange(4),)) for step in steps)
+
+
+SCHEDULES = {
+    "a worker, three times": _at_random_steps(),
+    "two workers at once": (Fault(30, Harm.KILL, (0, 3)),),
+    "a stopped worker": (Fault(40, Harm.STOP, (1,)),),
+    "all workers at once": (Fault(60, Harm.KILL, (0, 1, 2, 3)),),
+    "a node": (Fault(35, Harm.NODE),),
+    "the leader": (Fault(45, Harm.LEADER),),
+    "at random": draw(seed=1, last_step=100),
+}
+
+
+def _most_incidents(schedule: Sequence[Fault]) -> int:
+    """Of ranks that are killed at once, the last may be found dead when the others are replaced already."""
+    return sum(max(1, len(fault.ranks)) for fault in schedule)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+async def test_faults_do_not_change_a_bit(
+    cluster: LocalCluster, undisturbed: Bits, name: str
+) -> None:
+    schedule = SCHEDULES[name]
+    played = await play(cluster, digits_job(steps=STEPS), schedule)
+    assert undisturbed.differences(played.bits) == []
+    assert 1 <= len(played.incidents) <= _most_incidents(schedule), (
+        "faults that did nothing prove nothing"
+    )
+    if len(schedule[0].ranks) < 4:
+        assert all(incident["steps_lost"] == 0 for incident in played.incidents)
+
+
+async def test_a_job_that_shrinks_and_grows_does_not_change_a_bit(cluster: LocalCluster) -> None:
+    spec = digits_job(steps=ELASTIC_STEPS, workers=6)
+    expected = (await play(cluster, spec)).bits
+    async with cluster.client() as client:
+        spec = digits_job(steps=ELASTIC_STEPS, workers=6, min_workers=2)
+        job_id = (await client.submit(spec))["job_id"]
+        assert await reached(client, job_id, 30)
+        dead = min(set(cluster.nodes) - {await cluster.leader()})
+        cluster.nodes[dead].power_off()
+        cluster.nodes[dead].start()
+        worlds = []
+        async for event in client.stream(job_id, types=["state"]):
+            if event["type"] == "state" and event["status"] == "RUNNING":
+                worlds.append(len((await client.job(job_id))["workers"]))
+        played = await outcome(client, await client.job(job_id))
+    assert expected.differences(played.bits) == []
+    assert len(played.incidents) == 1
+    assert played.incidents[0]["steps_lost"] == 0
+    assert [one for one, _ in itertools.groupby(worlds)] == [4, 6]
