@@ -224,26 +224,29 @@ class Membership:
         self, parcel: Parcel | None, transfer: Transfer, holder: int, behind: list[int]
     ) -> None:
         """The state of rank ``holder`` on the ranks ``behind`` it."""
-        prepared, group = self._prepared, self._group
-        if prepared.run is None:
-            prepared.run = Run(prepared.fresh)
-        if not behind:
-            return
-        if group.rank == holder:
-            assert parcel is not None
-            transfer.send(parcel)
-        elif group.rank in behind:
+        rank = self._group.rank
+        if rank == holder:
+            self._begin_run()
+            if behind:
+                assert parcel is not None
+                transfer.send(parcel)
+        elif rank in behind:
+            # Only what has arrived is a state: a transfer that breaks leaves this rank without one, or with the older one.
             blob, step = transfer.receive()
-            prepared.run.take(prepared.adapter, blob, step)
-        else:
+            self._begin_run().take(self._prepared.adapter, blob, step)
+        elif behind:
             transfer.attend()
 
     def _read(self, checkpoint: Checkpoint) -> None:
+        manifest, blob = read_checkpoint(self._prepared.store, checkpoint)
+        self._begin_run().take(self._prepared.adapter, blob, manifest.step)
+
+    def _begin_run(self) -> Run:
+        """The run of this process; if it has none yet, from scratch."""
         prepared = self._prepared
-        manifest, blob = read_checkpoint(prepared.store, checkpoint)
         if prepared.run is None:
             prepared.run = Run(prepared.fresh)
-        prepared.run.take(prepared.adapter, blob, manifest.step)
+        return prepared.run
 
     # --- training and after ------------------------------------------------------------------------------------
 
