@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import msgspec
 from aiohttp import web
 from msgspec import Struct
@@ -24,6 +26,7 @@ from distroml.model import NodeStatus
 
 TRANSFER_TIMEOUT_S = 5.0
 """In which another leader must be seen; shorter than clients wait for an answer."""
+_Wish = TypeVar("_Wish", bound=Struct)
 
 
 async def get_workers(call: Call, query: Read) -> web.StreamResponse:
@@ -50,6 +53,15 @@ async def get_leader(call: Call, query: Read) -> web.StreamResponse:
     return json_response(views.leader_view(services.state(), services.raft(), services.name))
 
 
+async def _wish(call: Call, kind: type[_Wish], *, shape: str, field: str) -> _Wish:
+    """The body as ``kind``; an empty one is all defaults."""
+    body = await limits.read_body(call.request, call.settings)
+    try:
+        return msgspec.json.decode(body or b"{}", type=kind)
+    except UNDECODABLE as error:
+        raise InvalidRequest(f"The body is not {shape}: {error}.", field=field) from None
+
+
 class LeaderRequest(Struct, frozen=True, forbid_unknown_fields=True):
     """Who shall lead."""
 
@@ -59,13 +71,7 @@ class LeaderRequest(Struct, frozen=True, forbid_unknown_fields=True):
 
 async def post_leader(call: Call, query: Query) -> web.StreamResponse:
     """Hand leadership over; asking for the node that leads already changes nothing."""
-    body = await limits.read_body(call.request, call.settings)
-    try:
-        wish = msgspec.json.decode(body or b"{}", type=LeaderRequest)
-    except UNDECODABLE as error:
-        raise InvalidRequest(
-            f'The body is not {{"node": "name"}}: {error}.', field="node"
-        ) from None
+    wish = await _wish(call, LeaderRequest, shape='{"node": "name"}', field="node")
     await call.services.transfer_leadership(wish.node, TRANSFER_TIMEOUT_S)
     return await get_leader(call, Read())
 
@@ -79,13 +85,8 @@ class DrainRequest(Struct, frozen=True, forbid_unknown_fields=True):
 
 async def post_drain(call: Call, query: Query) -> web.StreamResponse:
     """Have a node's ranks moved elsewhere after a whole step, or let it have some again."""
-    body = await limits.read_body(call.request, call.settings)
-    try:
-        wish = msgspec.json.decode(body or b"{}", type=DrainRequest)
-    except UNDECODABLE as error:
-        raise InvalidRequest(
-            f'The body is not {{"drain": true}} or {{"drain": false}}: {error}.', field="drain"
-        ) from None
+    shape = '{"drain": true} or {"drain": false}'
+    wish = await _wish(call, DrainRequest, shape=shape, field="drain")
     services, name = call.services, call.request.match_info["name"]
     node = services.state().nodes.get(name)
     if node is None:
