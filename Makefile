@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check sim soak golden fuzz format bench clean
+.PHONY: help venv demo test check sim soak chaos golden fuzz format bench clean network-tools
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -25,7 +25,7 @@ venv: $(STAMP) ## make the environment in .venv with all pinned packages
 demo: $(STAMP) ## three nodes train a model, lose a worker and their leader, and finish
 	@$(BIN)/python -m distroml.demo $(ARGS)
 
-test: check ## all checks, then all tests
+test: check network-tools ## all checks, then all tests
 	@$(BIN)/python -m pytest $(ARGS)
 
 check: $(STAMP) ## lint, format, types and import rules
@@ -39,6 +39,9 @@ sim: $(STAMP) ## SEEDS random fault schedules on simulated clusters, in virtual 
 
 soak: $(STAMP) ## SCHEDULES random faults on real nodes; ARGS='--seed S' plays from that seed on
 	@$(BIN)/python -m tests.soak --schedules $(SCHEDULES) $(ARGS)
+
+chaos: $(STAMP) network-tools ## real nodes under faults: ARGS='run --seed 7 --duration 120', 'soak --hours 2', 'mutants'
+	@$(BIN)/python -m chaos $(or $(ARGS),run)
 
 golden: $(STAMP) ## play the protocol scripts; ARGS=--rewrite writes what happens into them
 	@$(BIN)/python -m tests.golden $(ARGS)
@@ -54,8 +57,16 @@ bench: $(STAMP) ## run benchmarks, such as ARGS='spine --quick'
 	@$(BIN)/python -m bench $(ARGS)
 
 clean: ## remove what runs and tools left (the environment stays)
-	@rm -rf .demo .fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache bench-results build *.egg-info
+	@rm -rf .demo .fuzz chaos-runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache bench-results build *.egg-info
 	@find distroml tests bench chaos examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# Faults of the network need these, and root; without them their tests are skipped and chaos leaves them out.
+network-tools:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { command -v ip && command -v tc && command -v nft; } >/dev/null; then \
+	  echo "Installing iproute2 and nftables for the faults of the network ..."; \
+	  { apt-get install -y -qq iproute2 nftables || { apt-get update -qq && apt-get install -y -qq iproute2 nftables; }; } >/dev/null 2>&1 \
+	  || echo "iproute2 and nftables could not be installed: the tests that need them are skipped." >&2; \
+	fi
 
 # torch goes first: it is most of the work, and the rest then cannot pull another build of it.
 $(STAMP): pyproject.toml constraints.txt

@@ -12,18 +12,33 @@ from distroml.spec import JobSpec
 
 if TYPE_CHECKING:
     from distroml.runtime.worker.adapter import FrameworkAdapter as FrameworkAdapter
+    from distroml.runtime.worker.checkpoint_manager import CheckpointManager as CheckpointManager
+    from distroml.runtime.worker.meetings import BarrierTimeout as BarrierTimeout
+    from distroml.runtime.worker.rendezvous import CollectiveBroken as CollectiveBroken
     from distroml.runtime.worker.state import StateBlob as StateBlob
     from distroml.runtime.worker.state import TrainState as TrainState
 
 __version__ = "0.1.0"
 
 _LAZY = {
+    "BarrierTimeout": "distroml.runtime.worker.meetings",
+    "CollectiveBroken": "distroml.runtime.worker.rendezvous",
+    "CheckpointManager": "distroml.runtime.worker.checkpoint_manager",
     "FrameworkAdapter": "distroml.runtime.worker.adapter",
     "StateBlob": "distroml.runtime.worker.state",
     "TrainState": "distroml.runtime.worker.state",
 }
 
-__all__ = ["FrameworkAdapter", "JobSpec", "StateBlob", "TrainState", "__version__"]
+__all__ = [
+    "BarrierTimeout",
+    "CheckpointManager",
+    "CollectiveBroken",
+    "FrameworkAdapter",
+    "JobSpec",
+    "StateBlob",
+    "TrainState",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,14 +10,16 @@ import asyncio
 import importlib
 import os
 import random
+import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from distroml.errors import UNDECODABLE, ConfigError, DistroMLError, all_kinds
+from distroml.errors import UNDECODABLE, ConfigError, DistroMLError, Unavailable, all_kinds
 from distroml.failover import Attempt, Failover, parse_urls
 
 if TYPE_CHECKING:
@@ -37,6 +39,9 @@ RESUME_PAUSE_S = 0.05
 MAX_RESPONSE_BYTES = 64 * 1024 * 1024
 MAX_EVENT_BYTES = 4 * 1024 * 1024
 END_EVENT = "end"
+PROBLEM_PREFIX = "/problems/"
+DOWNLOAD_IDLE_S = 600.0
+"""A node verifies a whole export before it sends the first byte."""
 
 _TRY_ELSEWHERE = frozenset({502, 503, 504})
 
@@ -75,18 +80,20 @@ class Transport:
         params: Params | None = None,
         body: bytes | None = None,
         key: str | None = None,
+        timeout_s: float | None = None,
     ) -> Json:
         """One request, answered by some node.
 
         Args:
             params: query parameters; those that are None are left out.
             key: Idempotency-Key, the same for all retries; required for a write.
+            timeout_s: in place of the client's own bound, for what takes long.
         """
         headers = {} if key is None else {"Idempotency-Key": key}
         if body is not None:
             headers["Content-Type"] = "application/json"
-        query = {name: str(value) for name, value in (params or {}).items() if value is not None}
-        failover = self._failover()
+        query = _query(params)
+        failover = self._failover(timeout_s=timeout_s)
         while (attempt := failover.next(_now())) is not None:
             await asyncio.sleep(attempt.wait_s)
             try:
@@ -107,8 +114,66 @@ class Transport:
             self._preferred = failover.index
             if status >= 400:
                 raise error_from_problem(status, answer)
+            if str(answer.get("type", "")).startswith(PROBLEM_PREFIX):
+                # The node had to send its status before it knew how this ends.
+                raise error_from_problem(int(answer.get("status", 500)), answer)
             return answer
         raise failover.error(f"{method} {path}", key)
+
+    async def download(
+        self, path: str, target: Path, *, params: Params | None = None, timeout_s: float
+    ) -> int:
+        """Fetch a file, from another node anew where one breaks off; its size in bytes.
+
+        ``target`` appears whole or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        failover = self._failover(timeout_s=timeout_s)
+        part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+        try:
+            while (attempt := failover.next(_now())) is not None:
+                await asyncio.sleep(attempt.wait_s)
+                try:
+                    size = await self._fetch(attempt, path, part, _query(params))
+                except (
+                    _aiohttp().ConnectionTimeoutError,
+                    _aiohttp().ClientConnectorError,
+                ) as error:
+                    failover.failed(_why(error), reached=False)
+                    continue
+                except _aiohttp().ClientError as error:
+                    failover.failed(_why(error), reached=True)
+                    continue
+                except Unavailable as error:
+                    failover.failed(error.detail, reached=True)
+                    continue
+                self._preferred = failover.index
+                part.replace(target)
+                return size
+            raise failover.error(f"GET {path}")
+        finally:
+            part.unlink(missing_ok=True)
+
+    async def _fetch(self, attempt: Attempt, path: str, part: Path, query: dict[str, str]) -> int:
+        """The file from one node, whole. Raises what its problem document says."""
+        aiohttp = _aiohttp()
+        timeout = aiohttp.ClientTimeout(
+            total=attempt.timeout_s, sock_connect=CONNECT_TIMEOUT_S, sock_read=DOWNLOAD_IDLE_S
+        )
+        async with self._open().get(
+            attempt.url + path, params=query, timeout=timeout, allow_redirects=False
+        ) as response:
+            if response.status >= 400:
+                raw = await response.content.read(MAX_EVENT_BYTES)
+                raise error_from_problem(
+                    response.status, _document(raw, response.status, attempt.url + path)
+                )
+            with part.open("wb") as file:
+                async for chunk in response.content.iter_any():
+                    file.write(chunk)
+                return file.tell()
 
     async def _ask(
         self, attempt: Attempt, method: str, path: str, **request: Any
@@ -188,11 +253,11 @@ class Transport:
         detail = f"The stream was refused with HTTP {status}: check its cursor and types."
         return error_from_problem(status, {"detail": detail})
 
-    def _failover(self, *, persist: bool = False) -> Failover:
+    def _failover(self, *, persist: bool = False, timeout_s: float | None = None) -> Failover:
         return Failover(
             self.urls,
             start=self._preferred,
-            deadline=_now() + self.timeout_s,
+            deadline=_now() + (self.timeout_s if timeout_s is None else timeout_s),
             random=random.random,
             persist=persist,
         )
@@ -204,6 +269,10 @@ class Transport:
                 cookie_jar=aiohttp.DummyCookieJar(), headers={"Accept": "application/json"}
             )
         return self._session
+
+
+def _query(params: Params | None) -> dict[str, str]:
+    return {name: str(value) for name, value in (params or {}).items() if value is not None}
 
 
 def error_from_problem(status: int, document: Json) -> DistroMLError:

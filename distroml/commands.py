@@ -178,6 +178,47 @@ class PlaceSpares(Command, frozen=True, gc=False, kw_only=True):
     reason: str
 
 
+class RequestCheckpoint(Write, frozen=True, gc=False, kw_only=True):
+    """The ranks of a running job are to save a checkpoint at the next step boundary that suits them all."""
+
+    job_id: str
+
+
+class RetireCheckpoints(Command, frozen=True, gc=False, kw_only=True):
+    """Checkpoints that the retention of the spec does not keep. What must not go stays, whatever is said here."""
+
+    job_id: str
+    steps: tuple[int, ...]
+    reason: str
+
+
+class RemoveCheckpoint(Write, frozen=True, gc=False, kw_only=True):
+    """A client removes one checkpoint with its files."""
+
+    job_id: str
+    step: int
+
+
+class ImportCheckpoints(Write, frozen=True, gc=False, kw_only=True):
+    """Checkpoints of a job that this cluster does not know were found in a store: some of them, oldest first."""
+
+    job_id: str
+    run_id: str
+    spec: JobSpec
+    checkpoints: tuple[Checkpoint, ...]
+
+
+class VacateGeneration(Command, frozen=True, gc=False, kw_only=True):
+    """The ranks of a generation have to leave their nodes and nobody else could take over their state.
+
+    They save a checkpoint at a step boundary and end; the next generation begins with it.
+    """
+
+    job_id: str
+    generation: int
+    reason: str
+
+
 AnyCommand = (
     RegisterNode
     | SetNodeStatus
@@ -195,6 +236,11 @@ AnyCommand = (
     | FinishRun
     | MarkStepped
     | PlaceSpares
+    | RequestCheckpoint
+    | RetireCheckpoints
+    | RemoveCheckpoint
+    | ImportCheckpoints
+    | VacateGeneration
 )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from msgspec import Struct
 
@@ -17,14 +18,18 @@ from distroml.consensus.authentication import LinkSecurity, load_link_security
 from distroml.consensus.peers import Address
 from distroml.consensus.proposer import MAX_DECISION_BYTES
 from distroml.consensus.raft_types import RaftSettings
-from distroml.errors import ConfigError
+from distroml.credentials import read_private
+from distroml.errors import ConfigError, InvalidSpec
 from distroml.runtime.facts import ReconcilerSettings
 from distroml.runtime.failure_detector import DetectorSettings
 from distroml.runtime.hang import HangSettings
 from distroml.settings import NodeSettings, read
+from distroml.store_urls import StoreSettings, check_endpoint
 
 REPORTS_PER_TIMEOUT = 3
 """A node is silent only when at least this many of its reports are missing."""
+AS_OTEL_SAYS = "env"
+"""The collector is that of ``OTEL_EXPORTER_OTLP_ENDPOINT``."""
 _HOME = Path("~/.distroml")
 
 
@@ -44,6 +49,7 @@ class NodeConfig(Struct, frozen=True, kw_only=True):
     store_dir: Path
     slots: int
     security: LinkSecurity
+    stores: StoreSettings
     settings: NodeSettings
 
     @property
@@ -90,6 +96,7 @@ def resolve(settings: NodeSettings) -> NodeConfig:
             f"node_timeout_ms ({settings.node_timeout_ms}), or a late report makes a node lost.",
             field="report_interval_ms",
         )
+    _check_endpoint(settings.otlp_endpoint)
     place = place_of(settings)
     http = parse_address(settings.http, "http")
     security = load_link_security(
@@ -102,6 +109,7 @@ def resolve(settings: NodeSettings) -> NodeConfig:
     )
     check_loopback("listen", place.listen, settings.insecure or security.authenticates)
     check_loopback("http", http, settings.insecure)
+    data_dir = _directory(settings.data_dir or _HOME / place.name.replace(":", "_"), "data_dir")
     return NodeConfig(
         name=place.name,
         voters=place.voters,
@@ -109,10 +117,11 @@ def resolve(settings: NodeSettings) -> NodeConfig:
         listen=place.listen,
         http=http,
         http_url=settings.http_url or f"http://{reachable(http, place.own.host)}",
-        data_dir=_directory(settings.data_dir or _HOME / place.name.replace(":", "_"), "data_dir"),
-        store_dir=_directory(settings.store_dir or _HOME / "store", "store_dir"),
+        data_dir=data_dir,
+        store_dir=_directory(settings.store_dir or data_dir / "store", "store_dir"),
         slots=settings.slots if settings.slots >= 0 else os.cpu_count() or 1,
         security=security,
+        stores=_stores(settings),
         settings=settings,
     )
 
@@ -146,11 +155,51 @@ def reconciler_settings(settings: NodeSettings) -> ReconcilerSettings:
     """Waits and limits of the coordinator's decisions."""
     return ReconcilerSettings(
         start_deadline_s=settings.start_timeout_ms / 1000,
+        checkpoint_wait_s=settings.checkpoint_wait_ms / 1000,
         hang=HangSettings(
             stopped_grace_s=settings.stopped_grace_ms / 1000,
             floor_s=settings.hang_floor_ms / 1000,
             ceiling_s=settings.hang_ceiling_ms / 1000,
         ),
+    )
+
+
+def _check_endpoint(endpoint: str) -> None:
+    """Raises ConfigError for what is neither empty, ``env`` nor the URL of a collector."""
+    if endpoint in ("", AS_OTEL_SAYS):
+        return
+    try:
+        url = urlsplit(endpoint)
+        sound = url.scheme in ("http", "https") and url.hostname and url.port != 0
+    except ValueError:
+        sound = False
+    if not sound or url.query or url.fragment:
+        raise ConfigError(
+            f"otlp_endpoint '{endpoint}' must be the URL of a collector, such as "
+            f"http://127.0.0.1:4318, or '{AS_OTEL_SAYS}' for what OTEL_EXPORTER_OTLP_ENDPOINT says.",
+            field="otlp_endpoint",
+        )
+    if url.username is not None or url.password is not None:
+        raise ConfigError(
+            "otlp_endpoint must not hold a user or password; OTEL_EXPORTER_OTLP_HEADERS may hold a token.",
+            field="otlp_endpoint",
+        )
+
+
+def _stores(settings: NodeSettings) -> StoreSettings:
+    if settings.s3_endpoint:
+        try:
+            check_endpoint(settings.s3_endpoint, "s3_endpoint")
+        except InvalidSpec as error:
+            raise ConfigError(error.detail, field="s3_endpoint") from None
+    file = _path(settings.s3_credentials_file)
+    if file is not None:
+        read_private(file, what="S3 credentials file", field="s3_credentials_file")
+    return StoreSettings(
+        s3_endpoint=settings.s3_endpoint,
+        s3_region=settings.s3_region,
+        s3_profile=settings.s3_profile,
+        s3_credentials_file=str(file.absolute()) if file else "",
     )
 
 

@@ -19,7 +19,8 @@ type and HTTP status (RFC 9457) for the API, and to an exit code for the command
     ├── Unavailable           503  no leader, or the quorum is gone: nothing was done, try again
     │   └── OutcomeUnknown    504  the write may or may not happen: retry with the same key
     ├── StoreError            500  the checkpoint store failed
-    │   └── CorruptCheckpoint 500  bytes do not match their recorded hash
+    │   ├── CorruptCheckpoint 500  bytes do not match their recorded hash
+    │   └── CheckpointAway    503  its files may be on nodes that cannot be reached now
     └── (DistroMLError)       500  a defect of ours
 """
 
@@ -148,6 +149,12 @@ class CorruptCheckpoint(StoreError):
     """Stored bytes do not match the hash recorded when they were written."""
 
     slug, title = "corrupt-checkpoint", "Corrupt checkpoint"
+
+
+class CheckpointAway(StoreError):
+    """Nobody who can be reached has a good copy of a file, and somebody who cannot be may have one."""
+
+    slug, title, status = "checkpoint-away", "Checkpoint not reachable", 503
 
 
 def all_kinds(kind: type[DistroMLError] = DistroMLError) -> Iterator[type[DistroMLError]]:

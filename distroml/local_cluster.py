@@ -27,6 +27,7 @@ START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
 POLL_S = 0.05
 LOG_TAIL_LINES = 40
+NODE_MODULE = "distroml.node"
 _PORTS = range(20_000, 32_000)
 """Under the range from which kernels take ports of outgoing connections."""
 
@@ -35,15 +36,23 @@ class LocalNode:
     """One node's process, its addresses and its files; survives restarts of the process."""
 
     def __init__(
-        self, name: str, directory: Path, arguments: list[str], http: str, peer_address: str
+        self,
+        name: str,
+        directory: Path,
+        arguments: list[str],
+        http: str,
+        peer_address: str,
+        module: str = NODE_MODULE,
     ) -> None:
         self.name = name
         self.peer_address = peer_address
         """Where other nodes reach it."""
         self.data_dir = directory / name
+        self.store_dir = self.data_dir / "store"
+        """Its own part of the store ``local``."""
         self.log_path = directory / f"{name}.log"
         self.url = f"http://{http}"
-        self._arguments = arguments
+        self._arguments, self._module = arguments, module
         self._environ: Mapping[str, str] = os.environ
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -68,7 +77,7 @@ class LocalNode:
         self._environ = environ or self._environ
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "distroml.node", *self._arguments],
+                [sys.executable, "-m", self._module, *self._arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -131,6 +140,7 @@ class LocalCluster:
         slots: of each node, or one number per node, learners last.
         learners: further nodes that join the voters; named l1, l2, …
         arguments: further flags of every node.
+        module: what is run in place of ``distroml-node``.
     """
 
     def __init__(
@@ -142,10 +152,10 @@ class LocalCluster:
         slots: int | Iterable[int] = 2,
         arguments: Iterable[str] = (),
         environ: Mapping[str, str] | None = None,
+        module: str = NODE_MODULE,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
-        self.store_dir = directory / "store"
         self._environ = {**os.environ, "OMP_NUM_THREADS": "1", **(environ or {})}
         voters = [chr(ord("a") + number) for number in range(nodes)]
         names = voters + [f"l{number + 1}" for number in range(learners)]
@@ -159,16 +169,21 @@ class LocalCluster:
         ):
             http = f"127.0.0.1:{http_port}"
             flags = ["--name", name, "--http", http, "--slots", str(own)]
-            flags += ["--data-dir", str(directory / name), "--store-dir", str(self.store_dir)]
+            flags += ["--data-dir", str(directory / name)]
             if name not in voters:
                 flags += ["--join", peers, "--listen", at]
             elif len(names) > 1:
                 flags += ["--peers", peers]
-            self.nodes[name] = LocalNode(name, directory, [*flags, *arguments], http, at)
+            self.nodes[name] = LocalNode(name, directory, [*flags, *arguments], http, at, module)
 
     @property
     def urls(self) -> list[str]:
         return [node.url for node in self.nodes.values()]
+
+    def copies(self, path: str) -> list[Path]:
+        """Where a file or directory of the store ``local`` is on the nodes' disks, in the order of nodes."""
+        places = [node.store_dir / path for node in self.nodes.values()]
+        return [place for place in places if place.exists()]
 
     async def __aenter__(self) -> LocalCluster:
         try:

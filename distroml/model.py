@@ -118,6 +118,14 @@ class Checkpoint(Struct, frozen=True, gc=False, kw_only=True):
     committed_at: float
     status: CheckpointStatus = CheckpointStatus.COMMITTED
     reason: str = ""
+    store: str = "local"
+    """Which store it is in, as in the spec's ``checkpointing.store``."""
+    refers_to: tuple[str, ...] = ()
+    """Directories of earlier checkpoints in whose files some of its tensors are (delta)."""
+    metric: float | None = None
+    """Its value of the spec's ``checkpointing.best_metric``, where that was reported by then."""
+    save_request: int = 0
+    """The newest request for a checkpoint (``Job.save_request``) that its ranks had agreed on by then."""
 
 
 class Generation(Struct, frozen=True, gc=False, kw_only=True):
@@ -139,6 +147,10 @@ class Generation(Struct, frozen=True, gc=False, kw_only=True):
     """Not because of a failure: the ranks of the generation before change over after a whole step."""
     running_at: float | None = None
     """When all ranks were training, as the coordinator saw it."""
+    from_initial: bool = False
+    """``checkpoint_step`` is that of the job's ``initial`` one, which is another job's."""
+    vacated: bool = False
+    """Its ranks are to save a checkpoint at a step boundary and end, since they have to go elsewhere."""
 
     @property
     def places(self) -> tuple[Member, ...]:
@@ -158,12 +170,16 @@ class FailureKind(StrEnum):
     HANG = "hang"
     START_TIMEOUT = "start_timeout"
     CORRUPT_CHECKPOINT = "corrupt_checkpoint"
+    CHECKPOINT_AWAY = "checkpoint_away"
+    """Nodes that may have its files cannot be reached; the run waits for them."""
     DIVERGED = "diverged"
 
 
-BLAMELESS = frozenset({FailureKind.NODE_LEFT, FailureKind.CORRUPT_CHECKPOINT})
+BLAMELESS = frozenset(
+    {FailureKind.NODE_LEFT, FailureKind.CORRUPT_CHECKPOINT, FailureKind.CHECKPOINT_AWAY}
+)
 """Ends of a generation that say nothing about the user's code and do not count as restarts; there are finitely
-many of them, each is planned or takes a checkpoint out of use."""
+many of them: each is planned, takes a checkpoint out of use, or comes in the time that runs wait before they do that."""
 
 
 class Cause(Struct, frozen=True, gc=False, kw_only=True):
@@ -220,8 +236,8 @@ class Incident(Struct, frozen=True, gc=False, kw_only=True):
         return max(0, self.highest_step - self.resume_step)
 
     @property
-    def phases_ms(self) -> dict[str, float]:
-        """Milliseconds of each phase that is over, in order, and their total.
+    def phases(self) -> dict[str, tuple[float, float]]:
+        """Begin and end (Unix seconds) of each phase that is over, in order.
 
         A phase lasts from the end of the one before to its mark. Marks are from clocks of different nodes, and
         survivors may be out before the next generation is formed: what was over already took no time.
@@ -237,12 +253,20 @@ class Incident(Struct, frozen=True, gc=False, kw_only=True):
         phases, since = {}, self.observed_at
         for name, mark in marks.items():
             if mark is not None:
-                phases[name] = max(0.0, mark - since)
+                phases[name] = (since, max(since, mark))
                 since = max(since, mark)
+        return phases
+
+    @property
+    def phases_ms(self) -> dict[str, float]:
+        """Milliseconds of each phase that is over, in order, and their total."""
+        phases = self.phases
+        took_s = {name: ended_at - began_at for name, (began_at, ended_at) in phases.items()}
         over = self.first_step_at or self.recovered_at
         if over is not None:
-            phases["total"] = max(0.0, max(since, over) - self.observed_at)
-        return {name: round(took_s * 1000, 1) for name, took_s in phases.items()}
+            since = max([self.observed_at, *(ended_at for _, ended_at in phases.values())])
+            took_s["total"] = max(since, over) - self.observed_at
+        return {name: round(one * 1000, 1) for name, one in took_s.items()}
 
 
 class Result(Struct, frozen=True, gc=False, kw_only=True):
@@ -292,6 +316,16 @@ class Job(Struct, frozen=True, gc=False, kw_only=True):
     incidents: tuple[Incident, ...] = ()
     result: Result | None = None
     stop_requested: bool = False
+    initial: Checkpoint | None = None
+    """What the spec's ``init_from`` meant when the job was submitted; it is kept until the job has ended."""
+    save_request: int = 0
+    """How often a checkpoint was asked for."""
+    saved_request: int = 0
+    """The newest of these requests that a committed checkpoint has answered."""
+    removed: tuple[str, ...] = ()
+    """Directories of checkpoints that were removed by request; their files go as soon as they can."""
+    imported: bool = False
+    """Its checkpoints were found in a store; it never ran in this cluster."""
 
     @property
     def name(self) -> str:
@@ -313,6 +347,11 @@ class Job(Struct, frozen=True, gc=False, kw_only=True):
         """The generation whose ranks train now, or would."""
         return self.outgoing or self.generation
 
+    @property
+    def is_to_save(self) -> bool:
+        """Whether a checkpoint was asked for that is not committed yet."""
+        return self.save_request > self.saved_request
+
     def made_progress(self, highest_step: int) -> bool:
         """Whether the present generation got further than any before it, given the steps that it completed."""
         committed = any(one.generation in self.generation_numbers for one in self.checkpoints)
@@ -333,6 +372,28 @@ class Job(Struct, frozen=True, gc=False, kw_only=True):
         """The newest committed checkpoint not known to be corrupt."""
         good = [c for c in self.checkpoints if c.status is CheckpointStatus.COMMITTED]
         return max(good, key=lambda c: c.step, default=None)
+
+    def origin(self) -> Checkpoint | None:
+        """What ranks without a state begin with: the newest checkpoint of the run, else the initial one."""
+        return self.newest_checkpoint() or self.initial
+
+    def source_of(self, generation: Generation) -> Checkpoint | None:
+        """The checkpoint that a generation reads where none of its ranks has a state as new."""
+        if generation.from_initial:
+            return self.initial
+        wanted = generation.checkpoint_step
+        return next((one for one in self.checkpoints if one.step == wanted), None)
+
+    def steps_in(self, checkpoint: Checkpoint | None) -> int:
+        """Steps of this run that are done in ``checkpoint``; 0 where only its weights are taken."""
+        if checkpoint is None or (checkpoint is self.initial and self.takes_weights_only):
+            return 0
+        return checkpoint.step
+
+    @property
+    def takes_weights_only(self) -> bool:
+        """Whether the run begins at step 0 with another job's model."""
+        return self.spec.init_from is not None and self.spec.init_from.weights_only
 
 
 class Event(Struct, frozen=True, gc=False, kw_only=True):

@@ -11,6 +11,7 @@ from enum import StrEnum
 
 from msgspec import Struct
 
+from distroml.errors import CheckpointAway, CorruptCheckpoint, StoreError
 from distroml.model import FailureKind
 
 
@@ -48,6 +49,9 @@ class ShardFact(Struct, frozen=True, gc=False, kw_only=True):
     """Name within the checkpoint's directory."""
     size_bytes: int
     sha256: str
+    """Of its header, which has the hashes of all that follows (``checkpoint.shard_file``)."""
+    save_request: int = 0
+    """The newest request for a checkpoint that the ranks had agreed on by then."""
 
 
 class WorkerFailure(Struct, frozen=True, gc=False, kw_only=True):
@@ -60,7 +64,20 @@ class WorkerFailure(Struct, frozen=True, gc=False, kw_only=True):
     collateral: bool = False
     """True where it is the echo of another rank's end (a broken collective)."""
     checkpoint_step: int | None = None
-    """For CORRUPT_CHECKPOINT: which one."""
+    """For the kinds of ``CHECKPOINT_ERRORS``: which one."""
+
+
+CHECKPOINT_ERRORS: dict[FailureKind, type[StoreError]] = {
+    FailureKind.CORRUPT_CHECKPOINT: CorruptCheckpoint,
+    FailureKind.CHECKPOINT_AWAY: CheckpointAway,
+}
+"""Errors that say of a checkpoint that this rank cannot begin with it."""
+
+
+def kind_of(error: BaseException) -> FailureKind:
+    """Which signal an error of a worker, or of its agent on its behalf, is."""
+    kinds = (kind for kind, raised in CHECKPOINT_ERRORS.items() if isinstance(error, raised))
+    return next(kinds, FailureKind.ERROR)
 
 
 class Marks(Struct, frozen=True, gc=False, kw_only=True):
@@ -110,6 +127,16 @@ class WorkerOutcome(Struct, frozen=True, gc=False, kw_only=True):
     """The final checkpoint that it contributed to, None where checkpoints are off."""
 
 
+class Former(Struct, frozen=True, gc=False, kw_only=True):
+    """What a rank saved in the generation that it left by a planned change; its shards may become durable later."""
+
+    generation: int
+    rank: int
+    """Its rank there."""
+    shards: tuple[ShardFact, ...] = ()
+    abandoned: tuple[tuple[int, str], ...] = ()
+
+
 class WorkerFact(Struct, frozen=True, gc=False, kw_only=True):
     """Everything an agent knows of one worker process."""
 
@@ -131,6 +158,9 @@ class WorkerFact(Struct, frozen=True, gc=False, kw_only=True):
     shards: tuple[ShardFact, ...] = ()
     abandoned: tuple[tuple[int, str], ...] = ()
     """Checkpoint steps that it could not write, with the reason."""
+    copying: tuple[int, ...] = ()
+    """Checkpoint steps of which its shard is durable on its node, and not yet on as many others as it should be."""
+    former: Former | None = None
     failure: WorkerFailure | None = None
     outcome: WorkerOutcome | None = None
     exit_code: int | None = None
@@ -150,6 +180,15 @@ class WorkerFact(Struct, frozen=True, gc=False, kw_only=True):
     stopped_s: float = 0.0
     """For how long its process has been stopped (SIGSTOP, a debugger), as its agent sees it."""
     ended_at: float | None = None
+
+    def as_former(self) -> Former:
+        """What is still to be known of its generation once it has left that by a planned change."""
+        return Former(
+            generation=self.generation,
+            rank=self.rank,
+            shards=self.shards,
+            abandoned=self.abandoned,
+        )
 
 
 class NodeReport(Struct, frozen=True, gc=False, kw_only=True):

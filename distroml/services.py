@@ -13,6 +13,7 @@ from typing import Any
 from msgspec import Struct
 
 from distroml import __version__
+from distroml.checkpoint_files import CheckpointFiles
 from distroml.commands import AnyCommand, Outcome
 from distroml.config import NodeConfig
 from distroml.consensus.peers import PeerLinks
@@ -20,16 +21,18 @@ from distroml.consensus.proposer import Proposer
 from distroml.consensus.raft import RaftNode
 from distroml.consensus.raft_types import NotLeader, RaftStatus
 from distroml.consensus.replica import Replica
-from distroml.consensus.state import ClusterState
+from distroml.consensus.state import ClusterState, digest_state
 from distroml.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from distroml.http.job_events import JobEvents
 from distroml.http.limits import HttpSettings
 from distroml.http.services import Counter, HistoryBatch, LogLine, MetricPoint, Series
 from distroml.runtime.barrier_wire import BarrierWire
+from distroml.runtime.collecting import Collector
 from distroml.runtime.control import MetricRecord
 from distroml.runtime.coordinator import Coordinator
 from distroml.runtime.history_sink import HistoryWriter
 from distroml.runtime.observations import Observations, ObservedNode
+from distroml.runtime.replicas.copies import Copies
 from distroml.runtime.reporter import Reporter
 from distroml.runtime.store.following import Entry, follow
 from distroml.runtime.store.history import HistoryStore
@@ -166,6 +169,9 @@ class Parts(Struct, frozen=True, kw_only=True):
     warm: Callable[[], bool]
     """Whether workers can be started at once (true for a node without slots)."""
     coordinator: Coordinator
+    collector: Collector
+    files: CheckpointFiles
+    copies: Copies
     reporter: Reporter
     barriers: BarrierWire
 
@@ -177,8 +183,11 @@ class NodeServices:
         self._parts = parts
         self._started = time.monotonic()
         self._caught_up = False
+        self._digesting = asyncio.Lock()
+        self._digest = (-1, "")
         self.events = JobEvents(parts.replica.recent_events)
         self.history = HistoryView(parts.history)
+        self.files = parts.files
         self.settings = HttpSettings()
         self.version = __version__
 
@@ -188,6 +197,14 @@ class NodeServices:
 
     def state(self) -> ClusterState:
         return self._parts.replica.state
+
+    async def state_digest(self) -> tuple[int, str]:
+        """Made in a thread, one at a time; asked again at the same index, the last one is the answer."""
+        async with self._digesting:
+            state = self.state()
+            if self._digest[0] != state.index:
+                self._digest = (state.index, await asyncio.to_thread(digest_state, state))
+            return self._digest
 
     def raft(self) -> RaftStatus:
         return self._parts.raft.status()
@@ -295,6 +312,25 @@ class NodeServices:
                 parts.coordinator.decisions,
             ),
             (
+                "checkpoint_directories_total",
+                "event",
+                "Directories of checkpoints that this node deleted, or could not.",
+                parts.collector.counts,
+            ),
+            (
+                "checkpoint_copies_total",
+                "event",
+                "Files of the store 'local': copies that others took, refused or could not be had in time; "
+                "fetched, mended and restored ones.",
+                parts.copies.counts,
+            ),
+            (
+                "checkpoint_copy_bytes_total",
+                "direction",
+                "Bytes of checkpoint files that went to other nodes or came from them.",
+                parts.copies.bytes_moved,
+            ),
+            (
                 "history_replication_total",
                 "event",
                 "Records of history exchanged with other nodes.",
@@ -304,6 +340,16 @@ class NodeServices:
         for name, label, about, values in labelled:
             for key, value in dict(values).items():
                 yield _counter(name, value, about, {label: key})
+        yield _counter(
+            "checkpoint_copies_missing",
+            parts.copies.upkeep.lacking,
+            "Copies that committed checkpoints lack, as the leader saw last; 0 on other nodes.",
+        )
+        yield _counter(
+            "checkpoint_files_lost",
+            parts.copies.upkeep.lost,
+            "Files of committed checkpoints that no node had when the leader looked last.",
+        )
         yield _counter(
             "history_dropped_total",
             parts.writer.dropped,

@@ -72,8 +72,31 @@ class NodeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     store_dir: Annotated[
         str,
         Meta(
-            description="checkpoint store, one directory that all nodes see; on several hosts a "
-            "shared file system (~/.distroml/store)"
+            description="this node's own part of the checkpoint store 'local', whose files are kept on "
+            "several nodes (store in --data-dir)"
+        ),
+    ] = ""
+    s3_endpoint: Annotated[
+        str,
+        Meta(
+            description="URL of the server for s3:// stores, where theirs names none (default: AWS, or what "
+            "AWS_ENDPOINT_URL_S3 says)"
+        ),
+    ] = ""
+    s3_region: Annotated[
+        str,
+        Meta(
+            description="region for s3:// stores whose URL names none (default: as AWS_REGION says)"
+        ),
+    ] = ""
+    s3_profile: Annotated[
+        str, Meta(description="profile of the AWS files to take credentials from, for s3:// stores")
+    ] = ""
+    s3_credentials_file: Annotated[
+        str,
+        Meta(
+            description="file with credentials for s3:// stores, as ~/.aws/credentials, mode 0600 (default: AWS "
+            "variables, files, container or instance)"
         ),
     ] = ""
     slots: Annotated[
@@ -114,6 +137,14 @@ class NodeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             description="time in which all ranks of a generation must train, ms",
         ),
     ] = 120_000
+    checkpoint_wait_ms: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1_800_000,
+            description="how long a run waits for nodes that may have its newest checkpoint before it takes an older one, ms",
+        ),
+    ] = 600_000
     stopped_grace_ms: Annotated[
         int,
         Meta(
@@ -139,6 +170,14 @@ class NodeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             description="most of that time, ms; counts also until a step was timed",
         ),
     ] = 600_000
+    orphan_grace_s: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=31_536_000,
+            description="how long a checkpoint that was never whole stays after its job has ended, s",
+        ),
+    ] = 3600
     cluster_key_file: Annotated[
         str, Meta(description="file with the key that peers must know; see 'distroml certs key'")
     ] = ""
@@ -153,6 +192,14 @@ class NodeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     insecure: Annotated[
         bool, Meta(description="allow addresses other than loopback, without TLS and tokens")
     ] = False
+    otlp_endpoint: Annotated[
+        str,
+        Meta(
+            description="OpenTelemetry collector (OTLP over HTTP) that gets a trace of each recovery, such as "
+            "http://127.0.0.1:4318, or 'env': as OTEL_EXPORTER_OTLP_ENDPOINT says; empty: no traces; needs "
+            "distroml[tracing]"
+        ),
+    ] = ""
     log_level: Annotated[str, Meta(description="debug, info, warning or error")] = "info"
 
 

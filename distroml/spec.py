@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from distroml.errors import UNDECODABLE, InvalidSpec, NotBuilt
+from distroml.store_urls import parse_store
 
 MAX_WORKERS = 1024
 MAX_OPTIONS = 32
@@ -105,7 +106,62 @@ class Checkpointing(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     every_n_steps: Annotated[
         int, Meta(ge=1, le=1_000_000_000, description="steps between checkpoints")
     ] = 200
-    store: Annotated[str, Meta(description="local: the node's --store-dir, seen by all")] = "local"
+    store: Annotated[
+        str,
+        Meta(
+            max_length=1024,
+            description="local (the nodes' own disks, --store-dir, each file on several of them), file:///directory that all "
+            "nodes see, s3://bucket/prefix, gs://bucket/prefix or az://container/prefix; options such as ?endpoint=URL, "
+            "never credentials",
+        ),
+    ] = "local"
+    replicas: (
+        Annotated[
+            int,
+            Meta(
+                ge=1,
+                le=16,
+                description="nodes that have each file, as far as there are so many; store local only "
+                "(null: 2)",
+            ),
+        ]
+        | None
+    ) = None
+    keep_last: Annotated[
+        int, Meta(ge=1, le=1000, description="newest checkpoints that are kept")
+    ] = 5
+    keep_every_n_steps: (
+        Annotated[
+            int, Meta(ge=1, le=1_000_000_000, description="those of multiples of it are kept too")
+        ]
+        | None
+    ) = None
+    keep_best: Annotated[
+        int, Meta(ge=0, le=1000, description="and so many with the best value of best_metric")
+    ] = 0
+    best_metric: Annotated[
+        str, Meta(min_length=1, max_length=63, description="metric that keep_best goes by")
+    ] = "loss"
+    best_is: Annotated[str, Meta(description="min or max")] = "min"
+    delta: Annotated[
+        bool,
+        Meta(description="refer to tensors of an earlier checkpoint that did not change"),
+    ] = False
+    compression: Annotated[
+        str, Meta(description="none, or zstd (bytes shuffled by place, then Zstandard)")
+    ] = "none"
+
+
+class InitFrom(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
+    """Another job's committed checkpoint that a new job begins with."""
+
+    job: Annotated[str, Meta(min_length=1, max_length=64, description="id of that job")]
+    step: Annotated[int, Meta(ge=0, description="its step; null: the newest committed")] | None = (
+        None
+    )
+    weights_only: Annotated[
+        bool, Meta(description="take the model alone and start at step 0; else go on from its step")
+    ] = False
 
 
 class Compression(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
@@ -129,6 +185,7 @@ class JobSpec(Struct, frozen=True, gc=False, forbid_unknown_fields=True, kw_only
     distributed: Distributed = Distributed()
     hyperparameters: Hyperparameters = Hyperparameters()
     checkpointing: Checkpointing = Checkpointing()
+    init_from: InitFrom | None = None
     compression: Compression = Compression()
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1, description="keys all randomness of the run")] = 0
     steps: (
@@ -164,7 +221,8 @@ _CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "distributed.backend": (("gloo",), ("nccl", "mpi")),
     "distributed.reduction": (("deterministic", "fast"), ()),
     "hyperparameters.optimizer": (("adam", "adamw", "sgd"), ()),
-    "checkpointing.store": (("local",), ("file", "s3", "gs", "az")),
+    "checkpointing.best_is": (("min", "max"), ()),
+    "checkpointing.compression": (("none", "zstd"), ()),
     "model": (("mlp", "cnn", "transformer"), ()),
     "dataset": (("synthetic", "digits", "text"), ()),
 }
@@ -253,6 +311,14 @@ def check(spec: JobSpec) -> None:
             "compression.enabled must be false: gradient compression is not available in this version.",
             field="compression.enabled",
         )
+    parse_store(spec.checkpointing.store, "checkpointing.store")
+    saving = spec.checkpointing
+    if saving.replicas is not None and saving.store != "local":
+        raise InvalidSpec(
+            "checkpointing.replicas is for the store 'local', whose copies the nodes keep; leave it out "
+            "with a store of another kind.",
+            field="checkpointing.replicas",
+        )
     if spec.hyperparameters.batch_size < spec.resources.workers:
         raise InvalidSpec(
             f"hyperparameters.batch_size ({spec.hyperparameters.batch_size}) is the global batch and "
@@ -314,7 +380,7 @@ def _check_choice(
     if value in available:
         return
     allowed = ", ".join(available)
-    if value in planned or (path == "checkpointing.store" and "://" in value):
+    if value in planned:
         raise NotBuilt(
             f"{path} '{value}' is not available in this version; use: {allowed}.", field=path
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from msgspec.structs import replace
+
 from distroml import commands as c
 from distroml.consensus import machine
 from distroml.consensus.state import ClusterState
@@ -111,11 +113,23 @@ def checkpoint(step: int, generation: int = 1, digest: str = "ab" * 32) -> Check
     )
 
 
-def running(log: Log, job_id: str = "job-1") -> Log:
+def commit(step: int, generation: int = 1, **fields: Any) -> c.CommitCheckpoint:
+    made = replace(checkpoint(step, generation), **fields)
+    return c.CommitCheckpoint(job_id="job-1", generation=generation, checkpoint=made)
+
+
+def imports(job_id: str, *steps: int, digest: str = "ab" * 32) -> c.ImportCheckpoints:
+    found = tuple(checkpoint(step, digest=digest) for step in steps)
+    return c.ImportCheckpoints(
+        job_id=job_id, run_id=f"run-{job_id}", spec=JobSpec(), checkpoints=found
+    )
+
+
+def running(log: Log, job_id: str = "job-1", **fields: Any) -> Log:
     """Two nodes, one job of two workers, RUNNING in generation 1."""
     log.ok(node("a"))
     log.ok(node("b"))
-    log.ok(submit(job_id))
+    log.ok(submit(job_id, **fields))
     log.ok(form(job_id, 1, members("a", "b")))
     log.ok(c.MarkRunning(job_id=job_id, generation=1, total_steps=100))
     return log

@@ -9,6 +9,7 @@ import pytest
 from distroml.config import NodeConfig, detector_settings, load, raft_settings
 from distroml.errors import ConfigError
 from distroml.settings import NodeSettings, build_parser, unknown_variables
+from distroml.store_urls import StoreSettings
 
 THREE = "a=127.0.0.1:7101,b=127.0.0.1:7102,c=127.0.0.1:7103"
 
@@ -58,9 +59,27 @@ def test_every_setting_is_a_flag_a_variable_and_a_key(tmp_path: Path) -> None:
     assert config("--config", toml(tmp_path, "insecure = true")).settings.insecure
 
 
+def test_what_a_node_says_of_s3_reaches_its_stores(tmp_path: Path) -> None:
+    file = tmp_path / "credentials"
+    file.write_text("[default]\n")
+    file.chmod(0o644)
+    given = ["--s3-region", "eu-central-1", "--s3-credentials-file", str(file)]
+    assert "chmod 600" in refusal(*given).detail
+    file.chmod(0o600)
+    stores = config(*given, DISTROML_S3_ENDPOINT="http://127.0.0.1:9000").stores
+    assert stores == StoreSettings(
+        s3_endpoint="http://127.0.0.1:9000",
+        s3_region="eu-central-1",
+        s3_credentials_file=str(file),
+    )
+
+
 @pytest.mark.parametrize(
     ("argv", "field", "said"),
     [
+        (["--s3-endpoint", "minio"], "s3_endpoint", "must be the URL of a server"),
+        (["--s3-endpoint", "http://me:x@h"], "s3_endpoint", "must not hold credentials"),
+        (["--s3-credentials-file", "/none"], "s3_credentials_file", "cannot be read"),
         (["--slots", "many"], "slots", "flags: slots: Expected `int`"),
         (["--slots", "-1"], "slots", ">= 0"),
         (["--name", "../up"], "name", "not a node name"),
@@ -188,3 +207,24 @@ def test_a_node_that_reports_seldom_is_not_suspected_between_reports() -> None:
     timing = detector_settings(made.settings)
     assert 5 < timing.suspect_silence_s <= timing.silence_s == 20
     assert timing.first_word_s > 5
+
+
+@pytest.mark.parametrize("endpoint", ["", "env", "http://collector:4318", "https://c.example/otlp"])
+def test_a_collector_is_named_by_its_url_or_by_opentelemetrys_own_variable(endpoint: str) -> None:
+    assert config("--otlp-endpoint", endpoint).settings.otlp_endpoint == endpoint
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    ["collector:4318", "grpc://c:4317", "http://", "http://c:0", "http://c:x", "http://c/?a"],
+)
+def test_what_is_no_collector_is_refused(endpoint: str) -> None:
+    error = refusal(DISTROML_OTLP_ENDPOINT=endpoint)
+    assert error.field == "otlp_endpoint"
+    assert f"'{endpoint}'" in error.detail
+
+
+def test_a_password_in_the_url_of_a_collector_is_refused_and_not_repeated() -> None:
+    error = refusal(DISTROML_OTLP_ENDPOINT="http://me:secret@collector:4318")
+    assert "OTEL_EXPORTER_OTLP_HEADERS" in error.detail
+    assert "secret" not in error.detail

@@ -25,6 +25,16 @@ def test_more_ports_than_there_are_is_said() -> None:
         free_ports(100_000)
 
 
+def test_each_node_has_a_store_of_its_own_and_copies_are_found(tmp_path: Path) -> None:
+    cluster = LocalCluster(tmp_path, nodes=3)
+    places = {node.store_dir for node in cluster.nodes.values()}
+    assert len(places) == 3
+    assert cluster.copies("x/y") == []
+    for name in "ca":
+        (cluster.nodes[name].store_dir / "x").mkdir(parents=True)
+    assert cluster.copies("x") == [cluster.nodes[name].store_dir / "x" for name in "ac"]
+
+
 async def test_a_node_lives_dies_and_comes_back(tmp_path: Path) -> None:
     async with LocalCluster(tmp_path, nodes=1, slots=0) as cluster:
         node = cluster.nodes["a"]

@@ -34,7 +34,9 @@ def test_every_dependency_is_pinned_to_a_public_version() -> None:
 def test_the_build_machine_runs_the_users_command() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    assert script.read_text().rstrip().endswith("\nexec make test")
+    commands = script.read_text().splitlines()
+    assert "set -euo pipefail" in commands
+    assert commands.index("make test") > commands.index("set -euo pipefail")
 
 
 @pytest.mark.parametrize(

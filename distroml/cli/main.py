@@ -56,7 +56,7 @@ _COMMANDS = {
     "jobs:job": "Show a job, its workers and its result.",
     "watch:watch": "Watch a job until it is finished.",
     "logs:logs": "Print the output of a job's workers.",
-    "checkpoints:checkpoints": "List a job's checkpoints whose commit is in the log.",
+    "checkpoints:checkpoint": "List, show, verify, save, export, import and remove checkpoints.",
     "incidents:incidents": "List a job's failures and recoveries.",
     "jobs:stop": "End an active job after a final checkpoint.",
     "jobs:cancel": "End an active job now.",
@@ -68,7 +68,7 @@ _COMMANDS = {
     "specdoc:spec": "Show the fields of a job specification with defaults and ranges.",
     "certs:certs": "Make and show a cluster's certificates and keys.",
 }
-_WITH_COMMANDS = frozenset({"certs:certs"})
+_WITH_COMMANDS = frozenset({"checkpoints:checkpoint", "certs:certs"})
 """What has commands of its own: the library lets only its module set more than name and help."""
 for _place, (_target, _help) in enumerate(_COMMANDS.items()):
     app.command(

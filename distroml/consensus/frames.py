@@ -40,6 +40,7 @@ class Channel(enum.IntEnum):
     REPORT = 3
     STORE = 4
     BARRIER = 5
+    COPIES = 6
 
 
 class Lane(enum.IntEnum):
@@ -55,6 +56,7 @@ LANE_OF: Final[dict[int, Lane]] = {
     Channel.REPORT: Lane.BULK,
     Channel.STORE: Lane.BULK,
     Channel.BARRIER: Lane.CONTROL,
+    Channel.COPIES: Lane.BULK,
 }
 
 

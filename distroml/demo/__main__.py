@@ -120,7 +120,7 @@ def main() -> int:
         with ExitStack() as stack:
             screen = Screen(stack)
             trouble = asyncio.run(perform(cluster, mark, facts, screen))
-        verdicts = report.judge(facts, cluster.store_dir)
+        verdicts = report.judge(facts, cluster.copies)
         held = not trouble and all(one.held for one in verdicts)
         report.show(facts, verdicts)
         if options.json is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,16 @@ class Verdict(Struct, frozen=True):
     found: str
 
 
-def judge(facts: Facts, store: Path) -> list[Verdict]:
+Copies = Callable[[str], Sequence[Path]]
+"""Where a file of the store is on the nodes' disks."""
+
+
+def judge(facts: Facts, copies: Copies) -> list[Verdict]:
     """All expectations of the demo against what it saw and what is on disk."""
     job, reached = facts.job, accuracy(facts.job)
     recovered = [one for one in facts.incidents if one["recovered_at"] is not None]
     by_worker, by_leader = _caused_by_worker(facts), _caused_by_leader(facts)
-    whole = [one for one in facts.checkpoints if _manifest_is_whole(store, one)]
+    whole = [one for one in facts.checkpoints if _manifest_is_whole(copies, one)]
     restarts = sum(one["steps_lost"] or 0 for one in recovered)
     return [
         Verdict("the job is COMPLETED", job.get("status") == "COMPLETED", _status(job)),
@@ -127,12 +132,14 @@ def _caused_by_leader(facts: Facts) -> Json | None:
     return next((one for one in others if one["cause"].get("node") == facts.killed_leader), None)
 
 
-def _manifest_is_whole(store: Path, checkpoint: Json) -> bool:
-    file = store / checkpoint["directory"] / checkpoint["manifest"]
+def _manifest_is_whole(copies: Copies, checkpoint: Json) -> bool:
+    """Whether some node has it, and each that does has it whole."""
+    files = copies(f"{checkpoint['directory']}/{checkpoint['manifest']}")
     try:
-        return bool(_sha256(file) == checkpoint["manifest_sha256"])
+        hashes = {_sha256(file) for file in files}
     except OSError:
         return False
+    return hashes == {checkpoint["manifest_sha256"]}
 
 
 def _sha256(file: Path) -> str:

@@ -123,7 +123,7 @@ class Story:
         return running
 
     async def _hurt_worker(self, progress: JobProgress) -> None:
-        await self._reach(WORKER_FAULT_AT, progress, checkpoints=1)
+        await self._reach(WORKER_FAULT_AT, progress, saved_after=0)
         leader = await self._leader()
         job = await self._client.job(progress.job["job_id"])
         # not the leader's: the two faults shall have nothing in common
@@ -144,8 +144,8 @@ class Story:
         self._took("worker_recovered", begun)
 
     async def _hurt_leader(self, progress: JobProgress) -> None:
-        newest = (await self._client.job(progress.job["job_id"]))["checkpoints"]["count"]
-        await self._reach(LEADER_FAULT_AT, progress, checkpoints=newest + 1)
+        newest = (await self._client.job(progress.job["job_id"]))["checkpoints"]["newest_step"]
+        await self._reach(LEADER_FAULT_AT, progress, saved_after=newest or 0)
         leader = await self._until("a leader", self._leader)
         job = await self._client.job(progress.job["job_id"])
         ranks = [w for w in job["workers"] if w["node"] == leader and w["pid"]]
@@ -217,14 +217,16 @@ class Story:
             await self._still_active(progress)
         return len(done) >= count
 
-    async def _reach(self, share: float, progress: JobProgress, *, checkpoints: int) -> None:
+    async def _reach(self, share: float, progress: JobProgress, *, saved_after: int) -> None:
+        """Wait for a share of the steps, and for a checkpoint beyond the step ``saved_after``."""
         step = int(share * self._facts.steps)
 
         async def reached() -> bool:
             job = await self._still_active(progress)
-            return bool(job["step"] >= step and job["checkpoints"]["count"] >= checkpoints)
+            saved = job["checkpoints"]["newest_step"] or 0
+            return bool(job["step"] >= step and saved > saved_after)
 
-        await self._until(f"step {step} and {checkpoints} checkpoints", reached)
+        await self._until(f"step {step} and a checkpoint after step {saved_after}", reached)
 
     async def _still_active(self, progress: JobProgress) -> Json:
         job = await self._client.job(progress.job["job_id"])

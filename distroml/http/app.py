@@ -20,19 +20,24 @@ from distroml.errors import InvalidRequest, Unavailable
 from distroml.http import limits, openapi, problems
 from distroml.http.guards import Authenticate, check_origin
 from distroml.http.limits import Gate, Read
-from distroml.http.routes import cluster, job_records, jobs, ops
+from distroml.http.routes import checkpoints, cluster, job_records, jobs, ops
 from distroml.http.services import Services
 from distroml.http.table import Call, Route
 from distroml.http.telemetry import Telemetry
 
 NODE_HEADER = "X-DistroML-Node"
-INDEX_HEADER = "X-DistroML-Index"
 REQUEST_ID_HEADER = "X-Request-Id"
 BACKLOG = 1024
 UNKNOWN_ROUTE = "none"
 """Label of requests that match no route; their paths are not bounded."""
 
-ROUTES: tuple[Route, ...] = (*jobs.ROUTES, *job_records.ROUTES, *cluster.ROUTES, *ops.ROUTES)
+ROUTES: tuple[Route, ...] = (
+    *jobs.ROUTES,
+    *job_records.ROUTES,
+    *checkpoints.ROUTES,
+    *cluster.ROUTES,
+    *ops.ROUTES,
+)
 
 _ROUTE = web.RequestKey("route", Route)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -162,7 +167,7 @@ class HttpServer:
 def sign(request: web.BaseRequest, response: web.StreamResponse, services: Services) -> None:
     """The headers that every response of a node carries."""
     response.headers[NODE_HEADER] = services.name
-    response.headers[INDEX_HEADER] = str(services.state().index)
+    response.headers.setdefault(limits.INDEX_HEADER, str(services.state().index))
     response.headers[REQUEST_ID_HEADER] = problems.request_id_of(request)
     response.headers.setdefault("X-Content-Type-Options", "nosniff")
     response.headers.setdefault("Cache-Control", "no-store")

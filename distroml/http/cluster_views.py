@@ -104,6 +104,14 @@ class LeaderView(Struct, frozen=True, kw_only=True):
     applied_index: int
 
 
+class DigestView(Struct, frozen=True, kw_only=True):
+    """The answering node's copy of the replicated state in short; equal at the same index on every node."""
+
+    self: str
+    index: Annotated[int, Meta(description="log index up to which it is applied")]
+    sha256: str
+
+
 class HealthView(Struct, frozen=True, kw_only=True):
     """The answering node, in detail; a 200 says only that its process serves."""
 

@@ -34,10 +34,13 @@ MAX_HEADER_BYTES = 8190
 MAX_HEADERS = 100
 MAX_QUERY_PAIRS = 64
 KEY_HEADER = "Idempotency-Key"
+INDEX_HEADER = "X-DistroML-Index"
+"""Log index applied when the answer was made; a handler that awaits after it took the state sets it itself."""
 JOB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}\Z"
 
 _KEY = re.compile(r"[\x21-\x7e]{1,255}\Z")
 _JOB_ID = re.compile(JOB_ID_PATTERN)
+_STEP = re.compile(r"[0-9]{1,12}\Z")
 
 T = TypeVar("T", bound=Struct)
 
@@ -118,6 +121,20 @@ def job_id_of(request: web.Request) -> str:
             "The job id in the path must be 1 to 63 letters, digits, '-' or '_'.", field="job_id"
         )
     return job_id
+
+
+def step_of(request: web.Request) -> int:
+    """The ``{step}`` of the path.
+
+    Raises:
+        InvalidRequest: it is not a number of steps.
+    """
+    text = request.match_info["step"]
+    if not _STEP.match(text):
+        raise InvalidRequest(
+            f"The step in the path must be a whole number, not {text[:40]!r}.", field="step"
+        )
+    return int(text)
 
 
 def parse_query(request: web.Request, kind: type[T]) -> T:

@@ -70,7 +70,7 @@ class StateMessage(Struct, frozen=True, tag="state", tag_field="type", kw_only=T
 
 
 class CheckpointMessage(Struct, frozen=True, tag="checkpoint", tag_field="type", kw_only=True):
-    """A checkpoint was committed, abandoned or found corrupt."""
+    """A checkpoint was committed, abandoned, found corrupt or retired."""
 
     event: str
     step: int

@@ -37,6 +37,7 @@ _PATH_PARAMETERS = {
     "job_id": {"type": "string", "pattern": JOB_ID_PATTERN.replace(r"\Z", "$")},
     "slug": {"type": "string"},
     "name": {"type": "string"},
+    "step": {"type": "integer", "minimum": 0},
 }
 
 
@@ -140,6 +141,9 @@ def _answer(answer: Answer, schema_of: dict[str, Any]) -> dict[str, Any]:
         shown["content"] = {answer.content_type: {"schema": schema_of[_key(answer.body)]}}
     elif answer.content_type == "text/event-stream":
         schema = {"$ref": _REF.format(name="StreamMessage")}
+        shown["content"] = {answer.content_type: {"schema": schema}}
+    elif answer.content_type == "application/octet-stream":
+        schema = {"type": "string", "format": "binary"}
         shown["content"] = {answer.content_type: {"schema": schema}}
     elif answer.content_type != JSON_TYPE:
         shown["content"] = {answer.content_type: {"schema": {"type": "string"}}}

@@ -7,8 +7,9 @@ store; tests implement it in memory. Everything here is called in the event loop
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from pathlib import Path
 from typing import Any, Protocol
 
 from msgspec import Struct
@@ -17,7 +18,10 @@ from distroml.commands import AnyCommand, Outcome
 from distroml.consensus.state import ClusterState
 from distroml.http.job_events import JobEvents
 from distroml.http.limits import HttpSettings
+from distroml.model import Checkpoint
 from distroml.reports import NodeReport
+from distroml.runtime.checkpoint.examination import FileCheck, Survey
+from distroml.runtime.checkpoint.manifest import Manifest
 
 
 class RaftView(Protocol):
@@ -131,6 +135,19 @@ class History(Protocol):
         ...
 
 
+class CheckpointFiles(Protocol):
+    """The files of checkpoints, as this node reaches them; see ``distroml.checkpoint_files``."""
+
+    async def describe(self, checkpoint: Checkpoint) -> Manifest: ...
+    async def verify(
+        self, checkpoint: Checkpoint, others: Collection[Checkpoint]
+    ) -> list[FileCheck]: ...
+    async def survey(self, store: str, *, thorough: bool) -> Survey: ...
+    def export(
+        self, checkpoint: Checkpoint, *, everything: bool
+    ) -> AbstractAsyncContextManager[Path]: ...
+
+
 class Services(Protocol):
     """One node, as the HTTP layer sees it."""
 
@@ -144,8 +161,14 @@ class Services(Protocol):
     def events(self) -> JobEvents: ...
     @property
     def history(self) -> History: ...
+    @property
+    def files(self) -> CheckpointFiles: ...
     def state(self) -> ClusterState:
         """The newest applied state; immutable."""
+        ...
+
+    async def state_digest(self) -> tuple[int, str]:
+        """Log index and SHA-256 of a state not older than the call; other work goes on meanwhile."""
         ...
 
     def raft(self) -> RaftView: ...

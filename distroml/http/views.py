@@ -14,7 +14,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from distroml.http.services import ObservedNode
-from distroml.model import ASSIGNED, Cause, Checkpoint, Generation, Incident, Job, JobStatus, Member
+from distroml.model import ASSIGNED, Cause, Generation, Incident, Job, JobStatus, Member
 from distroml.reports import StepTiming, WorkerFact
 from distroml.spec import JobSpec
 
@@ -125,27 +125,6 @@ class JobList(Struct, frozen=True):
     next_cursor: Annotated[str | None, Meta(description="null on the last page")]
 
 
-class CheckpointView(Struct, frozen=True, kw_only=True):
-    """A checkpoint whose commit is in the log."""
-
-    step: int
-    epoch: int
-    generation: int
-    status: str
-    reason: str
-    committed_at: Timestamp
-    directory: str
-    manifest: str
-    manifest_sha256: str
-    size_bytes: int
-    shards: int
-
-
-class CheckpointList(Struct, frozen=True):
-    job_id: str
-    checkpoints: list[CheckpointView]
-
-
 class IncidentView(Struct, frozen=True, kw_only=True):
     """A failure and the recovery from it."""
 
@@ -241,23 +220,6 @@ def step_of(job: Job, facts: Facts) -> int:
     return _position(job, _facts_of_job(job, facts))[0]
 
 
-def checkpoint_view(one: Checkpoint) -> CheckpointView:
-    """One committed checkpoint."""
-    return CheckpointView(
-        step=one.step,
-        epoch=one.epoch,
-        generation=one.generation,
-        status=one.status.value,
-        reason=one.reason,
-        committed_at=timestamp(one.committed_at),
-        directory=one.directory,
-        manifest=one.manifest,
-        manifest_sha256=one.manifest_sha256,
-        size_bytes=one.size_bytes,
-        shards=one.shards,
-    )
-
-
 def incident_view(one: Incident) -> IncidentView:
     """One failure with its recovery so far."""
     return IncidentView(
@@ -300,10 +262,10 @@ def _position(job: Job, mine: list[WorkerFact]) -> tuple[int, int]:
     """(steps completed, epoch)."""
     if job.result is not None:
         return job.result.step, job.result.epoch
-    newest = job.newest_checkpoint()
+    newest = job.origin()
     places = [(fact.step, fact.epoch) for fact in mine]
-    if newest is not None:
-        places.append((newest.step, newest.epoch))
+    if newest is not None and (steps := job.steps_in(newest)):
+        places.append((steps, newest.epoch))
     return max(places, default=(0, 0))
 
 

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+from distroml.checkpoint_files import CheckpointFiles
 from distroml.commands import Outcome
 from distroml.config import (
     NodeConfig,
@@ -34,13 +35,16 @@ from distroml.errors import ConfigError
 from distroml.http.app import HttpServer
 from distroml.model import Event
 from distroml.node.registration import FAREWELL_TIMEOUT_S, Registration
+from distroml.node.tracing import trace_recoveries
 from distroml.runtime.assignment import SupervisorSettings
 from distroml.runtime.barrier_wire import BarrierWire
-from distroml.runtime.checkpoint.store import LocalStore
+from distroml.runtime.checkpoint.stores.opening import Stores
+from distroml.runtime.collecting import Collector
 from distroml.runtime.coordinator import Coordinator, CoordinatorSettings
 from distroml.runtime.history_sink import HistoryWriter
 from distroml.runtime.identity import unusable
 from distroml.runtime.observations import Observations
+from distroml.runtime.replicas.copies import Copies
 from distroml.runtime.report_relay import ReportRelay
 from distroml.runtime.reporter import Reporter, ReporterSources
 from distroml.runtime.store.history import HistoryStore
@@ -51,6 +55,8 @@ from distroml.services import NodeServices, Parts
 
 STOP_LIMIT_S = 12.0
 """A node that has not stopped by then (a disk that hangs) just goes: crashing at any time is safe."""
+CONFIRM_TIMEOUT_S = 5.0
+"""How long the collector of garbage waits to learn that this node's state is up to date."""
 CONVERGE_S = 1.0
 """Local workers are compared with the assignment at least this often."""
 CONVERGE_PAUSE_PARTS = 3.0
@@ -128,8 +134,18 @@ class Node:
             links=self.links,
             raft=self.raft,
             state=lambda: self.replica.state,
-            released=lambda *release: self.supervisor.release(*release),
+            told=lambda *news: self.supervisor.tell_ranks(*news),
             monotonic=time.monotonic,
+        )
+        self.copies = Copies(
+            node=config.name,
+            voters=frozenset(config.voters),
+            directory=config.store_dir,
+            links=self.links,
+            state=lambda: self.replica.state,
+            leads=lambda: self.raft.is_leader,
+            landed=lambda path: self.collector.landed(path),
+            leaving=lambda: self.stopping,
         )
         self.supervisor = Supervisor(
             SupervisorSettings(
@@ -138,11 +154,13 @@ class Node:
                 host=config.host,
                 data_dir=config.data_dir,
                 store_dir=config.store_dir,
+                stores=config.stores,
                 worker_threads=settings.worker_threads,
             ),
             sink=HistorySink(metrics=self.writer.take_metrics, logs=self.writer.take_logs),
             changed=self._local_change,
             arrived=self.barriers.arrive,
+            copies=self.copies.for_workers,
         )
         self.reporter = Reporter(
             node=config.name,
@@ -159,6 +177,7 @@ class Node:
             took=self._take_own_report,
             interval_s=settings.report_interval_ms / 1000,
         )
+        stores = Stores(self.copies.store, config.stores)
         self.coordinator = Coordinator(
             node=config.name,
             raft=self.raft,
@@ -166,11 +185,19 @@ class Node:
             observations=self.observations,
             may_decide=lambda: self.registration.done,
             propose=self.proposer.propose,
-            store=LocalStore(config.store_dir),
+            stores=stores,
             settings=CoordinatorSettings(
                 detector=detector_settings(settings),
                 reconciler=reconciler_settings(settings),
             ),
+        )
+        self.files = CheckpointFiles(stores, config.data_dir / "exports", self.copies.bringer)
+        self.collector = Collector(
+            Stores(config.store_dir, config.stores),  # of "local" what is here: each node its own
+            state=lambda: self.replica.state,
+            leads=lambda: self.raft.is_leader,
+            confirm=lambda: self.services.read_barrier(CONFIRM_TIMEOUT_S),
+            grace_s=settings.orphan_grace_s,
         )
         self.stopping = False
         self.services = NodeServices(
@@ -188,6 +215,9 @@ class Node:
                 stopping=lambda: self.stopping,
                 warm=self._warm,
                 coordinator=self.coordinator,
+                collector=self.collector,
+                files=self.files,
+                copies=self.copies,
                 reporter=self.reporter,
                 barriers=self.barriers,
             )
@@ -239,6 +269,9 @@ class Node:
         Returns the tasks without which this node must not go on.
         """
         self._wire()
+        traces = trace_recoveries(self.config, self.incarnation, self.replica, os.environ)
+        if traces is not None:
+            stack.push_async_callback(traces.close)
         with directory_errors(self.config):
             await self.history.start()
         stack.push_async_callback(self.history.close)
@@ -250,6 +283,8 @@ class Node:
         with directory_errors(self.config):
             await self.raft.start()
         stack.push_async_callback(self.raft.stop)
+        self.copies.start()
+        stack.push_async_callback(self.copies.stop)
         with _address_errors("http", self.config.http):
             await self.http.start(self.config.http.host, self.config.http.port)
         stack.push_async_callback(self.http.stop)
@@ -261,6 +296,10 @@ class Node:
         stack.push_async_callback(self.reporter.stop)
         self.coordinator.start()
         stack.push_async_callback(self.coordinator.stop)
+        self.files.remove_leftovers()
+        stack.callback(self.files.close)
+        self.collector.start()
+        stack.push_async_callback(self.collector.stop)
         converge = asyncio.create_task(self._converge(), name="converge")
         stack.callback(converge.cancel)
         _log.info(
@@ -272,7 +311,14 @@ class Node:
             self.config.data_dir,
         )
         gc.freeze()  # what was imported never becomes garbage: it need not be looked at again and again
-        tasks = (converge, self.reporter.task, self.coordinator.task, *self.supervisor.tasks)
+        tasks = (
+            converge,
+            self.reporter.task,
+            self.coordinator.task,
+            self.collector.task,
+            self.copies.upkeep.task,
+            *self.supervisor.tasks,
+        )
         return {task for task in tasks if task is not None}
 
     def _wire(self) -> None:
@@ -284,6 +330,7 @@ class Node:
         self.replica.listen(self.services.events.applied)
         self.replica.listen(self._on_applied)
         self.replica.listen(lambda entry, outcome, events: self.coordinator.on_events(events))
+        self.replica.listen(lambda entry, outcome, events: self.collector.on_events(events))
         self.raft.on_role(lambda status: self._on_role())
 
     async def _farewell(self) -> None:

@@ -14,12 +14,14 @@ from distroml.consensus.raft_types import NotLeader, Overloaded
 from distroml.consensus.replica import Replica
 from distroml.errors import ConfigError, TooManyRequests, Unavailable
 from distroml.model import NodeStatus
-from distroml.runtime.assignment import ranks_here
+from distroml.runtime.assignment import ranks_here, saves_here
 
 FAREWELL_TIMEOUT_S = 2.0
 """How long a node that stops tries to tell the cluster before it just goes."""
 MOVE_TIMEOUT_S = 5.0
 """How long a node that stops waits for its ranks to go on elsewhere, after a whole step."""
+SAVE_TIMEOUT_S = 20.0
+"""How much longer it waits where ranks save their state first, since nobody else has it."""
 REGISTER_TIMEOUT_S = 5.0
 REGISTER_PAUSE_S = 0.05
 """Between two attempts to register while there is no leader."""
@@ -123,11 +125,14 @@ class Registration:
     async def leave(self) -> None:
         """Wait until this node's ranks were moved, say goodbye, and see that none is left.
 
-        The leader knows from the reports that this node stops. It moves its ranks where there is room, and ends
-        their generation at once where there is none.
+        The leader knows from the reports that this node stops. It moves its ranks where there is room, has
+        those save their state whose state nobody else has, and ends their generation at once otherwise.
         """
         with contextlib.suppress(TimeoutError):
             await self._ranks_taken_away(MOVE_TIMEOUT_S)
+        if saves_here(self._replica.state, self._config.name, self._incarnation):
+            with contextlib.suppress(TimeoutError):
+                await self._ranks_taken_away(SAVE_TIMEOUT_S)
         goodbye = SetNodeStatus(
             name=self._config.name,
             incarnation=self._incarnation,

@@ -7,7 +7,7 @@ The order matters: a survivor has the state, a spare has everything imported, a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from msgspec import Struct
@@ -26,6 +26,7 @@ from distroml.model import (
 from distroml.reports import WorkerPhase
 from distroml.runtime.control import Join, WorkerPlan
 from distroml.runtime.log_tail import log_path
+from distroml.store_urls import StoreSettings
 
 _AT_WORK = frozenset({WorkerPhase.TRAINING, WorkerPhase.FINISHING})
 
@@ -38,6 +39,7 @@ class SupervisorSettings(Struct, frozen=True, kw_only=True):
     host: str
     data_dir: Path
     store_dir: Path
+    stores: StoreSettings = StoreSettings()
     worker_threads: int = 1
 
     @property
@@ -100,17 +102,25 @@ def duties(
 
 def ranks_here(state: ClusterState, node: str, incarnation: int) -> int:
     """How many ranks this incarnation of ``node`` should be running, or holds until a planned change is made."""
+    return sum(1 for _ in _generations_here(state, node, incarnation))
+
+
+def saves_here(state: ClusterState, node: str, incarnation: int) -> bool:
+    """Whether ranks of this incarnation of ``node`` are to save their state before they end."""
+    return any(one.vacated for one in _generations_here(state, node, incarnation))
+
+
+def _generations_here(state: ClusterState, node: str, incarnation: int) -> Iterator[Generation]:
+    """The generation of each rank that this incarnation of ``node`` has."""
     own = state.nodes.get(node)
     if own is None or own.incarnation != incarnation:
-        return 0
-    return sum(
-        1
-        for job in state.jobs.values()
-        if job.status in ASSIGNED
-        for generation in (job.generation, job.outgoing)
-        for member in (generation.members if generation else ())
-        if member.node == node and own.holds(member)
-    )
+        return
+    for job in state.jobs.values():
+        if job.status in ASSIGNED:
+            present = [one for one in (job.generation, job.outgoing) if one is not None]
+            for generation in present:
+                here = [m for m in generation.members if m.node == node and own.holds(m)]
+                yield from [generation] * len(here)
 
 
 def next_join(job: Job, rank: int, process: Process | None = None) -> Join:
@@ -126,20 +136,14 @@ def next_join(job: Job, rank: int, process: Process | None = None) -> Join:
         raise ValueError(f"job '{job.job_id}' has no rank {rank}")
     outgoing = job.outgoing.number if job.outgoing else None
     trains_on = process is not None and process.joined == outgoing and process.phase in _AT_WORK
+    source = job.source_of(generation)
     return Join(
         generation=generation.number,
         rank=rank,
         local_rank=member.local_rank,
         world_size=len(generation.members),
-        checkpoint=next(
-            (
-                one
-                for one in job.checkpoints
-                if one.step == generation.checkpoint_step
-                and one.status is CheckpointStatus.COMMITTED
-            ),
-            None,
-        ),
+        checkpoint=source if source and source.status is CheckpointStatus.COMMITTED else None,
+        weights_only=generation.from_initial and job.takes_weights_only,
         at_boundary=generation.planned and trains_on,
     )
 
@@ -156,6 +160,7 @@ def worker_plan(
         host=settings.host,
         spec=job.spec,
         store_dir=str(settings.store_dir),
+        stores=settings.stores,
         control_path=str(control_path),
         log_path=str(log_path(settings.log_dir, job.run_id, worker)),
         threads=settings.worker_threads,

@@ -33,6 +33,8 @@ MAX_KEPT: Final = 256
 REPEAT_S: Final = 0.25
 """How long an agent waits for an answer before it repeats; twice as long each time, up to ``REPEAT_MOST_S``."""
 REPEAT_MOST_S: Final = 1.0
+MAX_NAMED: Final = 16
+"""Missing ranks that an agent is told of."""
 ASK_S: Final = 0.2
 """How often a leader asks for the ranks that one barrier still misses."""
 
@@ -79,7 +81,14 @@ class Released(Struct, frozen=True, array_like=True, tag=3, gc=False):
     value: BarrierValue
 
 
-BarrierMessage = Arrived | Asked | Released
+class Awaited(Struct, frozen=True, array_like=True, tag=4, gc=False):
+    """leader -> an agent that repeats: the first ``MAX_NAMED`` of the ranks that have not arrived."""
+
+    barrier: Barrier
+    missing: _Ranks
+
+
+BarrierMessage = Arrived | Asked | Released | Awaited
 Outgoing = tuple[str, BarrierMessage]
 """To which node."""
 Roster = Mapping[str, frozenset[int]]
@@ -93,11 +102,12 @@ class Rosters:
         self._known: dict[RunGeneration, Roster] = {}
 
     def of(self, state: ClusterState, generation: RunGeneration) -> Roster | None:
-        """The generation's roster; None if it is not the present one of a run that goes on."""
+        """The generation's roster; None if it is not a present one of a run that goes on."""
         known = self._known.get(generation)
         if known is None and is_present(state.jobs.get(generation.job_id), generation):
             by_node: dict[str, set[int]] = {}
-            formed = state.jobs[generation.job_id].generation
+            job = state.jobs[generation.job_id]
+            formed = job.generation if generation.number == job.generation_number else job.outgoing
             for member in formed.members if formed else ():
                 by_node.setdefault(member.node, set()).add(member.rank)
             known = {node: frozenset(ranks) for node, ranks in by_node.items()}
@@ -116,11 +126,12 @@ class Rosters:
 
 
 def is_present(job: Job | None, generation: RunGeneration) -> bool:
-    """Whether it is the newest generation of a run that has not ended."""
+    """Whether it is the newest generation of a run that has not ended, or trains until that one relieves it."""
     return (
         job is not None
         and job.status not in TERMINAL
-        and (job.run_id, job.generation_number) == (generation.run_id, generation.number)
+        and job.run_id == generation.run_id
+        and generation.number in job.generation_numbers
     )
 
 
@@ -169,6 +180,10 @@ class Standing:
             return Released(asked.barrier, value)
         ranks = self._waiting.get(asked.barrier)
         return _arrived(asked.barrier, ranks) if ranks else None
+
+    def waiting(self, barrier: Barrier) -> tuple[int, ...]:
+        """Ranks of this agent that stand there."""
+        return tuple(self._waiting.get(barrier, ()))
 
     def unanswered(self) -> list[Arrived]:
         """All that is not answered yet."""
@@ -227,16 +242,19 @@ class Gatherings:
         if not message.ranks or not roster.get(node, frozenset()).issuperset(message.ranks):
             raise NotTaken("not_a_member")
         gathering = self._gathering(roster, message, now_s)
+        repeats = node in gathering.nodes
         gathering.missing.difference_update(message.ranks)
         gathering.value = max(gathering.value, message.value)
         gathering.nodes.add(node)
         if not gathering.missing:
             return self._release(barrier, gathering.value)
+        missing = tuple(sorted(gathering.missing)[:MAX_NAMED])
+        answer: list[Outgoing] = [(node, Awaited(barrier, missing))] if repeats else []
         if now_s - gathering.asked_s < ASK_S:
-            return []
+            return answer
         gathering.asked_s = now_s
         absent = (name for name, ranks in roster.items() if ranks & gathering.missing)
-        return [(name, Asked(barrier)) for name in absent]
+        return [*answer, *((name, Asked(barrier)) for name in absent)]
 
     def released(self, message: Released) -> list[Outgoing]:
         """Somebody has passed the barrier, so all ranks had arrived: whoever waits here is told."""

@@ -4,6 +4,7 @@
 
     worker ── Arrive ──> agent ── Arrived ──> leader      one frame per agent, once all its ranks have arrived
     worker <─ Released ─ agent <─ Released ── leader      one frame per agent
+    worker <─ Awaited ── agent <─ Awaited ─── leader      where an agent repeats: who is missing
 
 The frames have a channel of their own on the control lane: history that streams by does not hold them up. An agent
 that waits repeats after ``REPEAT_S``, then ever less often, and at once where the leader or the link to it is new.
@@ -20,11 +21,13 @@ import msgspec
 from distroml.consensus.frames import Channel
 from distroml.consensus.state import ClusterState
 from distroml.errors import UNDECODABLE
+from distroml.runtime import control
 from distroml.runtime.barrier import (
     REPEAT_MOST_S,
     REPEAT_S,
     Arrived,
     Asked,
+    Awaited,
     Barrier,
     BarrierMessage,
     Gatherings,
@@ -51,7 +54,7 @@ class BarrierWire:
 
     Args:
         state: the replicated state, which says who belongs to a generation.
-        released: called with a generation, its local ranks that may go on, the barrier's name and value.
+        told: called with a generation, local ranks of it, and what they are to hear of a barrier.
         monotonic: seconds of a clock that only goes forward.
     """
 
@@ -62,11 +65,11 @@ class BarrierWire:
         links: _Links,
         raft: _Raft,
         state: Callable[[], ClusterState],
-        released: Callable[[RunGeneration, tuple[int, ...], str, int], None],
+        told: Callable[[RunGeneration, tuple[int, ...], control.Released | control.Awaited], None],
         monotonic: Callable[[], float],
     ) -> None:
         self._node, self._links, self._raft = node, links, raft
-        self._state, self._tell, self._monotonic = state, released, monotonic
+        self._state, self._tell, self._monotonic = state, told, monotonic
         self._standing = Standing()
         self._gatherings = Gatherings()
         self._rosters = Rosters()
@@ -92,7 +95,7 @@ class BarrierWire:
             return
         said = self._standing.arrive(barrier, rank, value)
         if isinstance(said, Released):
-            self._tell(barrier.generation, (rank,), barrier.name, said.value)
+            self._release(said, (rank,))
             return
         if self._timer is None:
             self._arm()
@@ -154,6 +157,8 @@ class BarrierWire:
                 case Released():
                     self._go_on(message)
                     self._send_all(self._gatherings.released(message))
+                case Awaited():
+                    self._wait_on(message)
                 case Asked():
                     known = self._standing.answer(message)
                     self._send_all([(peer, known)] if known else [])
@@ -164,8 +169,19 @@ class BarrierWire:
         ranks = self._standing.release(message)
         if ranks:
             self._count("releases")
-            barrier = message.barrier
-            self._tell(barrier.generation, ranks, barrier.name, message.value)
+            self._release(message, ranks)
+
+    def _release(self, message: Released, ranks: tuple[int, ...]) -> None:
+        of, name = message.barrier.generation, message.barrier.name
+        released = control.Released(generation=of.number, name=name, value=message.value)
+        self._tell(of, ranks, released)
+
+    def _wait_on(self, message: Awaited) -> None:
+        ranks = self._standing.waiting(message.barrier)
+        if ranks:
+            of, name = message.barrier.generation, message.barrier.name
+            awaited = control.Awaited(generation=of.number, name=name, missing=message.missing)
+            self._tell(of, ranks, awaited)
 
     def _arm(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(self._pause_s, self._repeat)

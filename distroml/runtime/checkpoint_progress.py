@@ -12,9 +12,9 @@ from msgspec import Struct
 
 from distroml.commands import AbandonCheckpoint, BeginCheckpoint
 from distroml.model import CheckpointStatus, Generation, JobStatus
-from distroml.reports import ShardFact, WorkerFact
+from distroml.reports import Former, ShardFact, WorkerFact
 from distroml.runtime.decisions import Decision, Running, Turn, WriteManifest
-from distroml.runtime.facts import sighting_of
+from distroml.runtime.facts import sighting_of, workers_of
 
 
 class OpenCheckpoint(Struct, frozen=True, kw_only=True):
@@ -41,18 +41,19 @@ class Progress(Struct, frozen=True, kw_only=True):
 def progress(turn: Turn, run: Running) -> Progress:
     """Where each uncommitted checkpoint of the generation stands."""
     number, checkpoints = run.generation.number, run.job.checkpoints
+    saved = _saved(turn, run)
     floor = max((c.step for c in checkpoints if c.generation == number), default=-1)
     # Below the floor lies a corrupt one of this very generation too: the same shards are not committed again.
     settled = {c.step for c in checkpoints if c.status is CheckpointStatus.COMMITTED}
     shards = {
         step: held
-        for step, held in _by_step(run.ranks, run.generation).items()
+        for step, held in _by_step(saved, run.generation).items()
         if step > floor and step not in settled
     }
     world_size = len(run.generation.members)
     dead = {
         step: why
-        for step, why in _dead(turn, run, shards, world_size)
+        for step, why in _dead(turn, run, saved, shards, world_size)
         if step > floor and step not in settled
     }
     return Progress(
@@ -90,6 +91,27 @@ def checkpoint_decisions(turn: Turn, run: Running, at: Progress) -> list[Decisio
     return decisions
 
 
+def left_behind(turn: Turn, work: Running, number: int) -> list[Decision] | None:
+    """What becomes of checkpoints that a planned change to generation ``number``, now made, found open.
+
+    Empty where there are none; None while they may still be committed, for which the outgoing generation is kept.
+    """
+    seen_s = sighting_of(work.job, turn.facts).shards_since_s
+    decisions = []
+    for one in progress(turn, work).open:
+        waited_s = turn.facts.looked_s - seen_s.get(one.step, turn.facts.looked_s)
+        if waited_s < turn.settings.commit_wait_s:
+            return None
+        durable = f"{len(one.shards)} of {len(work.generation.members)} shards were durable"
+        why = f"{durable} when generation {number} took over"
+        command = AbandonCheckpoint(
+            job_id=work.job.job_id, generation=work.generation.number, step=one.step, reason=why
+        )
+        reason = f"checkpoint of step {one.step} abandoned: {why}"
+        decisions.append(Decision(action=command, reason=reason))
+    return decisions
+
+
 def write_decisions(turn: Turn, run: Running, whole: tuple[OpenCheckpoint, ...]) -> list[Decision]:
     """The effects that commit ``whole``, but for those that are being written already."""
     return [
@@ -100,6 +122,8 @@ def write_decisions(turn: Turn, run: Running, whole: tuple[OpenCheckpoint, ...])
                 generation=run.generation.number,
                 step=one.step,
                 shards=one.shards,
+                store=run.job.spec.checkpointing.store,
+                best_metric=run.job.spec.checkpointing.best_metric,
             ),
             reason=f"all {len(one.shards)} shards of step {one.step} are durable",
         )
@@ -117,8 +141,23 @@ def _to_announce(turn: Turn, run: Running, at: Progress) -> list[int]:
     return sorted(steps)
 
 
+def _saved(turn: Turn, run: Running) -> dict[int, WorkerFact | Former]:
+    """What each rank of the generation saved in it, also of those that have left it by a planned change."""
+    number = run.generation.number
+    if number == run.job.generation_number:
+        return dict(
+            run.ranks
+        )  # nobody has left the newest one; all workers of the cluster need not be looked at
+    left = {
+        fact.former.rank: fact.former
+        for _, fact in workers_of(run.job, turn.facts)
+        if fact.former is not None and fact.former.generation == number
+    }
+    return {**left, **run.ranks}
+
+
 def _by_step(
-    ranks: Mapping[int, WorkerFact], generation: Generation
+    ranks: Mapping[int, WorkerFact | Former], generation: Generation
 ) -> dict[int, dict[int, ShardFact]]:
     shards: dict[int, dict[int, ShardFact]] = {}
     for member in generation.members:
@@ -130,7 +169,11 @@ def _by_step(
 
 
 def _dead(
-    turn: Turn, run: Running, shards: Mapping[int, Mapping[int, ShardFact]], world_size: int
+    turn: Turn,
+    run: Running,
+    saved: Mapping[int, WorkerFact | Former],
+    shards: Mapping[int, Mapping[int, ShardFact]],
+    world_size: int,
 ) -> Iterator[tuple[int, str]]:
     """Steps that cannot be completed any more; of several reasons for one step the last counts."""
     newest_whole = max((s for s, held in shards.items() if len(held) == world_size), default=-1)
@@ -141,8 +184,8 @@ def _dead(
             yield step, f"the one of step {newest_whole} was whole before it"
         elif len(held) < world_size and waited_s >= turn.settings.checkpoint_deadline_s:
             yield step, f"{len(held)} of {world_size} shards after {waited_s:.0f} s"
-    for rank in sorted(run.ranks):
-        for step, why in run.ranks[rank].abandoned:
+    for rank in sorted(saved):
+        for step, why in saved[rank].abandoned:
             yield step, f"rank {rank} could not write its shard: {why}"
     for (job_id, number, step), why in turn.facts.write_failures.items():
         if (job_id, number) == run.key:

@@ -5,6 +5,8 @@ Pure; used by ``runtime.reconciler``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from distroml.commands import FinishRun
 from distroml.model import Cause, CheckpointStatus, FailureKind, Job, JobStatus, Result
 from distroml.reports import WorkerOutcome
@@ -25,6 +27,11 @@ def outcomes_of(run: Running) -> dict[int, WorkerOutcome] | None:
         if (fact := run.ranks.get(member.rank)) is not None and fact.outcome is not None
     }
     return outcomes if len(outcomes) == len(run.generation.members) else None
+
+
+def have_diverged(outcomes: Mapping[int, WorkerOutcome]) -> bool:
+    """Whether ranks ended with different states."""
+    return len({outcome.state_digest for outcome in outcomes.values()}) > 1
 
 
 def finish(
@@ -54,12 +61,13 @@ def conclude(
     turn: Turn, run: Running, outcomes: dict[int, WorkerOutcome], at: Progress
 ) -> Decision | None:
     """The end of a run whose ranks all finished; None while the final checkpoint is still being committed."""
-    if len({outcome.state_digest for outcome in outcomes.values()}) > 1:
+    if have_diverged(outcomes):
         verdict = _diverged(turn, run, outcomes)
         reason = f"generation {run.generation.number}: {verdict.reason}"
         return finish(run, JobStatus.FAILED, reason, because=verdict)
     first = outcomes[min(outcomes)]
-    problem = _final_checkpoint_problem(turn, run, first, at)
+    saves = run.job.spec.checkpointing.enabled
+    problem = final_checkpoint_problem(turn, run, first, at) if saves else ""
     if problem is None:
         return None
     result = Result(
@@ -88,13 +96,11 @@ def stopped_by_failure(run: Running, why: str, because: Blame | None = None) -> 
     return finish(run, JobStatus.CANCELLED, reason, because=because)
 
 
-def _final_checkpoint_problem(
+def final_checkpoint_problem(
     turn: Turn, run: Running, outcome: WorkerOutcome, at: Progress
 ) -> str | None:
     """Empty if all is well, else why there is no final checkpoint; None while that is open."""
     step = outcome.checkpoint_step
-    if not run.job.spec.checkpointing.enabled:
-        return ""
     if step is None:
         return next(reversed(at.dead.values()), "the workers wrote none")
     if any(c.step == step and c.status is CheckpointStatus.COMMITTED for c in run.job.checkpoints):
@@ -103,7 +109,10 @@ def _final_checkpoint_problem(
         return at.dead[step]
     finished_s = sighting_of(run.job, turn.facts).finished_since_s
     waited_s = turn.facts.looked_s - (turn.facts.looked_s if finished_s is None else finished_s)
-    if waited_s >= turn.settings.final_checkpoint_wait_s:
+    copying = any(step in fact.copying for fact in run.ranks.values())
+    if waited_s >= (
+        turn.settings.checkpoint_deadline_s if copying else turn.settings.final_checkpoint_wait_s
+    ):
         return f"it was not committed within {waited_s:.0f} s"
     return None
 

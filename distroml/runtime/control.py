@@ -13,10 +13,11 @@ from typing import Generic, TypeVar
 import msgspec
 from msgspec import Struct
 
-from distroml.model import Checkpoint
+from distroml.model import Checkpoint, FailureKind
 from distroml.reports import Marks, ShardFact, StepTiming, WorkerFailure, WorkerOutcome, WorkerPhase
 from distroml.runtime.barrier import BarrierName, BarrierValue
 from distroml.spec import JobSpec
+from distroml.store_urls import StoreSettings
 
 MAX_FRAME_BYTES = 4 * 1024 * 1024
 HEADER = struct.Struct(">I")
@@ -39,8 +40,15 @@ class Join(Struct, frozen=True, tag=True, kw_only=True):
     world_size: int
     checkpoint: Checkpoint | None
     """The newest committed one; None: from scratch. The same for all ranks of a generation."""
+    weights_only: bool = False
+    """Of the checkpoint only the model is taken: the run begins at step 0 with it."""
     at_boundary: bool = False
     """A planned change: the ranks leave the present generation together after a whole step. Otherwise at once."""
+
+    @property
+    def steps_done(self) -> int:
+        """Steps of this run that are done in the checkpoint."""
+        return 0 if self.checkpoint is None or self.weights_only else self.checkpoint.step
 
 
 class WorkerPlan(Struct, frozen=True, kw_only=True):
@@ -59,6 +67,8 @@ class WorkerPlan(Struct, frozen=True, kw_only=True):
     """Unix socket of the agent."""
     log_path: str
     """stdout and stderr of the worker are appended here."""
+    stores: StoreSettings = StoreSettings()
+    """What the node says of stores that all nodes share."""
     threads: int = 1
     join: Join | None = None
     """Its first generation; None: a hot spare, which prepares everything and waits."""
@@ -146,6 +156,17 @@ class Arrive(Struct, frozen=True, tag=True, kw_only=True):
     value: BarrierValue = 0
 
 
+class NeedCheckpoint(Struct, frozen=True, tag=True, kw_only=True):
+    """This rank is about to read a checkpoint of the store ``local``: its files are to be on this node."""
+
+    number: int
+    """Comes back with the answer."""
+    checkpoint: Checkpoint
+    manifest_only: bool = False
+    mend: bool = False
+    """It has read broken bytes: what is here is to be compared, and replaced from other nodes."""
+
+
 class Failed(Struct, frozen=True, tag=True, kw_only=True):
     """The last frame of a worker that ends with an error."""
 
@@ -168,6 +189,7 @@ FromWorker = (
     | ShardDurable
     | ShardAbandoned
     | Arrive
+    | NeedCheckpoint
     | Failed
     | Finished
 )
@@ -186,6 +208,27 @@ class Stop(Struct, frozen=True, tag=True, kw_only=True):
     """Agree with the other ranks on the next step boundary, save a final checkpoint there, finish."""
 
 
+class Save(Struct, frozen=True, tag=True, kw_only=True):
+    """While it is in ``generation``: save a checkpoint at the first step boundary at which all ranks can."""
+
+    generation: int
+    request: int
+    """Counts the requests of the run; an answered one asks for nothing."""
+
+
+class Vacate(Struct, frozen=True, tag=True, kw_only=True):
+    """If in ``generation``: agree with the others on the next step boundary, save a checkpoint there, even where
+    checkpoints are off, and finish. The run goes on elsewhere."""
+
+    generation: int
+
+
+class Committed(Struct, frozen=True, tag=True, kw_only=True):
+    """The log's newest checkpoint of the run that is good is another one now; later ones may refer to its tensors."""
+
+    checkpoint: Checkpoint | None
+
+
 class Abort(Struct, frozen=True, tag=True, kw_only=True):
     """``generation`` is over: leave its collectives at once, keep the state, wait for a ``Join``."""
 
@@ -193,13 +236,42 @@ class Abort(Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Released(Struct, frozen=True, tag=True, kw_only=True):
-    """All ranks of its generation have arrived at a barrier; ``value`` is the largest that they came with."""
+    """All ranks of ``generation`` have arrived at a barrier; ``value`` is the largest that they came with."""
 
+    generation: int
     name: str
     value: int
 
 
-ToWorker = RendezvousKeys | Stop | Join | Abort | Released
+class Awaited(Struct, frozen=True, tag=True, kw_only=True):
+    """A barrier still waits for these ranks, or for more where they are many; told where the wait is long."""
+
+    generation: int
+    name: str
+    missing: tuple[int, ...]
+
+
+class CheckpointHere(Struct, frozen=True, tag=True, kw_only=True):
+    """What this rank asked for by ``NeedCheckpoint`` is on this node, or cannot be."""
+
+    number: int
+    problem: str = ""
+    kind: FailureKind = FailureKind.ERROR
+    """Of the problem."""
+
+
+ToWorker = (
+    RendezvousKeys
+    | Stop
+    | Vacate
+    | Join
+    | Abort
+    | Released
+    | Awaited
+    | Save
+    | Committed
+    | CheckpointHere
+)
 
 
 # --- agent <-> forkserver --------------------------------------------------------------------------------------
@@ -275,7 +347,7 @@ class FrameReader(Generic[_Message]):
         self._decoder: msgspec.msgpack.Decoder[_Message] = msgspec.msgpack.Decoder(kind)
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> list[_Message]:
+    def feed(self, data: bytes | memoryview) -> list[_Message]:
         """Take what arrived, return the messages that are now complete.
 
         Raises:

@@ -15,21 +15,19 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from msgspec import Struct
 
-from distroml.commands import AnyCommand, CommitCheckpoint, Outcome, RegisterNode, SetNodeStatus
+from distroml.commands import AnyCommand, Outcome, RegisterNode, SetNodeStatus
 from distroml.consensus.replica import Replica
 from distroml.consensus.state import ClusterState
-from distroml.errors import DistroMLError, TooManyRequests, Unavailable
+from distroml.errors import DistroMLError
 from distroml.model import Event
-from distroml.runtime.checkpoint.commit import publish_latest, write_manifest
-from distroml.runtime.checkpoint.store import CheckpointStore
+from distroml.runtime.checkpoint.stores.opening import Stores
+from distroml.runtime.committing import Committer
 from distroml.runtime.decisions import Decision, WriteManifest
-from distroml.runtime.facts import CheckpointKey, Facts, NodeFacts, Now, ReconcilerSettings, look
+from distroml.runtime.facts import Facts, NodeFacts, Now, ReconcilerSettings, look
 from distroml.runtime.failure_detector import DetectorSettings, Listening, assess
 from distroml.runtime.look_ahead import with_next_generations
 from distroml.runtime.observations import Observations
@@ -52,12 +50,8 @@ REFUSED_PAUSE_S = 0.5
 """How long a job or node is left alone after a proposal that failed or was refused, lest it be repeated at full speed."""
 WAITING_AGE_S = 0.25
 """How old the reasons may be that clients are told for waiting jobs; more where they take long to find."""
-MAX_WRITE_FAILURES = 256
-STORE_THREADS = 4
-"""Threads that write to the store; of their own, so that a store that hangs holds up nothing else."""
 
 _log = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 
 class _Raft(Protocol):
@@ -97,7 +91,7 @@ class Coordinator:
         replica: Replica,
         observations: Observations,
         propose: Propose,
-        store: CheckpointStore,
+        stores: Stores,
         settings: CoordinatorSettings,
         may_decide: Callable[[], bool] = lambda: True,
     ) -> None:
@@ -106,14 +100,15 @@ class Coordinator:
         self._replica = replica
         self._observations = observations
         self._propose = propose
-        self._store = store
         self._settings = settings
         self._may_decide = may_decide
         self._kicked = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
         """Runs from ``start`` to ``stop``."""
         self._background: set[asyncio.Task[None]] = set()
-        self._threads = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="store")
+        self._committer = Committer(
+            stores, state=lambda: replica.state, propose=propose, done=self.kick
+        )
         self._window: tuple[ClusterState, ClusterState] | None = None
         """A state and what turns look at of it."""
         self._facts: Facts | None = None
@@ -123,13 +118,9 @@ class Coordinator:
         self._under_way: set[str] = set()
         self._left_alone: dict[str, float] = {}
         """Until when (monotonic seconds) jobs and nodes get no proposals."""
-        self._latest_due: set[str] = set()
-        self._publishing: set[str] = set()
         self._term = 0
         self._leader_since_s = 0.0
         self._awake_since_s = 0.0
-        self._writing: set[CheckpointKey] = set()
-        self._write_failures: dict[CheckpointKey, str] = {}
         self.decisions: dict[str, int] = {}
         """Decisions taken by this node while it led, by command."""
 
@@ -143,22 +134,19 @@ class Coordinator:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        await self._committer.stop()
 
     def kick(self) -> None:
         """Something changed: take a turn soon."""
         self._kicked.set()
 
     def on_events(self, events: tuple[Event, ...]) -> None:
-        """Replica listener: a committed checkpoint becomes the ``LATEST`` of its run."""
+        """Replica listener: the newest checkpoint is the ``LATEST`` of its run, also when a newer one was removed."""
         if not self._raft.is_leader:
             return
         for event in events:
-            if event.type == "checkpoint" and event.job_id is not None:
-                self._latest_due.add(event.job_id)
-                if event.job_id not in self._publishing:
-                    self._publishing.add(event.job_id)
-                    self._start(self._publish_latest(event.job_id))
+            if event.job_id is not None and _moves_latest(event, self._replica.state):
+                self._committer.committed(event.job_id)
 
     def waiting(self) -> dict[str, str]:
         """Why QUEUED and RECOVERING jobs do not go on, as this node sees it; any node may answer.
@@ -248,8 +236,8 @@ class Coordinator:
             state,
             nodes,
             now,
-            writing=frozenset(self._writing),
-            write_failures=self._write_failures,
+            writing=self._committer.writing,
+            write_failures=self._committer.failures,
         )
 
     # --- decisions ---
@@ -260,7 +248,7 @@ class Coordinator:
         for decision in decisions:
             action = decision.action
             if isinstance(action, WriteManifest):
-                self._begin_commit(action)
+                self._committer.commit(action)
             else:
                 chain = proposals.setdefault(_subject(action), [])
                 if not (decision.together and chain):
@@ -312,77 +300,19 @@ class Coordinator:
         _log.info("%s no longer coordinates", self._node)
         self._facts = None
         self._left_alone.clear()
-        self._write_failures.clear()
-
-    # --- checkpoints ---
-
-    def _begin_commit(self, effect: WriteManifest) -> None:
-        key = (effect.job_id, effect.generation, effect.step)
-        if key not in self._writing:
-            self._writing.add(key)
-            _log.info("job %s: checkpoint of step %d is whole", effect.job_id, effect.step)
-            self._start(self._commit(key, effect))
-
-    async def _commit(self, key: CheckpointKey, effect: WriteManifest) -> None:
-        """Write the manifest, then propose the commit: the log entry is what counts."""
-        try:
-            checkpoint = await self._in_thread(
-                partial(
-                    write_manifest,
-                    self._store,
-                    job_id=effect.job_id,
-                    run_id=effect.run_id,
-                    generation=effect.generation,
-                    shards=effect.shards,
-                    committed_at=time.time(),
-                )
-            )
-            command = CommitCheckpoint(
-                job_id=effect.job_id, generation=effect.generation, checkpoint=checkpoint
-            )
-            outcome = await self._propose(command, PROPOSE_TIMEOUT_S)
-            if outcome.error:
-                self._give_up_writing(key, f"the commit was refused: {outcome.detail}")
-        except (Unavailable, TooManyRequests) as error:
-            _log.warning("commit of %s is tried again: %s", key, error)
-            await asyncio.sleep(REFUSED_PAUSE_S)
-        except (DistroMLError, OSError) as error:
-            self._give_up_writing(key, str(error))
-        except Exception as error:
-            _log.exception("the manifest of %s could not be written", key)
-            self._give_up_writing(key, f"{type(error).__name__}: {error}")
-        finally:
-            self._writing.discard(key)
-            self.kick()
-
-    def _give_up_writing(self, key: CheckpointKey, reason: str) -> None:
-        _log.error("checkpoint %s could not be committed: %s", key, reason)
-        while len(self._write_failures) >= MAX_WRITE_FAILURES:
-            del self._write_failures[next(iter(self._write_failures))]
-        self._write_failures[key] = reason
-
-    async def _publish_latest(self, job_id: str) -> None:
-        """Until ``LATEST`` of the job names the newest; commits meanwhile are one more round, not one each."""
-        try:
-            while job_id in self._latest_due:
-                self._latest_due.discard(job_id)
-                job = self._replica.state.jobs.get(job_id)
-                newest = job.newest_checkpoint() if job else None
-                if newest is not None:
-                    await self._in_thread(partial(publish_latest, self._store, newest))
-        except Exception as error:
-            # LATEST is a convenience for people; the log is what recovery reads.
-            _log.warning("LATEST of %s could not be updated: %s", job_id, error)
-        finally:
-            self._publishing.discard(job_id)
-
-    def _in_thread(self, work: Callable[[], _T]) -> Awaitable[_T]:
-        return asyncio.get_running_loop().run_in_executor(self._threads, work)
+        self._committer.forget_failures()
 
     def _start(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+
+def _moves_latest(event: Event, state: ClusterState) -> bool:
+    if event.type != "checkpoint_retired":
+        return event.type == "checkpoint"
+    newest = state.jobs[event.job_id].newest_checkpoint() if event.job_id in state.jobs else None
+    return newest is not None and event.data.get("step", 0) > newest.step
 
 
 def _subject(command: AnyCommand) -> str:

@@ -25,6 +25,10 @@ class WriteManifest(Struct, frozen=True, kw_only=True):
     step: int
     shards: tuple[ShardFact, ...]
     """One per rank, in the order of ranks."""
+    store: str = "local"
+    """As in the job's spec."""
+    best_metric: str = ""
+    """Metric of the state whose value the log should know; empty: none."""
 
 
 class Decision(Struct, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from distroml.model import Cause, FailureKind, Generation, Job, Member
-from distroml.reports import WorkerFact, WorkerPhase
+from distroml.reports import CHECKPOINT_ERRORS, WorkerFact, WorkerPhase
 from distroml.runtime.facts import (
     Facts,
     ReconcilerSettings,
@@ -281,7 +281,7 @@ def _is_echo(fact: WorkerFact) -> bool:
     failure = fact.failure
     if failure is None:
         return fact.phase is WorkerPhase.PARKED
-    if failure.kind is FailureKind.CORRUPT_CHECKPOINT:
+    if failure.kind in CHECKPOINT_ERRORS:
         return False
     return failure.collateral or _ECHO.search(failure.error) is not None
 

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from distroml.consensus.state import ClusterState
 from distroml.model import Generation, Job, JobStatus, Member
-from distroml.reports import NodeReport, WorkerFact, WorkerPhase
+from distroml.reports import Former, NodeReport, WorkerFact, WorkerPhase
 from distroml.runtime.failure_detector import Health
 from distroml.runtime.hang import HangSettings
 
@@ -45,6 +45,8 @@ class ReconcilerSettings(Struct, frozen=True, gc=False, kw_only=True):
     """The same for a worker that was never seen."""
     commit_wait_s: float = 5.0
     """How long a recovery without survivors waits for the commit of a checkpoint that was whole before."""
+    checkpoint_wait_s: float = 600.0
+    """How long a run waits for nodes that may have its checkpoint before it goes on from an older one (wall clock)."""
     final_checkpoint_wait_s: float = 60.0
     """How long a finished run waits for the commit of its final checkpoint."""
     checkpoint_deadline_s: float = 600.0
@@ -234,9 +236,11 @@ def _sighting(before: Sighting | None, job: Job, facts: Facts, now_s: float) -> 
         len(ranks) == len(one.members) and all(fact.outcome for fact in ranks.values())
         for one, ranks in zip(generations, by_generation, strict=True)
     )
-    durable = {shard.step for fact in seen for shard in fact.shards}
-    abandoned = {step for fact in seen for step, _ in fact.abandoned}
     numbers = {one.number for one in generations}
+    left = [one.former for one in seen if one.former and one.former.generation in numbers]
+    saved: list[WorkerFact | Former] = [*seen, *left]
+    durable = {shard.step for one in saved for shard in one.shards}
+    abandoned = {step for one in saved for step, _ in one.abandoned}
     steps = sum(fact.step for fact in seen)
     abandoned |= {
         step

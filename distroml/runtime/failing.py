@@ -21,7 +21,7 @@ from distroml.model import (
     JobStatus,
     Member,
 )
-from distroml.reports import WorkerFact, WorkerPhase
+from distroml.reports import CHECKPOINT_ERRORS, WorkerFact, WorkerPhase
 from distroml.runtime.completion import finish
 from distroml.runtime.decisions import Decision, Running, Turn, at_work
 from distroml.runtime.evidence import (
@@ -82,9 +82,10 @@ def fail_generation(
 ) -> list[Decision]:
     """End the generation: the run recovers, or has failed if it used up its restarts."""
     job, number = run.job, run.generation.number
-    marks = _corrupt_marks(run, evidence)
+    marks = _marks(turn, run, evidence)
     verdict = _checked(run, verdict)
     blameless = verdict.cause.kind in BLAMELESS
+    at_once = blameless and (bool(marks) or verdict.cause.kind is not FailureKind.CHECKPOINT_AWAY)
     reason = clip(f"generation {number}: {verdict.reason}", MAX_REASON_BYTES)
     highest_step = max(run.highest_step, at_work(job, turn.facts).highest_step)
     strikes = 0 if job.made_progress(highest_step) else job.strikes
@@ -98,7 +99,7 @@ def fail_generation(
         observed_at=verdict.observed_at,
         highest_step=highest_step,
         reason=reason,
-        backoff_s=0.0 if blameless else _backoff_s(turn, job, highest_step),
+        backoff_s=0.0 if at_once else _backoff_s(turn, job, highest_step),
     )
     return [*marks, Decision(action=command, reason=reason)]
 
@@ -120,33 +121,50 @@ def _backoff_s(turn: Turn, job: Job, highest_step: int) -> float:
     return min(settings.backoff_limit_s, max(settings.backoff_base_s, job.backoff_s * 2))
 
 
-def _corrupt_marks(run: Running, evidence: Iterable[Evidence]) -> list[Decision]:
-    """Take the checkpoint that a rank found corrupt out of use, so that the next generation reads an older one."""
+def _marks(turn: Turn, run: Running, evidence: Iterable[Evidence]) -> list[Decision]:
+    """Take the checkpoint that a rank cannot begin with out of use, so that the next generation reads an older one.
+
+    One that is only away is waited for first.
+    """
     source = _source(run)
-    accuser = next((e for e in evidence if e.kind is FailureKind.CORRUPT_CHECKPOINT), None)
+    final, waited_s = {FailureKind.CORRUPT_CHECKPOINT}, _waited_s(turn, run)
+    if waited_s >= turn.settings.checkpoint_wait_s:
+        final.add(FailureKind.CHECKPOINT_AWAY)
+    accuser = next((e for e in evidence if e.kind in final), None)
     if source is None or accuser is None or source.status is CheckpointStatus.CORRUPT:
         return []
-    reason = clip(f"rank {accuser.rank} on node {accuser.node} {accuser.said}", MAX_REASON_BYTES)
+    reason = f"rank {accuser.rank} on node {accuser.node} {accuser.said}"
+    if accuser.kind is FailureKind.CHECKPOINT_AWAY:
+        reason = f"given up after {waited_s:.0f} s: {reason}"
     command = MarkCheckpointCorrupt(
         job_id=run.job.job_id,
         step=source.step,
         manifest_sha256=source.manifest_sha256,
-        reason=reason,
+        reason=clip(reason, MAX_REASON_BYTES),
     )
-    return [Decision(action=command, reason=f"checkpoint of step {source.step}: {reason}")]
+    return [Decision(action=command, reason=f"checkpoint of step {source.step}: {command.reason}")]
+
+
+def _waited_s(turn: Turn, run: Running) -> float:
+    """For how long the generations before this one failed, one after the other, for want of nodes that are away."""
+    since = turn.now.wall_s
+    for incident in reversed(run.job.incidents):
+        if incident.cause.kind is not FailureKind.CHECKPOINT_AWAY:
+            break
+        since = incident.decided_at
+    return turn.now.wall_s - since
 
 
 def _checked(run: Running, verdict: Blame) -> Blame:
-    """A corrupt checkpoint costs no restart, so a claim that names none is an error like any other."""
-    if verdict.cause.kind is FailureKind.CORRUPT_CHECKPOINT and _source(run) is None:
+    """An unusable checkpoint costs no restart, so a claim that names none is an error like any other."""
+    if verdict.cause.kind in CHECKPOINT_ERRORS and _source(run) is None:
         return replace(verdict, cause=replace(verdict.cause, kind=FailureKind.ERROR))
     return verdict
 
 
 def _source(run: Running) -> Checkpoint | None:
     """The checkpoint that the generation started from."""
-    wanted = run.generation.checkpoint_step
-    return next((c for c in run.job.checkpoints if c.step == wanted), None)
+    return run.job.source_of(run.generation)
 
 
 def late_start(turn: Turn, run: Running) -> Blame | None:
@@ -169,7 +187,7 @@ def late_start(turn: Turn, run: Running) -> Blame | None:
     reason = f"not all workers train after {waited_s:.0f} s: {', '.join(where)}"
     came = {m.rank: _came_to(run.ranks.get(m.rank)) for m in late}
     behind = [m for m in late if came[m.rank] == min(came.values())]
-    return _made_up(turn, run, FailureKind.START_TIMEOUT, reason, behind)
+    return made_up(turn, run, FailureKind.START_TIMEOUT, reason, behind)
 
 
 def _came_to(fact: WorkerFact | None) -> int:
@@ -198,27 +216,17 @@ def hanging(turn: Turn, run: Running) -> Blame | None:
         return None
     culprit = next(m for m in run.generation.members if m.rank == found.rank)
     reason = f"worker {culprit.rank} on node {culprit.node} {found.said}"
-    verdict = _made_up(turn, run, FailureKind.HANG, reason, [culprit])
+    verdict = made_up(turn, run, FailureKind.HANG, reason, [culprit])
     return replace(verdict, observed_at=turn.now.wall_s - found.since_s)
-
-
-def stranded(turn: Turn, run: Running) -> Blame | None:
-    """The end of a run of one rank that has to go elsewhere: nobody could take its state over from it."""
-    (member, *others) = run.generation.members
-    room = any(host.free > 0 and not host.closed for host in turn.schedule.left.values())
-    if others or run.job.outgoing or not turn.survey.to_move(member) or not room:
-        return None
-    reason = f"node {member.node} is drained; rank {member.rank} goes elsewhere"
-    return _made_up(turn, run, FailureKind.NODE_LEFT, reason, [member])
 
 
 def unasked_stop(turn: Turn, run: Running) -> Blame:
     """The verdict over workers that stopped in good order although nobody asked."""
     reason = f"{ranks_text(sorted(run.ranks))} stopped at step {run.highest_step} without a request"
-    return _made_up(turn, run, FailureKind.ERROR, reason, run.generation.members)
+    return made_up(turn, run, FailureKind.ERROR, reason, run.generation.members)
 
 
-def _made_up(
+def made_up(
     turn: Turn, run: Running, kind: FailureKind, reason: str, blamed: Iterable[Member]
 ) -> Blame:
     """A verdict without evidence against a single worker."""

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import msgspec
 
-from distroml.model import FailureKind
-from distroml.reports import Marks, WorkerFact, WorkerFailure, WorkerOutcome, WorkerPhase
+from distroml.model import Checkpoint, FailureKind
+from distroml.reports import Former, Marks, WorkerFact, WorkerFailure, WorkerOutcome, WorkerPhase
 from distroml.runtime import control
 from distroml.runtime.assignment import Process
 from distroml.runtime.control import FromWorker, Join
@@ -64,6 +64,8 @@ class LocalWorker:
         self.adopted = False
         """Whether an earlier agent spawned it."""
         self.stop_sent = False
+        self._vacated = 0
+        """The generation that it was last asked to end with a checkpoint."""
         self.killed_at_s: float | None = None
         self.exit_code: int | None = None
         """Set once the process is gone; its last frames may still be on their way."""
@@ -78,8 +80,10 @@ class LocalWorker:
         self.stale_frames = 0
         """Frames of another generation than those that it may speak for."""
         self._told = join
+        self._told_committed = join.checkpoint if join else None
         self._ranks = {fact.generation: fact.rank}
         self._aborted = 0
+        self._save_sent = (0, 0)
         self._keys_sent: set[str] = set()
 
     @property
@@ -162,6 +166,9 @@ class LocalWorker:
             Misbehaved: it is out of all bounds.
         """
         generation = generation_in(message)
+        former = self.fact.former
+        if former is not None and generation == former.generation:
+            return self._on_late_shard(former, message)
         if generation is not None and generation != self.fact.generation:
             if self._told is None or generation != self._told.generation:
                 self.stale_frames += 1
@@ -179,19 +186,45 @@ class LocalWorker:
                         f"its rendezvous keys take more than {MAX_RENDEZVOUS_BYTES} bytes"
                     )
                 self.update(rendezvous=keys)
-            case control.ShardDurable(shard=shard):
-                self.update(shards=(*self.fact.shards, shard)[-MAX_SHARDS:])
-            case control.ShardAbandoned(step=step, reason=reason):
-                told = (step, reason[:MAX_REASON_CHARS])
-                self.update(abandoned=(*self.fact.abandoned, told)[-MAX_ABANDONED:])
+            case control.ShardDurable() | control.ShardAbandoned():
+                self.update(**_saved(self.fact, message))
             case control.Failed(failure=failure, step=step):
                 self.update(phase=WorkerPhase.FAILED, failure=failure, step=step)
             case control.Finished(outcome=outcome):
                 bounded = _bounded(outcome)
                 self.update(phase=WorkerPhase.FINISHED, outcome=bounded, step=outcome.step)
-            case control.Hello() | control.Arrive():
+            case control.Hello() | control.Arrive() | control.NeedCheckpoint():
                 return False
         return True
+
+    def _on_late_shard(self, former: Former, message: FromWorker) -> bool:
+        """What it began to save before a planned change; all else of that generation is stale."""
+        if not isinstance(message, control.ShardDurable | control.ShardAbandoned):
+            self.stale_frames += 1
+            return False
+        self.update(former=msgspec.structs.replace(former, **_saved(former, message)))
+        return True
+
+    def begin_copying(self, step: int) -> None:
+        """Its shard of a checkpoint is durable on this node; others are to have it before it counts."""
+        self.update(copying=(*self.fact.copying, step))
+
+    def end_copying(
+        self, step: int, message: control.ShardDurable | control.ShardAbandoned
+    ) -> None:
+        """Other nodes have the shard too, or it is given up; the worker itself may have ended, or moved on."""
+        fact = self.fact
+        left = list(fact.copying)
+        if step in left:
+            left.remove(step)
+        self.update(copying=tuple(left))
+        former = fact.former
+        if message.generation == fact.generation:
+            self.update(**_saved(fact, message))
+        elif former is not None and message.generation == former.generation:
+            self._on_late_shard(former, message)
+        else:
+            self.stale_frames += 1
 
     def _on_progress(self, message: control.Progress) -> bool:
         fact = self.fact
@@ -240,6 +273,7 @@ class LocalWorker:
         self.update(
             generation=join.generation,
             rank=join.rank,
+            former=self.fact.as_former() if join.at_boundary else None,
             phase=WorkerPhase.CONNECTING,
             marks=Marks(left_at=self.fact.parked_at),
             timing=None,
@@ -269,7 +303,7 @@ class LocalWorker:
         if known and told and told.generation == join.generation:
             # It was to leave after a whole step, and has left for a generation that is over as well.
             self.link.send(control.Abort(generation=join.generation - 1))
-        self._told = join
+        self._told, self._told_committed = join, join.checkpoint
         self.link.send(join)
         if not join.at_boundary:
             self._enter(join)
@@ -294,17 +328,40 @@ class LocalWorker:
             self.link.send(control.RendezvousKeys(keys=new))
             self._keys_sent.update(new)
 
+    def tell_committed(self, checkpoint: Checkpoint | None) -> None:
+        """Have it know the newest good checkpoint of its run, unless it does."""
+        if self.link is not None and self._told_committed != checkpoint:
+            self._told_committed = checkpoint
+            self.link.send(control.Committed(checkpoint=checkpoint))
+
     def send_stop(self) -> None:
         """Ask it, once, to stop at a step boundary."""
         if self.link is not None and not self.stop_sent:
             self.stop_sent = True
             self.link.send(control.Stop())
 
+    def send_save(self, request: int) -> None:
+        """Ask it, once per generation, to save a checkpoint."""
+        asked = (self.fact.generation, request)
+        if self.link is not None and self._save_sent < asked:
+            self._save_sent = asked
+            self.link.send(control.Save(generation=self.fact.generation, request=request))
+
+    def send_vacate(self, generation: int) -> None:
+        """Ask it, once, to end its generation with a checkpoint."""
+        if self.link is not None and self._vacated < generation:
+            self._vacated = generation
+            self.link.send(control.Vacate(generation=generation))
+
     def forget_shards(self, committed: Collection[int]) -> None:
         """Shards of committed steps need not be reported any more."""
         kept = tuple(shard for shard in self.fact.shards if shard.step not in committed)
         if kept != self.fact.shards:
             self.update(shards=kept)
+        former = self.fact.former
+        if former is not None and any(shard.step in committed for shard in former.shards):
+            left = tuple(shard for shard in former.shards if shard.step not in committed)
+            self.update(former=msgspec.structs.replace(former, shards=left))
 
     # --- its end ---
 
@@ -342,9 +399,19 @@ def generation_in(message: FromWorker) -> int | None:
             if generation is None:
                 raise Misbehaved(f"its rendezvous key '{key[:80]}' names no generation")
             return generation
-        case control.Hello() | control.Parked() | control.Failed():
+        case control.Hello() | control.Parked() | control.Failed() | control.NeedCheckpoint():
             return None
     return message.generation
+
+
+def _saved(
+    before: WorkerFact | Former, message: control.ShardDurable | control.ShardAbandoned
+) -> dict[str, object]:
+    """The shards or the abandoned steps with one more; the oldest go where there are too many."""
+    if isinstance(message, control.ShardDurable):
+        return {"shards": (*before.shards, message.shard)[-MAX_SHARDS:]}
+    told = (message.step, message.reason[:MAX_REASON_CHARS])
+    return {"abandoned": (*before.abandoned, told)[-MAX_ABANDONED:]}
 
 
 def failure_of(error: str) -> WorkerFailure:

@@ -84,8 +84,9 @@ class Observations:
                 return NOTHING
             self._heard[told.node].telling = telling = _telling(told)
             return Received((told,), telling != known)
-        allowed = [report for report in told if self._may_tell(peer, report)]
-        self.refused += len(told) - len(allowed)
+        others = [report for report in told if report.node != self._name]
+        allowed = [report for report in others if self._may_tell(peer, report)]
+        self.refused += len(others) - len(allowed)
         taken = tuple(report for report in allowed if self.take(report))
         return Received(taken, bool(taken))
 

@@ -28,7 +28,8 @@ def queue_window(state: ClusterState, window: int = WINDOW) -> ClusterState:
     queued.sort(key=_queue_order)
     fitting = [job for job in queued if job.spec.resources.fewest <= slots]
     larger = [job for job in queued if job.spec.resources.fewest > slots]
-    behind = {job.job_id for job in (*fitting[window:], *larger[window:])}
+    # Those that wait to begin with another job's checkpoint are seen, lest that be retired.
+    behind = {job.job_id for job in (*fitting[window:], *larger[window:]) if job.initial is None}
     return replace(state, jobs={key: job for key, job in state.jobs.items() if key not in behind})
 
 

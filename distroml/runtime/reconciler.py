@@ -24,12 +24,25 @@ from distroml.commands import (
     MarkRunning,
     MarkStepped,
     PlaceSpares,
+    RetireCheckpoints,
 )
 from distroml.consensus.state import ClusterState
 from distroml.model import Generation, Job, JobStatus, Member
-from distroml.reports import WorkerFact, WorkerPhase
-from distroml.runtime.checkpoint_progress import checkpoint_decisions, progress, write_decisions
-from distroml.runtime.completion import conclude, outcomes_of, stopped_by_failure
+from distroml.reports import WorkerFact, WorkerOutcome, WorkerPhase
+from distroml.runtime.checkpoint_progress import (
+    Progress,
+    checkpoint_decisions,
+    left_behind,
+    progress,
+    write_decisions,
+)
+from distroml.runtime.completion import (
+    conclude,
+    finish,
+    have_diverged,
+    outcomes_of,
+    stopped_by_failure,
+)
 from distroml.runtime.decisions import Decision, Running, Turn, WriteManifest, at_work, running
 from distroml.runtime.evidence import MAX_REASON_BYTES, Evidence, clip
 from distroml.runtime.facts import Facts, Now, ReconcilerSettings, sighting_of, workers_of
@@ -40,13 +53,14 @@ from distroml.runtime.failing import (
     hanging,
     is_beyond_start,
     late_start,
-    stranded,
     unasked_stop,
     verdict_on,
 )
 from distroml.runtime.node_survey import Survey, survey
 from distroml.runtime.resizing import changes
+from distroml.runtime.retention import describe_policy, surplus
 from distroml.runtime.scheduler import Placement, Request, Schedule, describe, may_go_on, schedule
+from distroml.runtime.vacating import must_vacate, vacate, vacated
 
 __all__ = [
     "Decision",
@@ -74,8 +88,24 @@ def reconcile(
         for change in turn.survey.changes()
     ]
     for job in turn.active:
-        decisions += _HANDLERS[job.status](turn, job)
+        found = _HANDLERS[job.status](turn, job)
+        decisions += found
+        # Nothing comes between the end of a generation and the next one.
+        if not any(isinstance(one.action, FailGeneration | FormGeneration) for one in found):
+            decisions += _retire(state, job)
     return decisions
+
+
+def _retire(state: ClusterState, job: Job) -> list[Decision]:
+    gone = surplus(state, job)
+    if not gone:
+        return []
+    policy = describe_policy(job.spec.checkpointing)
+    command = RetireCheckpoints(
+        job_id=job.job_id, steps=tuple(one.step for one in gone), reason=policy
+    )
+    steps = ", ".join(str(one.step) for one in gone)
+    return [Decision(action=command, reason=f"checkpoints of steps {steps} go: {policy}")]
 
 
 def waiting_reasons(
@@ -173,6 +203,10 @@ def _on_waiting(turn: Turn, job: Job) -> list[Decision]:
 def _on_recovering(turn: Turn, job: Job) -> list[Decision]:
     """RECOVERING: what was whole when the generation failed is still committed."""
     run = running(job, turn.facts)
+    initial = job.origin()
+    if initial is not None and initial is job.initial and initial.reason:
+        why = f"it cannot begin with {_initial_text(job)}: {initial.reason}"
+        return [finish(run, JobStatus.FAILED, why)]
     writing = write_decisions(turn, run, progress(turn, run).whole)
     forming = _on_waiting(turn, job)
     if writing and _survivors_step(_left_of(job, turn.facts, turn.survey)) is None:
@@ -181,13 +215,15 @@ def _on_recovering(turn: Turn, job: Job) -> list[Decision]:
 
 
 def _form(turn: Turn, job: Job, placement: Placement) -> Decision:
-    newest = job.newest_checkpoint()
+    newest = job.origin()
     number = job.generation_number + 1
-    saved = newest.step if newest else 0
+    saved = job.steps_in(newest)
     done = _survivors_step(_left_of(job, turn.facts, turn.survey)) if number > 1 else None
     source = ""
     if done is not None and done >= saved:
         source = f" from the {done} steps that its survivors have"
+    elif newest is not None and newest is job.initial:
+        source = f" from {_initial_text(job)}"
     elif number > 1:
         source = f" from the checkpoint of step {saved}" if newest else " from scratch"
     reason = f"generation {number}: {describe(placement.members)}{source}"
@@ -200,8 +236,17 @@ def _form(turn: Turn, job: Job, placement: Placement) -> Decision:
         reason=reason,
         resume_step=max(saved, done or 0),
         checkpoint_step=newest.step if newest else None,
+        from_initial=newest is not None and newest is job.initial,
     )
     return Decision(action=FormGeneration(job_id=job.job_id, generation=generation), reason=reason)
+
+
+def _initial_text(job: Job) -> str:
+    wanted, initial = job.spec.init_from, job.initial
+    assert wanted is not None
+    assert initial is not None  # the one follows from the other
+    what = "the model in " if wanted.weights_only else ""
+    return f"{what}the checkpoint of step {initial.step} of job {wanted.job}"
 
 
 # --- planned changes -------------------------------------------------------------------------------------------
@@ -236,7 +281,7 @@ def _undo(turn: Turn, run: Running, why: str) -> list[Decision]:
 
 
 def _plan(turn: Turn, run: Running, placement: Placement, what: str) -> Decision:
-    newest = run.job.newest_checkpoint()
+    newest = run.job.origin()
     number = run.job.generation_number + 1
     reason = f"generation {number} {what}"
     generation = Generation(
@@ -249,6 +294,7 @@ def _plan(turn: Turn, run: Running, placement: Placement, what: str) -> Decision
         reason=reason,
         resume_step=at_work(run.job, turn.facts).highest_step,
         checkpoint_step=newest.step if newest else None,
+        from_initial=newest is not None and newest is run.job.initial,
     )
     command = FormGeneration(job_id=run.job.job_id, generation=generation)
     return Decision(action=command, reason=reason)
@@ -281,7 +327,8 @@ def _on_running(turn: Turn, job: Job) -> list[Decision]:
     """RUNNING and CHECKPOINTING."""
     run, work = running(job, turn.facts), at_work(job, turn.facts)
     at = progress(turn, work)
-    may_move = job.outgoing is not None or job.job_id in turn.changes
+    leaves = run.generation.vacated or must_vacate(turn, run)
+    may_move = leaves or job.outgoing is not None or job.job_id in turn.changes
     evidence = evidence_of(turn, run, may_move=may_move)
     if evidence and _only_joining(evidence) and _nobody_changed_over(run):
         return _undo(turn, run, f"worker {evidence[0].rank} {evidence[0].said}")
@@ -292,18 +339,32 @@ def _on_running(turn: Turn, job: Job) -> list[Decision]:
     for done in (run, work):
         outcomes = outcomes_of(done)
         if outcomes is not None:
-            if any(o.stopped for o in outcomes.values()) and not job.stop_requested:
-                return fail_generation(turn, run, unasked_stop(turn, run), [])
-            ending = conclude(turn, done, outcomes, progress(turn, done))
-            if ending is not None:
-                return [ending]
-    ongoing = _go_on(turn, run, work)
+            ending = _ended(turn, run, done, outcomes)
+            if ending:
+                return ending
+    ongoing = _go_on(turn, run, work, at)
     if any(isinstance(one.action, FailGeneration | FinishRun) for one in ongoing):
         return ongoing
-    return ongoing + checkpoint_decisions(turn, work, at)
+    saving = checkpoint_decisions(turn, work, at)
+    # While its ranks change over, the outgoing generation can still be spoken of before the next one is marked.
+    return saving + ongoing if job.outgoing else ongoing + saving
 
 
-def _go_on(turn: Turn, run: Running, work: Running) -> list[Decision]:
+def _ended(
+    turn: Turn, run: Running, done: Running, outcomes: dict[int, WorkerOutcome]
+) -> list[Decision]:
+    """What follows once all ranks of ``done`` have; nothing while their checkpoint is being committed."""
+    at = progress(turn, done)
+    stopped = any(outcome.stopped for outcome in outcomes.values())
+    if stopped and not done.generation.vacated:
+        return fail_generation(turn, run, unasked_stop(turn, run), [])
+    if stopped and not have_diverged(outcomes):
+        return vacated(turn, done, outcomes, at)
+    ending = conclude(turn, done, outcomes, at)
+    return [ending] if ending else []
+
+
+def _go_on(turn: Turn, run: Running, work: Running, at: Progress) -> list[Decision]:
     """Nobody failed or finished: does somebody hang, has a change been made, is there one to make?"""
     job = run.job
     blamed = hanging(turn, work)
@@ -313,16 +374,14 @@ def _go_on(turn: Turn, run: Running, work: Running) -> list[Decision]:
             return _undo(turn, run, blamed.reason)
         if not _nobody_changed_over(run):
             blamed = blamed or hanging(turn, run)
-    settled = job.status is JobStatus.RUNNING and not progress(turn, work).open
-    if blamed is None and settled:
-        blamed = stranded(turn, run)
     if blamed is not None:
         return fail_generation(turn, run, blamed, [])
     if run.generation.running_at is None:
-        return _mark_running(run)
+        return _take_over(turn, run, work)
     if _steps_are_due(run):
         return _mark_stepped(run)
-    return _change(turn, run) if settled else []
+    settled = job.status is JobStatus.RUNNING and not at.open
+    return vacate(turn, run) or (_change(turn, run) if settled else [])
 
 
 def _on_stopping(turn: Turn, job: Job) -> list[Decision]:
@@ -344,6 +403,15 @@ def _on_stopping(turn: Turn, job: Job) -> list[Decision]:
         return [stopped_by_failure(run, why, verdict)]
     starting = _mark_running(run) if run.generation.running_at is None else []
     return [*starting, *checkpoint_decisions(turn, work, at)]
+
+
+def _take_over(turn: Turn, run: Running, work: Running) -> list[Decision]:
+    """The newest generation trains; what the one before it left open is settled first."""
+    marking = _mark_running(run)
+    if not marking or run.job.outgoing is None:
+        return marking
+    settled = left_behind(turn, work, run.generation.number)
+    return [] if settled is None else [*settled, *marking]
 
 
 def _mark_running(run: Running) -> list[Decision]:

@@ -2,7 +2,8 @@
 
 A rank on one learner needs the rendezvous keys of ranks on another, at once: a report with a new key is passed on as
 it came. Views of the cluster need the rest, now and then: a learner that reports is answered with the newest reports
-of all others in one frame, every ``PASS_ON_S``, and less often where they are many.
+of all in one frame, its own among them, every ``PASS_ON_S``, and less often where they are many. The frame is made
+once for all that ask within ``DIGEST_AGE_S``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ PASS_ON_S: Final = 2.0
 PASS_ON_MOST_S: Final = 10.0
 PASS_ON_BYTES_PER_S: Final = 8 * 1024 * 1024
 """What all learners together are told of each other, as far as ``PASS_ON_MOST_S`` allows."""
+DIGEST_AGE_S: Final = 0.25
 MAX_DIGEST_BYTES: Final = 1024 * 1024
 """Reports in one frame; a larger one goes alone."""
 
@@ -49,6 +51,9 @@ class ReportRelay:
         self._told_s: dict[str, float] = {}
         """When each learner was told of the others."""
         self._checked_s = float("-inf")
+        self._digests: tuple[bytes, ...] = ()
+        self._digests_s = float("-inf")
+        """When they were made."""
 
     def take(self, report: NodeReport, body: bytes) -> None:
         """A report that a learner sent, as it came."""
@@ -67,9 +72,14 @@ class ReportRelay:
         if now_s - self._told_s.get(report.node, float("-inf")) >= self._pause_s():
             self._forget_gone(now_s)
             self._told_s[report.node] = now_s
-            others = [one for name, one in self._newest.items() if name != report.node]
-            for digest in _digests(others):
-                self._links.send(report.node, Channel.REPORT, digest)
+            if len(self._newest) > 1:
+                for digest in self._newest_digests(now_s):
+                    self._links.send(report.node, Channel.REPORT, digest)
+
+    def _newest_digests(self, now_s: float) -> tuple[bytes, ...]:
+        if now_s - self._digests_s >= DIGEST_AGE_S:
+            self._digests, self._digests_s = tuple(_digests(self._newest.values())), now_s
+        return self._digests
 
     def _has_new_keys(self, report: NodeReport) -> bool:
         if not any(fact.rendezvous for fact in report.workers):
@@ -95,6 +105,7 @@ class ReportRelay:
             self._forget([name for name in self._newest if not self._learners(name)])
 
     def _forget(self, names: Iterable[str]) -> None:
+        self._digests_s = float("-inf")
         for name in names:
             self._bytes -= len(self._newest.pop(name))
             self._keys.pop(name, None)

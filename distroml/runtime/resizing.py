@@ -40,6 +40,8 @@ def _is_settled(turn: Turn, job: Job) -> bool:
     generation = job.generation
     if generation is None or generation.running_at is None or job.outgoing is not None:
         return False
+    if generation.vacated:
+        return False
     views = [turn.survey.views.get(member.node) for member in generation.members]
     heard = all(view is not None and view.speaks for view in views)
     return heard and job.status in (JobStatus.RUNNING, JobStatus.CHECKPOINTING)

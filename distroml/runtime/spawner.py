@@ -105,10 +105,11 @@ class Spawner:
             _kill(self.pid)
 
     async def stop(self) -> None:
-        """End the forkserver and with it all workers."""
+        """End the forkserver and with it all workers; no later agent is to look for it."""
         if self.task is not None:
             self.task.cancel()
             await asyncio.gather(self.task, return_exceptions=True)
+            self._listen.unlink(missing_ok=True)
 
     def spawn(self, plan: WorkerPlan) -> None:
         """Ask for one worker; ``spawned`` or ``failed`` answers, or ``lost`` if all is over."""

@@ -5,16 +5,13 @@ is which rank) and tells each what to join, spawns what is missing and kills wha
 any time and any number of times. Everything observed ends up in ``facts``.
 
 A worker speaks through two wires that are not ordered with each other: its own socket (last words) and the
-forkserver (its exit). So an exit is settled only when the socket has been read to its end, or patience has.
+forkserver (its exit); ``endings`` settles what comes of that.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import os
-import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -25,16 +22,13 @@ from distroml.consensus.state import ClusterState
 from distroml.model import CheckpointStatus, Job, JobStatus
 from distroml.reports import NodeReport, WorkerFact, WorkerPhase
 from distroml.runtime import control
-from distroml.runtime.assignment import (
-    SupervisorSettings,
-    duties,
-    next_join,
-)
+from distroml.runtime.assignment import SupervisorSettings, duties, next_join
 from distroml.runtime.barrier import MAX_OPEN, Barrier, NotTaken, RunGeneration
-from distroml.runtime.control import PULSE_S, FromWorker, Join
+from distroml.runtime.control import FromWorker, Join
+from distroml.runtime.endings import Endings, kill_group
 from distroml.runtime.key_exchange import KeyExchange, have_joined
-from distroml.runtime.local_worker import LocalWorker, Misbehaved, failure_of
-from distroml.runtime.process_state import is_stopped
+from distroml.runtime.local_worker import LocalWorker, Misbehaved
+from distroml.runtime.replicas.for_workers import ALONE, ForWorkers
 from distroml.runtime.roster import Roster
 from distroml.runtime.spawner import Spawner, SpawnEvents, WorkerId
 from distroml.runtime.worker_output import HistorySink, WorkerOutput
@@ -44,18 +38,6 @@ ADOPT_TIMEOUT_S = 4.0
 """How long workers of an earlier agent may take to connect; under the grace that they give it."""
 TEND_S = 0.1
 """How often logs are read and patience is checked."""
-KILL_AGAIN_S = 2.0
-LAST_FRAMES_S = 2.0
-"""How long the last frames of a worker that exited may take to be read."""
-LATE_HELLO_S = 0.3
-"""How long a worker that exited by itself without a word may turn out to have connected."""
-LINK_LOST_S = 2.0
-"""How long a worker may live on without its control connection; it would train, but nobody could tell."""
-SPAWN_TIMEOUT_S = 120.0
-"""A forkserver that has not answered a spawn for this long hangs: it is replaced, and its workers with it."""
-_WITHOUT_LINK = "it has no control connection and went on running"
-
-_log = logging.getLogger(__name__)
 
 
 class Supervisor:
@@ -64,6 +46,7 @@ class Supervisor:
     Args:
         changed: called after every change of ``facts`` that others should hear of soon.
         arrived: called with a barrier at which a local rank stands, that rank, and its value.
+        copies: keeps copies of shards on other nodes, and brings what workers are to read.
         spawner: makes what forks the workers.
         monotonic: seconds of a clock that only goes forward.
     """
@@ -75,6 +58,7 @@ class Supervisor:
         sink: HistorySink,
         changed: Callable[[], None],
         arrived: Callable[[Barrier, int, int], None],
+        copies: ForWorkers = ALONE,
         spawner: Callable[[Path, SpawnEvents, Path], Spawner] = Spawner,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -82,6 +66,7 @@ class Supervisor:
         self._output = WorkerOutput(settings.log_dir, sink=sink, monotonic=monotonic)
         self._changed = changed
         self._arrived = arrived
+        self._copies = copies
         self._monotonic = monotonic
         self._state = self._active = ClusterState()
         """What the log says; the same with jobs that have not ended only, of which there are few."""
@@ -101,15 +86,23 @@ class Supervisor:
         )
         self._roster = Roster(settings, self._server.path)
         self._workers = self._roster.workers
+        self._endings = Endings(
+            self._roster,
+            self._output,
+            settled=self._look_again,
+            changed=changed,
+            replace_spawner=lambda why: self._spawner.replace(why),
+            monotonic=monotonic,
+        )
         self._spawner = spawner(
             settings.data_dir / "forkserver.log",
             SpawnEvents(
-                ready=self._on_ready,
+                ready=self._look_again,
                 running=self._on_running,
                 spawned=self._on_spawned,
                 failed=self._on_spawn_failed,
                 exited=self._on_exited,
-                lost=self._on_forkserver_lost,
+                lost=self._endings.all_gone,
             ),
             socket_path(settings.data_dir, "forkserver"),
         )
@@ -151,7 +144,7 @@ class Supervisor:
             self._tending.cancel()
             await asyncio.gather(self._tending, return_exceptions=True)
         for local in self._workers.values():
-            self._kill(local)
+            self._endings.kill(local)
         await self._spawner.stop()
         for local in self._workers.values():
             if local.alive:
@@ -202,7 +195,7 @@ class Supervisor:
         )
         for run_id, share in shares.items():  # before anything is spawned on their slots
             for worker in share.retired:
-                self._retire((run_id, worker))
+                self._endings.retire((run_id, worker))
         for run_id, share in shares.items():
             for worker in share.aborted:
                 self._workers[run_id, worker].abort()
@@ -224,15 +217,18 @@ class Supervisor:
             if fact.rendezvous:
                 self._share_keys(fact.run_id, fact.generation, fact.rendezvous)
 
-    def release(
-        self, generation: RunGeneration, ranks: Iterable[int], name: str, value: int
+    def tell_ranks(
+        self,
+        generation: RunGeneration,
+        ranks: Iterable[int],
+        news: control.Released | control.Awaited,
     ) -> None:
-        """Local ranks may go on from a barrier."""
-        released = {(generation.run_id, generation.number, rank) for rank in ranks}
+        """Pass on to local ranks what is known of a barrier at which they stand."""
+        concerned = {(generation.run_id, generation.number, rank) for rank in ranks}
         for local in self._workers.values():
             fact = local.fact
-            if (fact.run_id, fact.generation, fact.rank) in released and local.link is not None:
-                local.link.send(control.Released(name=name, value=value))
+            if (fact.run_id, fact.generation, fact.rank) in concerned and local.link is not None:
+                local.link.send(news)
 
     def _assign(self, job: Job, rank: int, worker: int | None) -> None:
         """Have a process be this rank of the job's newest generation."""
@@ -248,9 +244,15 @@ class Supervisor:
             self._tell(local, join, keys)
         else:
             self._awaited.add((job.run_id, join.generation))
+        if job.spec.checkpointing.delta:
+            local.tell_committed(job.newest_checkpoint())
         if job.status is JobStatus.STOPPING:
             local.send_stop()
-        if local.fact.shards:
+        elif job.generation is not None and job.generation.vacated:
+            local.send_vacate(job.generation.number)
+        elif job.is_to_save:
+            local.send_save(job.save_request)
+        if local.fact.shards or local.fact.former:
             local.forget_shards(
                 {c.step for c in job.checkpoints if c.status is CheckpointStatus.COMMITTED}
             )
@@ -273,32 +275,12 @@ class Supervisor:
             path.unlink(missing_ok=True)
             self._spawner.spawn(plan)
         except (OSError, ValueError) as error:
-            local.excuse = f"the worker could not be started: {error}"
-            self._end(local, exit_code=1)
+            self._endings.not_started(local, error)
         self._changed()
-
-    def _retire(self, worker: WorkerId) -> None:
-        """A worker that is not wanted: killed if it lives, forgotten once it is gone."""
-        local = self._workers[worker]
-        if not local.alive:
-            del self._workers[worker]
-            self._changed()
-            return
-        # One that has no pid yet is killed when it gets it: ``_on_spawned`` converges.
-        self._kill(local)
-
-    def _kill(self, local: LocalWorker) -> None:
-        now_s = self._monotonic()
-        if not local.killable:
-            return
-        if local.killed_at_s is not None and now_s - local.killed_at_s < KILL_AGAIN_S:
-            return
-        local.killed_at_s = now_s
-        _kill_group(local.fact.pid)
 
     # --- what the forkserver tells ---
 
-    def _on_ready(self) -> None:
+    def _look_again(self) -> None:
         self.converge(self._state)
         self._changed()
 
@@ -310,49 +292,20 @@ class Supervisor:
     def _on_spawned(self, worker: WorkerId, pid: int) -> None:
         local = self._workers.get(worker)
         if local is None or not local.alive:
-            _kill_group(pid)
+            kill_group(pid)
             return
         self._roster.runs_as(worker, pid)
-        self.converge(self._state)
-        self._changed()
+        self._look_again()
 
     def _on_spawn_failed(self, worker: WorkerId, reason: str) -> None:
         local = self._workers.get(worker)
         if local is not None and local.alive:
-            local.excuse = f"the worker could not be started: {reason}"
-            self._end(local, exit_code=1)
+            self._endings.not_started(local, reason)
 
     def _on_exited(self, pid: int, status: int) -> None:
         local = self._roster.ended(pid)
         if local is not None and local.alive:
-            self._gone(local, status)
-
-    def _on_forkserver_lost(self) -> None:
-        self._roster.all_ended()
-        for local in list(self._workers.values()):
-            if local.alive and local.exit_code is None:
-                if local.fact.pid is not None:
-                    _kill_group(local.fact.pid)  # what the worker itself has started
-                local.excuse = "the forkserver of its node ended, and all workers there with it"
-                self._gone(local, -signal.SIGKILL)
-        self._changed()
-
-    def _gone(self, local: LocalWorker, exit_code: int) -> None:
-        """The process is gone; settle it once its last frames were read."""
-        local.exit_code = exit_code
-        if local.link is not None:
-            local.patience_ends_s = self._monotonic() + LAST_FRAMES_S
-        elif not local.said_hello and exit_code >= 0:
-            local.patience_ends_s = self._monotonic() + LATE_HELLO_S
-        else:
-            self._end(local)
-
-    def _end(self, local: LocalWorker, *, exit_code: int | None = None) -> None:
-        local.exit_code = local.exit_code if exit_code is None else exit_code
-        self._output.ship_log(local, final=True)
-        local.settle_end()
-        self.converge(self._state)
-        self._changed()
+            self._endings.gone(local, status)
 
     # --- what workers tell ---
 
@@ -364,17 +317,14 @@ class Supervisor:
             return False
         local.link = link
         local.said_hello = True
-        local.patience_ends_s = None
+        self._endings.connected(local)
         if local.adopted:
             local.introduce(link.hello)
             self._spoke.set()
         elif local.told:
             local.update(phase=WorkerPhase.CONNECTING)
-        if local.exit_code is not None:
-            local.patience_ends_s = self._monotonic() + LAST_FRAMES_S
         local.send_keys(self._keys.known(link.worker[0], local.told))
-        self.converge(self._state)
-        self._changed()
+        self._look_again()
         return True
 
     def _on_closed(self, link: WorkerLink, reason: str) -> None:
@@ -383,12 +333,7 @@ class Supervisor:
         if local is None or local.link is not link:
             return
         local.link = None
-        if local.exit_code is not None:
-            self._end(local)
-        elif local.alive:
-            if reason:
-                self._give_up(local, f"its control connection was closed: {reason}")
-            local.patience_ends_s = self._monotonic() + LINK_LOST_S
+        self._endings.disconnected(local, reason)
 
     def _on_message(self, worker: WorkerId, message: FromWorker) -> None:
         """Take a message.
@@ -400,6 +345,9 @@ class Supervisor:
         if local is None or not local.alive:
             return
         local.heard_s = self._monotonic()
+        job = self._state.jobs.get(local.fact.job_id)
+        if self._copies.takes(local, job, message, self._changed):
+            return
         phase = local.fact.phase
         told = local.take(message)
         match message:
@@ -438,13 +386,6 @@ class Supervisor:
             if (run_id, generation) in self._awaited:
                 self.converge(self._state)
 
-    def _give_up(self, local: LocalWorker, error: str) -> None:
-        """End a worker that cannot be worked with, and say why in its place."""
-        if local.fact.failure is None and local.fact.outcome is None:
-            local.update(failure=failure_of(error), phase=WorkerPhase.FAILED)
-            self._changed()
-        self._kill(local)
-
     # --- regular duties ---
 
     async def _tend_always(self) -> None:
@@ -455,29 +396,7 @@ class Supervisor:
 
     def tend(self) -> None:
         """Read the logs, and stop waiting for what should long have happened."""
-        now_s = self._monotonic()
-        for worker, local in list(self._workers.items()):
-            try:
-                self._tend(local, now_s)
-            except Exception:  # one worker's trouble must not keep the others unwatched
-                _log.exception("worker %s could not be tended", worker)
-
-    def _tend(self, local: LocalWorker, now_s: float) -> None:
-        if not local.alive:
-            return
-        self._output.ship_log(local)
-        silent = now_s - local.heard_s > 2 * PULSE_S
-        local.stopped_at(
-            now_s if silent and local.fact.pid and is_stopped(local.fact.pid) else None
-        )
-        if local.patience_ends_s is not None and now_s >= local.patience_ends_s:
-            if local.exit_code is not None:
-                self._end(local)
-            else:
-                self._give_up(local, _WITHOUT_LINK)
-        unanswered = local.fact.pid is None and local.exit_code is None
-        if local.alive and unanswered and now_s - local.spawned_s >= SPAWN_TIMEOUT_S:
-            self._spawner.replace(f"a spawn was not answered for {SPAWN_TIMEOUT_S:g} s")
+        self._endings.tend()
 
     def _knows_the_log(self) -> bool:
         """Whether this replica has seen its own registration; before that it knows too few jobs to prune by."""
@@ -490,10 +409,3 @@ class Supervisor:
                 {job.run_id for job in self._state.jobs.values()},
                 {worker for worker, local in self._workers.items() if local.alive},
             )
-
-
-def _kill_group(pid: int | None) -> None:
-    """SIGKILL to a worker and what it started. Only for a pid that the forkserver has not reported reaped."""
-    if pid is not None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(pid, signal.SIGKILL)

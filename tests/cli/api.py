@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 from aiohttp import web
@@ -24,6 +25,8 @@ METRIC = {
 STATE = {
     "type": "state", "status": "RUNNING", "reason": "all train", "generation": 1, "cursor": "0",
 }  # fmt: skip
+_HEADER = b'{"weight":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+PLAIN_FILE = struct.pack("<Q", len(_HEADER)) + _HEADER + struct.pack("<ff", 1.0, 2.0)
 LINES = [
     {"generation": 1, "rank": 0, "at": "2026-01-31T12:00:01.000Z", "line": "first"},
     {"generation": 1, "rank": 1, "at": "2026-01-31T12:00:02.000Z", "line": "second"},
@@ -38,6 +41,8 @@ class Api:
         self.final = final
         self.events: list[dict[str, Any]] = [STATE, METRIC]
         self.end = True
+        self.saved_request = 1
+        self.problem = ""
 
     async def __call__(self, request: web.Request) -> web.StreamResponse:
         _, _, noun, *rest = [*request.path.split("/"), "", ""]
@@ -52,6 +57,8 @@ class Api:
                 if job_id not in self.jobs:
                     return _missing(job_id)
                 return await self._job(request, self.jobs[job_id], more)
+            case "checkpoints", ["import"]:
+                return web.json_response({"store": "local", "jobs": [_IMPORTED], "unusable": []})
             case "cluster", ["nodes", name, "drain"]:
                 drains = (await request.json())["drain"]
                 status = "DRAINING" if drains else "ALIVE"
@@ -78,12 +85,33 @@ class Api:
                 lines = [line for line in LINES if wanted in (None, str(line["rank"]))]
                 return web.json_response({"job_id": one["job_id"], "lines": lines})
             case "GET", ["checkpoints"]:
-                return web.json_response({"job_id": one["job_id"], "checkpoints": [_CHECKPOINT]})
+                page = {"job_id": one["job_id"], "checkpoints": [_CHECKPOINT]}
+                return web.json_response({**page, "saved_request": self.saved_request})
+            case "POST", ["checkpoint"]:
+                asked = {"job_id": one["job_id"], "save_request": 1, "saved_request": 0}
+                return web.json_response({**asked, "step": 5, "status": "RUNNING"}, status=202)
+            case method, ["checkpoints", "5", *verb]:
+                return self._checkpoint(method, verb, one["job_id"])
+            case _, ["checkpoints", step, *_]:
+                return _missing(f"checkpoint of step {step}: no checkpoint")
             case "GET", ["incidents"]:
                 return web.json_response({"job_id": one["job_id"], "incidents": [_INCIDENT]})
             case "GET", ["stream"]:
                 return await self._stream(request, one)
         return _missing(request.path)
+
+    def _checkpoint(self, method: str, verb: list[str], job_id: str) -> web.Response:
+        match method, verb:
+            case "GET", []:
+                return web.json_response({**_CHECKPOINT, **_DETAIL, "job_id": job_id})
+            case "DELETE", []:
+                return web.Response(status=204)
+            case "GET", ["export"]:
+                return web.Response(body=PLAIN_FILE)
+            case _:
+                row = {"path": "x/worker_0.safetensors", "size_bytes": 9, "problem": self.problem}
+                answer = {"job_id": job_id, "step": 5, "ok": not self.problem, "files": [row]}
+                return web.json_response(answer)
 
     async def _stream(self, request: web.Request, one: dict[str, Any]) -> web.StreamResponse:
         socket = web.WebSocketResponse()
@@ -109,8 +137,17 @@ def _missing(what: str) -> web.Response:
 _CHECKPOINT = {
     "step": 5, "epoch": 0, "generation": 1, "status": "COMMITTED", "reason": "", "shards": 4,
     "committed_at": "2026-01-31T12:00:00.250Z", "directory": "job-1/run-1/x", "size_bytes": 2048,
-    "manifest": "manifest.json", "manifest_sha256": "0",
+    "manifest": "manifest.json", "manifest_sha256": "0", "store": "local", "metric": 0.125, "refers_to": [],
+    "save_request": 1,
 }  # fmt: skip
+_DETAIL = {
+    "run_id": "run-1", "world_size": 4, "strategy": "data_parallel", "backend": "gloo", "has_optimizer": True,
+    "cursor": {"epoch": 0, "batch": 5},
+    "files": [{"rank": 0, "file": "worker_0.safetensors", "size_bytes": 9, "header_sha256": "ab"}],
+    "tensors": [{"name": "model.weight", "dtype": "F32", "shape": [2, 2], "file": "worker_0.safetensors",
+                 "offset": 8, "length": 16, "codec": "none", "sha256": ["cd"]}],
+}  # fmt: skip
+_IMPORTED = {"job_id": "job-7", "run_id": "run-7", "steps": [10, 20], "problem": ""}
 _INCIDENT = {
     "number": 1, "generation": 1, "next_generation": 2, "reason": "worker 2 exited by SIGKILL",
     "steps_lost": 3, "phases_ms": {"detect": 1.5, "rendezvous": 31.5, "total": 200.25},

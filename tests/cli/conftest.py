@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -43,12 +45,13 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def program(*tokens: object, **options: Any) -> subprocess.Popen[str]:
-    """Starts the command line as a process of its own."""
+    """Starts the command line as a process of its own, which Ctrl-C reaches also where it does not reach the tests."""
     return subprocess.Popen(
         [sys.executable, "-m", "distroml.cli.main", *(str(token) for token in tokens)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # nohup ignores it
         **options,
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from distroml.cli.main import _COMMANDS, EPILOGUE
-from tests.cli.api import LINES, METRIC, STATE, Api, job
+from tests.cli.api import LINES, METRIC, PLAIN_FILE, STATE, Api, job
 from tests.cli.conftest import Cli
 from tests.fake_nodes import Answer, FakeNode, problem
 
@@ -33,7 +33,13 @@ def lines(text: str) -> list[object]:
         (["jobs"], ["job-1", "alpha", "RUNNING", "5/10", "because"]),
         (["job", "job-1"], ["job-1", "because", "TRAINING"]),
         (["logs", "job-1"], ["[0] first", "[1] second"]),
-        (["checkpoints", "job-1"], ["2.0 KiB", "COMMITTED", "job-1/run-1/x"]),
+        (["checkpoint", "list", "job-1"], ["2.0 KiB", "COMMITTED", "0.125", "job-1/run-1/x"]),
+        (["checkpoint", "show", "job-1"], ["model.weight", "[2, 2]", "worker_0", "next batch 5"]),
+        (["checkpoint", "verify", "job-1"], ["as committed"]),
+        (["checkpoint", "now", "job-1"], ["Step 5 is committed", "2.0 KiB"]),
+        (["checkpoint", "now", "job-1", "--no-wait"], ["Asked", "5 steps"]),
+        (["checkpoint", "rm", "job-1", "--step", "5"], ["step 5", "is removed"]),
+        (["checkpoint", "import", "local"], ["job-7", "run-7", "20"]),
         (
             ["incidents", "job-1"],
             ["worker 2 exited by SIGKILL", "200.25", "31.5", "1 → 2", "rank 3"],
@@ -152,6 +158,66 @@ def test_submit_and_follow(cli: Cli, url: str, tmp_path: Path) -> None:
     assert lines(result.out) == [job("job-new", "beta", "QUEUED"), STATE, METRIC, END]
 
 
+class TestExport:
+    def test_the_file_is_what_the_node_sent(self, cli: Cli, url: str, tmp_path: Path) -> None:
+        target = tmp_path / "model.safetensors"
+        result = cli("checkpoint", "export", "job-1", "-o", target, "--url", url)
+        assert (result.code, result.err) == (0, "")
+        assert target.read_bytes() == PLAIN_FILE
+        assert cli("checkpoint", "export", "job-1", "-o", target, "--url", url).code == 2
+        assert cli("checkpoint", "export", "job-1", "-o", target, "--force", "--url", url).code == 0
+        assert list(tmp_path.iterdir()) == [target], "litter"
+
+    def test_a_file_of_torch_save_holds_weights_only(
+        self, cli: Cli, url: str, tmp_path: Path
+    ) -> None:
+        import torch
+
+        target = tmp_path / "model.pt"
+        assert cli("checkpoint", "export", "job-1", "-o", target, "--url", url).code == 0
+        loaded = torch.load(target, weights_only=True)
+        assert loaded["weight"].tolist() == [1.0, 2.0]
+        assert list(tmp_path.iterdir()) == [target], "litter"
+
+    @pytest.mark.parametrize(
+        ("tokens", "code", "said"),
+        [
+            (["-o", "model.bin"], 2, ".safetensors or .pt"),
+            (["-o", "x.safetensors", "--step", "99"], 3, "no checkpoint"),
+            (["-o", "/nonexistent/x.safetensors"], 74, "cannot be written"),
+        ],
+    )
+    def test_what_cannot_be(
+        self, cli: Cli, url: str, tokens: list[str], code: int, said: str
+    ) -> None:
+        result = cli("checkpoint", "export", "job-1", *tokens, "--url", url)
+        assert result.code == code
+        assert said in result.err
+        assert result.err.count("\n") == 1
+
+
+def test_what_is_not_as_committed_exits_74(cli: Cli, serve: Serve) -> None:
+    api = Api(ONE)
+    api.problem = "has SHA-256 00, committed was 11"
+    result = cli("checkpoint", "verify", "job-1", "--step", "5", "--url", serve(api).url)
+    assert result.code == 74
+    assert "committed was 11" in result.out
+    assert "step 5" in result.err
+
+
+def test_a_request_that_nobody_answers_is_given_up(cli: Cli, serve: Serve) -> None:
+    api = Api(ONE)
+    api.saved_request = 0
+    url = serve(api).url
+    result = cli("checkpoint", "now", "job-1", "--wait-s", "0.1", "--url", url)
+    assert result.code == 5
+    assert "goes on trying" in result.err
+    api.jobs["job-1"] = job("job-1", "alpha", "FAILED")
+    result = cli("checkpoint", "now", "job-1", "--url", url)
+    assert result.code == 4
+    assert "saved no checkpoint" in result.err
+
+
 def test_help_lists_commands_exit_codes_and_variables(cli: Cli) -> None:
     out = cli("--help").out
     assert "Exit codes" in EPILOGUE
@@ -161,6 +227,9 @@ def test_help_lists_commands_exit_codes_and_variables(cli: Cli) -> None:
     for target, text in _COMMANDS.items():
         assert text.split()[0] in out
         assert cli(target.partition(":")[2], "--help").code == 0
+    for verb in ("list", "show", "verify", "now", "export", "import", "rm"):
+        assert verb in cli("checkpoint", "--help").out
+        assert cli("checkpoint", verb, "--help").code == 0
 
 
 def test_spec_shows_every_field_and_gives_a_schema(cli: Cli) -> None:

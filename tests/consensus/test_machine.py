@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from distroml import commands as c
 from distroml.consensus import machine, state
-from distroml.consensus.handlers import jobs, nodes
+from distroml.consensus.handlers import checkpoints, jobs, nodes
 from distroml.consensus.state import ClusterState, decode_state, encode_state
 from distroml.model import (
     TERMINAL,
@@ -16,11 +19,24 @@ from distroml.model import (
     Cause,
     CheckpointStatus,
     FailureKind,
+    Job,
     JobStatus,
     NodeStatus,
     Result,
 )
-from tests.builders import Log, checkpoint, fail, form, members, node, running, submit
+from distroml.spec import Checkpointing, InitFrom
+from tests.builders import (
+    Log,
+    checkpoint,
+    commit,
+    fail,
+    form,
+    imports,
+    members,
+    node,
+    running,
+    submit,
+)
 
 RESULT = Result(state_digest="0" * 64, step=100, epoch=1, metrics={"loss": 0.1})
 
@@ -125,6 +141,40 @@ def test_a_planned_change_leaves_the_job_running_until_it_is_made() -> None:
     assert (job.outgoing, job.restarts, job.incidents) == (None, 0, ())
     assert log(c.CommitCheckpoint(job_id="job-1", generation=1, checkpoint=checkpoint(12)))
     assert log.job().newest_checkpoint().step == 9, "that generation is over"
+
+
+def test_what_was_whole_before_a_planned_change_that_failed_may_still_be_committed() -> None:
+    log = running(Log())
+    log.ok(form("job-1", 2, members("a", "b", "b"), planned=True, joining=(2,)))
+    log.ok(fail("job-1", 2))
+    late = c.CommitCheckpoint(job_id="job-1", generation=1, checkpoint=checkpoint(12))
+    log.ok(late)
+    assert log.job().newest_checkpoint().step == 12
+    log.ok(form("job-1", 3, members("a", "b")))
+    beyond = c.CommitCheckpoint(job_id="job-1", generation=1, checkpoint=checkpoint(18))
+    assert log(beyond).outcome.error == "stale-generation"
+
+
+def test_a_generation_is_vacated_while_it_trains_and_changes_no_more() -> None:
+    log = running(Log())
+    vacate = c.VacateGeneration(job_id="job-1", generation=1, reason="its ranks leave")
+    (event,) = log.ok(vacate).events
+    assert (event.type, event.data["reason"]) == ("state", "its ranks leave")
+    job = log.job()
+    assert (job.status, job.generation.vacated, job.restarts) == (JobStatus.RUNNING, True, 0)
+    planned = form("job-1", 2, members("a", "b"), planned=True)
+    assert log(planned).outcome.error == "wrong-status"
+    log.ok(fail("job-1", 1))
+    log.ok(form("job-1", 2, members("a", "b")))
+    assert not log.job().generation.vacated
+    assert log(vacate).outcome.error == "stale-generation"
+
+
+def test_a_generation_that_is_about_to_change_is_not_vacated() -> None:
+    log = running(Log())
+    log.ok(form("job-1", 2, members("a", "b", "b"), planned=True, joining=(2,)))
+    vacate = c.VacateGeneration(job_id="job-1", generation=2, reason="its ranks leave")
+    assert log(vacate).outcome.error == "wrong-status"
 
 
 def test_a_planned_change_may_be_superseded_and_a_failure_ends_both() -> None:
@@ -405,6 +455,185 @@ class TestExactlyOnce:
         assert set(log.state.jobs) == {f"job-{n}" for n in order}
 
 
+class TestRequestedCheckpoints:
+    def test_each_request_counts_until_a_checkpoint_answers_it(self) -> None:
+        log = running(Log())
+        for _ in range(2):
+            log.ok(c.RequestCheckpoint(job_id="job-1"))
+        assert (log.job().save_request, log.job().is_to_save) == (2, True)
+        log.ok(commit(10, save_request=1))
+        assert log.job().is_to_save, "that one was taken before the second request"
+        log.ok(commit(11, save_request=2))
+        assert not log.job().is_to_save
+
+    def test_a_retry_under_the_same_key_is_one_request(self) -> None:
+        log = running(Log())
+        for _ in range(2):
+            log.ok(c.RequestCheckpoint(job_id="job-1", key="k", request_sha256="x"))
+        assert log.job().save_request == 1
+
+    def test_it_is_refused_where_nothing_can_come_of_it(self) -> None:
+        log = Log()
+        log.ok(submit("off", checkpointing=Checkpointing(enabled=False)))
+        for job_id, said in (("off", "enabled false"), ("none", "no job")):
+            outcome = log(c.RequestCheckpoint(job_id=job_id)).outcome
+            assert outcome.error
+            assert said in outcome.detail
+        log.ok(submit("queued"))
+        assert "QUEUED" in log(c.RequestCheckpoint(job_id="queued")).outcome.detail
+        running(log)
+        log.ok(c.StopJob(job_id="job-1", reason="r"))
+        assert "final checkpoint" in log(c.RequestCheckpoint(job_id="job-1")).outcome.detail
+
+    def test_a_checkpoint_cannot_answer_what_was_never_asked(self) -> None:
+        log = running(Log())
+        log.ok(commit(10, save_request=9))
+        assert log.job().saved_request == 0
+
+
+class TestRetirement:
+    def test_what_is_needed_stays_whatever_is_said(self) -> None:
+        log = running(Log())
+        for step in (10, 20):
+            log.ok(commit(step))
+        log.ok(commit(30, refers_to=(checkpoint(10).directory,)))
+        told = log.ok(c.RetireCheckpoints(job_id="job-1", steps=(10, 20, 30), reason="r")).events
+        assert [one.step for one in log.job().checkpoints] == [10, 30]
+        assert [(event.type, event.data["step"]) for event in told] == [("checkpoint_retired", 20)]
+
+    def test_a_chain_of_references_stays_whole(self) -> None:
+        log = running(Log())
+        log.ok(commit(10))
+        log.ok(commit(20, refers_to=(checkpoint(10).directory,)))
+        log.ok(commit(30, refers_to=(checkpoint(20).directory,)))
+        log.ok(c.RetireCheckpoints(job_id="job-1", steps=(10, 20), reason="r"))
+        assert [one.step for one in log.job().checkpoints] == [10, 20, 30]
+
+    def test_a_delta_on_what_is_gone_or_corrupt_is_refused(self) -> None:
+        log = running(Log())
+        for step in (10, 20, 30):
+            log.ok(commit(step))
+        log.ok(c.RetireCheckpoints(job_id="job-1", steps=(10,), reason="r"))
+        log.ok(
+            c.MarkCheckpointCorrupt(
+                job_id="job-1", step=20, manifest_sha256="ab" * 32, reason="bad"
+            )
+        )
+        for step in (10, 20):
+            late = commit(40, refers_to=(checkpoint(step).directory,))
+            assert log(late).outcome.error == "conflict"
+        log.ok(commit(40, refers_to=(checkpoint(30).directory,)))
+
+    def test_a_commit_behind_the_newest_is_refused(self) -> None:
+        log = running(Log())
+        log.ok(commit(20))
+        assert "behind" in log(commit(10)).outcome.detail
+
+    def test_the_source_of_the_generation_stays(self) -> None:
+        log = running(Log())
+        log.ok(commit(10))
+        log.ok(fail("job-1", 1))
+        log.ok(form("job-1", 2, members("a", "b"), checkpoint_step=10))
+        log.ok(commit(20, 2))
+        log.ok(c.RetireCheckpoints(job_id="job-1", steps=(10,), reason="r"))
+        assert [one.step for one in log.job().checkpoints] == [10, 20]
+
+    def test_the_oldest_that_may_go_make_room(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(checkpoints, "MAX_CHECKPOINTS", 2)
+        log = running(Log())
+        log.ok(commit(10))
+        log.ok(commit(20))
+        told = log.ok(commit(30, refers_to=(checkpoint(10).directory,))).events
+        assert [one.step for one in log.job().checkpoints] == [10, 30]
+        assert "checkpoint_retired" in [event.type for event in told]
+        full = commit(40, refers_to=(checkpoint(10).directory, checkpoint(30).directory))
+        assert log(full).outcome.error == "conflict"
+        assert log.job().newest_checkpoint().step == 30
+
+
+class TestRemovedCheckpoints:
+    def test_any_but_the_needed_ones_may_be_removed(self) -> None:
+        log = running(Log())
+        for step in (10, 20):
+            log.ok(commit(step))
+        log.ok(commit(30, refers_to=(checkpoint(20).directory,)))
+        for step, said in ((30, "newest"), (20, "step 30 refers"), (99, "no checkpoint")):
+            outcome = log(c.RemoveCheckpoint(job_id="job-1", step=step)).outcome
+            assert outcome.error
+            assert said in outcome.detail
+        log.ok(c.RemoveCheckpoint(job_id="job-1", step=10))
+        assert log.job().removed == (checkpoint(10).directory,)
+
+    def test_of_a_finished_job_the_newest_too(self) -> None:
+        log = running(Log())
+        log.ok(commit(10))
+        log.ok(c.FinishRun(job_id="job-1", generation=1, status=JobStatus.COMPLETED, reason="x"))
+        log.ok(c.RemoveCheckpoint(job_id="job-1", step=10))
+        assert log.job().checkpoints == ()
+
+
+class TestInitFrom:
+    def finished(self) -> Log:
+        log = running(Log())
+        for step in (10, 20):
+            log.ok(commit(step))
+        log.ok(c.FinishRun(job_id="job-1", generation=1, status=JobStatus.COMPLETED, reason="x"))
+        return log
+
+    def test_the_checkpoint_is_resolved_at_submit_and_kept_while_the_job_lives(self) -> None:
+        log = self.finished()
+        log.ok(submit("job-2", init_from=InitFrom(job="job-1", step=10)))
+        assert log.job("job-2").initial.step == 10
+        assert "job-2" in log(c.RemoveCheckpoint(job_id="job-1", step=10)).outcome.detail
+        log.ok(c.CancelJob(job_id="job-2", reason="r"))
+        log.ok(c.RemoveCheckpoint(job_id="job-1", step=10))
+        log.ok(submit("job-3", init_from=InitFrom(job="job-1")))
+        assert log.job("job-3").initial.step == 20
+
+    @pytest.mark.parametrize(
+        ("fields", "said"),
+        [
+            ({"init_from": InitFrom(job="nope")}, "init_from.job"),
+            ({"init_from": InitFrom(job="job-1", step=15)}, "init_from.step"),
+            ({"init_from": InitFrom(job="job-1", step=20), "steps": 20}, "weights_only"),
+        ],
+    )
+    def test_what_cannot_be_begun_with_is_refused(self, fields: dict[str, Any], said: str) -> None:
+        outcome = self.finished()(submit("job-2", **fields)).outcome
+        assert outcome.error == "invalid-spec"
+        assert said in outcome.detail
+
+    def test_a_corrupt_one_is_marked_where_it_is_read(self) -> None:
+        log = self.finished()
+        log.ok(submit("job-2", init_from=InitFrom(job="job-1")))
+        log.ok(
+            c.MarkCheckpointCorrupt(
+                job_id="job-2", step=20, manifest_sha256="ab" * 32, reason="bad"
+            )
+        )
+        assert log.job("job-2").initial.status is CheckpointStatus.CORRUPT
+
+
+class TestImport:
+    def test_it_is_additive_and_repeatable(self) -> None:
+        log = Log()
+        for steps in ((10, 20), (20, 30), (10, 20)):
+            log.ok(imports("job-9", *steps))
+        job = log.job("job-9")
+        assert ([one.step for one in job.checkpoints], job.status) == (
+            [10, 20, 30],
+            JobStatus.COMPLETED,
+        )
+        log.ok(submit("job-2", init_from=InitFrom(job="job-9", step=30)))
+
+    def test_nothing_is_imported_over_a_job_that_is_known(self) -> None:
+        log = running(Log())
+        assert log(imports("job-1", 10)).outcome.error == "conflict"
+        log.ok(imports("job-9", 10))
+        other = imports("job-9", 10, digest="cd" * 32)
+        assert log(other).outcome.error == "conflict"
+
+
 @settings(max_examples=200)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_refused_alike_and_never_raise(data: bytes) -> None:
@@ -447,7 +676,36 @@ _COMMANDS = st.one_of(
         lambda s: c.SetNodeStatus(name="b", incarnation=1, status=s, reason="r"),
         st.sampled_from(list(NodeStatus)),
     ),
+    st.builds(lambda j: c.RequestCheckpoint(job_id=j), _JOB),
+    st.builds(
+        lambda j, steps: c.RetireCheckpoints(job_id=j, steps=tuple(steps), reason="r"),
+        _JOB,
+        st.lists(st.integers(1, 6), max_size=4),
+    ),
+    st.builds(lambda j, s: c.RemoveCheckpoint(job_id=j, step=s), _JOB, st.integers(1, 6)),
+    st.builds(lambda j, steps: imports(j, *steps), _JOB, st.lists(st.integers(1, 6), max_size=3)),
+    st.builds(
+        lambda j, g, s, refers: c.CommitCheckpoint(
+            job_id=j, generation=g, checkpoint=replace(checkpoint(s, g), refers_to=refers)
+        ),
+        _JOB,
+        _GENERATION,
+        st.integers(4, 6),
+        st.sampled_from([(), (checkpoint(2).directory,), (checkpoint(3).directory,)]),
+    ),
+    st.builds(
+        lambda j, s: c.MarkCheckpointCorrupt(
+            job_id=j, step=s, manifest_sha256="ab" * 32, reason="r"
+        ),
+        _JOB,
+        st.integers(1, 6),
+    ),
 )
+
+
+def _newest_stays(earlier: Job, job: Job) -> None:
+    before, after = earlier.newest_checkpoint(), job.newest_checkpoint()
+    assert before is None or (after is not None and after.step >= before.step)
 
 
 @settings(max_examples=300)
@@ -467,9 +725,11 @@ def test_every_history_obeys_the_table_and_replays_to_the_same_bytes(
                 assert job.status in TRANSITIONS[earlier.status]
             if earlier is not None:
                 assert job.generation_number >= earlier.generation_number
-                assert {one.step for one in job.checkpoints} >= {
-                    one.step for one in earlier.checkpoints
-                }
+                assert job.saved_request <= job.save_request
+                names = {one.directory for one in job.checkpoints}
+                assert all(ref in names for one in job.checkpoints for ref in one.refers_to)
+                if not isinstance(command, c.RemoveCheckpoint | c.MarkCheckpointCorrupt):
+                    _newest_stays(earlier, job)
             assert (job.status in TERMINAL) == (job.finished_at is not None)
         for name, used in log.state.slots_used().items():
             assert used <= log.state.nodes[name].slots

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,12 @@ def facts(tmp_path: Path) -> Facts:
     )
 
 
+def copies_in(store: Path, path: str) -> list[Path]:
+    return [store / path]
+
+
 def broken(facts: Facts, store: Path) -> list[str]:
-    return [one.expected for one in judge(facts, store) if not one.held]
+    return [one.expected for one in judge(facts, partial(copies_in, store)) if not one.held]
 
 
 def test_everything_holds(facts: Facts, tmp_path: Path) -> None:
@@ -90,7 +95,7 @@ def test_a_demo_that_never_began_fails_and_is_still_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     nothing = Facts(started_at=0.0, seed=0, steps=100)
-    verdicts = judge(nothing, tmp_path)
+    verdicts = judge(nothing, partial(copies_in, tmp_path))
     assert not any(one.held for one in verdicts)
     show(nothing, verdicts)
     assert "never submitted" in capsys.readouterr().out
@@ -98,7 +103,7 @@ def test_a_demo_that_never_began_fails_and_is_still_told(
 
 def test_the_numbers_are_written_for_programs(facts: Facts, tmp_path: Path) -> None:
     file = tmp_path / "numbers.json"
-    write_json(file, facts, judge(facts, tmp_path))
+    write_json(file, facts, judge(facts, partial(copies_in, tmp_path)))
     document = json.loads(file.read_text())
     assert document["held"] is True
     assert document["accuracy"] == 0.9

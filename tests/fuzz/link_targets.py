@@ -37,6 +37,7 @@ from distroml.consensus.frames import (
 from distroml.errors import UNDECODABLE
 from distroml.reports import NodeReport
 from distroml.runtime.observations import Observations
+from distroml.runtime.replicas import wire
 from distroml.runtime.store import sync
 from tests.consensus.memory_links import WITH_KEY, End, Memory
 from tests.fuzz.target import Target, caught
@@ -310,6 +311,44 @@ def history_message(data: bytes) -> None:
         assert sync.encode(sync.decode(sync.encode(message))) == sync.encode(message)
 
 
+_SHARD: Final = wire.File("j/r/checkpoints/ckpt_step_00000010/worker_0.safetensors", "a" * 64, 700)
+_MANIFEST: Final = wire.File("j/r/checkpoints/ckpt_step_00000010/manifest.g2.json", "b" * 64)
+
+
+def copies_message(data: bytes) -> None:
+    """No file outside of a checkpoint's directory can be named to be fetched, shown or dropped."""
+    message = caught(wire.decode, data, (ValueError,))
+    if message is None:
+        return
+    assert wire.encode(wire.decode(wire.encode(message))) == wire.encode(message)
+    match message:
+        case wire.Have(files=files):
+            named = files
+        case wire.Keep(file=file) | wire.Doubt(file=file):
+            named = (file,)
+        case _:
+            named = ()
+    for file in named:
+        job, run, checkpoints, step, _ = file.path.split("/")
+        assert checkpoints == "checkpoints"
+        assert step.startswith("ckpt_step_")
+        assert not {job, run} & {"", ".", ".."}
+        assert file.size_bytes is not None or not file.is_shard
+
+
+def _copies_messages() -> list[bytes]:
+    made = (
+        wire.Have(1, (_SHARD, _MANIFEST)),
+        wire.Keep(2, _SHARD, ("a", "b")),
+        wire.Keep(2, _MANIFEST, ()),
+        wire.Doubt(_SHARD),
+        wire.Read(3, _SHARD.path, 0, 4096),
+        wire.Part(3, b"data", 700),
+        wire.List(4, "", _SHARD.path),
+    )
+    return [wire.encode(one) for one in made] + encoded(wire.Message, 4)
+
+
 TARGETS: Final = (
     Target("frame_reader", frame_reader, _streams, 1),
     Target("tagged_frames", tagged_frames, _tagged_streams, 1),
@@ -321,4 +360,5 @@ TARGETS: Final = (
     Target("raft_message", raft_message, _raft_messages, 4),
     Target("node_report", node_report, _reports, 4),
     Target("history_message", history_message, lambda: encoded(sync.Message, 6)),
+    Target("copies_message", copies_message, _copies_messages, 2),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
+from itertools import pairwise
 from types import UnionType
 from typing import Any, Final
 
@@ -12,19 +14,25 @@ from distroml.reports import DataCursor
 from distroml.runtime import control
 from distroml.runtime.checkpoint.manifest import (
     Manifest,
+    ReferredRecord,
     ShardRecord,
-    TensorRecord,
     decode_manifest,
     encode_manifest,
 )
 from distroml.runtime.checkpoint.shard_file import (
     LENGTH,
+    BytesEntry,
+    Packed,
     ShardNote,
     TensorBytes,
+    TensorRecord,
     encode_header,
     parse_safetensors_header,
+    size_of,
 )
 from distroml.runtime.control import MetricRecord
+from distroml.runtime.replicas.arriving import Arriving, Differs
+from distroml.runtime.replicas.wire import File
 from distroml.runtime.store import records, segments
 from distroml.runtime.store.cursors import Position, parse_token
 from distroml.runtime.store.records import StreamKey
@@ -84,35 +92,65 @@ _CURSOR: Final = DataCursor(epoch=1, batch=2)
 
 
 def manifest(data: bytes) -> None:
-    """Refused by ValueError, or a manifest of which every tensor lies within its file."""
+    """Refused by ValueError, or a manifest of which every piece of every tensor lies within its file, on no other."""
     found = caught(decode_manifest, data, ValueError)
     if found is None:
         return
     again = decode_manifest(encode_manifest(found))
     assert encode_manifest(again) == encode_manifest(found)
-    sizes = {shard.file: shard.size_bytes for shard in found.shards}
-    assert all(size >= 0 for size in sizes.values())
+    files = {file.file: file for file in found.files}
+    assert not any(".." in name or name.startswith("/") for name in files)
+    taken: dict[str, list[tuple[int, int]]] = {name: [] for name in files}
     for tensor in found.tensors:
-        assert 0 <= tensor.offset <= tensor.offset + tensor.length <= sizes[tensor.file]
-        assert all(dimension >= 0 for dimension in tensor.shape)
+        content = 0
+        for piece in tensor.pieces():
+            assert files[tensor.file].header_bytes <= piece.offset
+            assert piece.offset + piece.length <= files[tensor.file].size_bytes
+            assert piece.begin == content
+            assert piece.content_bytes <= 65_536 * piece.length
+            content += piece.content_bytes
+            taken[tensor.file].append((piece.offset, piece.offset + piece.length))
+        assert content == size_of(tensor.dtype, tensor.shape)
+    for ranges in taken.values():
+        ranges.sort()
+        assert all(one[1] <= other[0] for one, other in pairwise(ranges))
 
 
 def _manifests() -> list[bytes]:
     shards = tuple(
-        ShardRecord(rank=rank, file=f"worker_{rank}.safetensors", size_bytes=900, sha256="ab" * 32)
+        ShardRecord(
+            rank=rank,
+            file=f"worker_{rank}.safetensors",
+            size_bytes=900,
+            header_bytes=64,
+            header_sha256="ab" * 32,
+        )
         for rank in range(2)
     )
-    tensors = tuple(
+    referred = ReferredRecord(
+        rank=0,
+        file="ckpt_step_00000003/worker_0.g2.safetensors",
+        size_bytes=700,
+        header_bytes=64,
+        header_sha256="ab" * 32,
+    )
+    plain = {"dtype": "F32", "offset": 100, "length": 24, "sha256": ("cd" * 32,)}
+    tensors = (
+        TensorRecord(name="w", shape=(2, 3), file=shards[0].file, **plain),
+        TensorRecord(name="b", shape=(6,), file=shards[1].file, **plain),
+        TensorRecord(name="f", shape=(6,), file=referred.file, **plain),
         TensorRecord(
-            name=name,
+            name="z",
             dtype="F32",
-            shape=shape,
-            file=shards[rank].file,
-            offset=100,
-            length=24,
-            sha256="cd" * 32,
-        )
-        for name, shape, rank in (("w", (2, 3), 0), ("b", (6,), 1))
+            shape=(100,),
+            file=shards[1].file,
+            offset=124,
+            length=30,
+            sha256=("ef" * 32,),
+            codec="zstd",
+            frames=(30,),
+            content_sha256=("cd" * 32,),
+        ),
     )
     made = Manifest(
         job_id="job-1",
@@ -127,9 +165,12 @@ def _manifests() -> list[bytes]:
         has_optimizer=False,
         values={"loss": 0.5, "deep": {"list": [1, None, "x"]}},
         shards=shards,
+        referred=(referred,),
         tensors=tensors,
     )
-    return [encode_manifest(made), msgspec.json.encode(made)]
+    bomb = msgspec.structs.replace(tensors[3], shape=(2**22,))
+    hostile = msgspec.structs.replace(made, tensors=(*tensors[:3], bomb))
+    return [encode_manifest(made), msgspec.json.encode(made), msgspec.json.encode(hostile)]
 
 
 def shard_header(data: bytes) -> None:
@@ -151,6 +192,20 @@ def shard_header_body(data: bytes) -> None:
     shard_header(LENGTH.pack(len(data)) + data)
 
 
+def _tensors_elsewhere() -> tuple[TensorRecord, ...]:
+    return (
+        TensorRecord(
+            name="f",
+            dtype="F32",
+            shape=(6,),
+            file="ckpt_step_00000003/worker_0.safetensors",
+            offset=100,
+            length=24,
+            sha256=("cd" * 32,),
+        ),
+    )
+
+
 def _shard_headers() -> list[bytes]:
     tensors = [
         TensorBytes("w", "F32", (2, 3), memoryview(bytes(24))),
@@ -166,12 +221,20 @@ def _shard_headers() -> list[bytes]:
         world_size=1,
         strategy="data_parallel",
         backend="gloo",
-        digests={tensor.name: "ab" * 32 for tensor in tensors},
+        digests={tensor.name: ("ab" * 32,) * bool(tensor.size_bytes) for tensor in tensors},
         values={"loss": 0.5},
+    )
+    packed = Packed("zstd", "F32", (100,), (30,), ("cd" * 32,))
+    delta = msgspec.structs.replace(
+        note,
+        digests={"z": ("ab" * 32,)},
+        packed={"z": packed},
+        references=_tensors_elsewhere(),
     )
     return [
         encode_header(tensors, note),
         encode_header([], msgspec.structs.replace(note, digests={})),
+        encode_header([BytesEntry("z", 30)], delta),
     ]
 
 
@@ -229,6 +292,44 @@ def _cursors() -> list[bytes]:
     return [token.encode() for token in [*made, position.token()]]
 
 
+def _whole_shard() -> bytes:
+    data = bytes(range(26))
+    tensors = [
+        TensorBytes("w", "F32", (2, 3), memoryview(data[:24])),
+        TensorBytes("s", "BF16", (), memoryview(data[24:])),
+    ]
+    digests = {one.name: (sha256(one.data).hexdigest(),) for one in tensors}
+    note = ShardNote(
+        job_id="j", run_id="r", step=5, cursor=_CURSOR, rank=0, world_size=1,
+        strategy="data_parallel", backend="gloo", digests=digests,
+    )  # fmt: skip
+    return encode_header(tensors, note) + data
+
+
+_SHARD: Final = _whole_shard()
+_SHARD_HEADER: Final = _SHARD[:-26]
+
+
+def arriving_shard(data: bytes) -> None:
+    """Of all that another node may send for a file, only the file itself is taken."""
+    path = "j/r/checkpoints/ckpt_step_00000005/worker_0.safetensors"
+    file = File(path, sha256(_SHARD_HEADER).hexdigest(), len(_SHARD))
+    arriving, taken = Arriving(file, len(_SHARD)), b""
+    for piece in pieces(data):
+        taken += piece
+        try:
+            arriving.feed(piece)
+        except Differs:
+            assert taken != _SHARD[: len(taken)]
+            begin = arriving.rewind()
+            assert taken[:begin] == _SHARD[:begin]
+            arriving.feed(_SHARD[begin:])
+            assert arriving.whole
+            return
+        assert len(taken) <= len(_SHARD)
+    assert arriving.whole == (taken == _SHARD)
+
+
 TARGETS: Final = (
     Target("from_worker", from_worker, lambda: _frames(control.FromWorker)),
     Target("to_worker", to_worker, lambda: _frames(control.ToWorker), 1),
@@ -237,6 +338,7 @@ TARGETS: Final = (
     Target("manifest", manifest, _manifests, 4),
     Target("shard_header", shard_header, _shard_headers, 1),
     Target("shard_header_body", shard_header_body, lambda: [h[8:] for h in _shard_headers()], 2),
+    Target("arriving_shard", arriving_shard, lambda: [b"\x3f" + _SHARD, b"\x05" + _SHARD]),
     Target("history_segment", history_segment, _segments, 1),
     Target("history_record", history_record, lambda: encoded(MetricRecord, 20), 2),
     Target("history_cursor", history_cursor, _cursors),

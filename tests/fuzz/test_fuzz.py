@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from distroml.consensus import connections, frames, messages, wal
 from distroml.consensus.frames import FrameReader
+from distroml.runtime.checkpoint import manifest, shard_file
 from tests.fuzz import __main__ as program
 from tests.fuzz import driver, guided
 from tests.fuzz.driver import REGRESSIONS, TARGETS, Find, Hangs, keep, run, smallest
@@ -131,6 +132,16 @@ def test_an_unlimited_frame_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unchecked_tag_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FrameReader, "_check_tag", lambda *_: None)
     assert _finds("tagged_frames")
+
+
+def test_a_manifest_whose_layout_is_not_checked_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "_check_layout", lambda *_: None)
+    assert _finds("manifest")
+
+
+def test_frames_that_are_not_checked_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_file, "_check_frames", lambda *_: None)
+    assert _finds("manifest")
 
 
 def test_an_unchecked_proof_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from distroml.commands import (
     encode_entry,
 )
 from distroml.consensus.replica import Replica
-from distroml.consensus.state import ClusterState
+from distroml.consensus.state import ClusterState, digest_state
 from distroml.errors import InvalidSpec, NotFound, Unavailable
 from distroml.http.app import HttpServer
 from distroml.http.job_events import JobEvents
@@ -138,6 +138,8 @@ class MemoryNode:
         self.history = history or MemoryHistory()
         self.events = JobEvents(self.replica.recent_events)
         self.replica.listen(self.events.applied)
+        self.files: Any = None
+        """What a test gives it that looks at files of checkpoints."""
         self.raft_view = Raft(leader=name)
         self.reports: dict[str, Observed] = {}
         self.knows_all = True
@@ -150,6 +152,9 @@ class MemoryNode:
 
     def state(self) -> ClusterState:
         return self.replica.state
+
+    async def state_digest(self) -> tuple[int, str]:
+        return self.state().index, digest_state(self.state())
 
     def raft(self) -> Raft:
         index = self.state().index

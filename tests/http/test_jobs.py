@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
+import pytest
 from msgspec.structs import replace
 
 from distroml.commands import FailGeneration, FinishRun
@@ -315,3 +317,20 @@ async def test_jobs_submitted_at_one_node_are_seen_with_its_name() -> None:
 
 def test_timestamp() -> None:
     assert views.timestamp(0.25) == "1970-01-01T00:00:00.250Z"
+
+
+async def test_a_list_says_of_which_state_it_is(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a long list is made the log goes on; what was applied meanwhile is not in it."""
+    node, loop, make = api.node, asyncio.get_running_loop(), views.job_view
+    node.submit()
+    index = node.state().index
+
+    def job_view(*arguments: Any) -> views.JobView:
+        loop.call_soon(node.submit, "meanwhile")
+        return make(*arguments)
+
+    monkeypatch.setattr(views, "job_view", job_view)
+    reply = await api.get("/api/jobs")
+    assert [job["job_id"] for job in reply.json["jobs"]] == ["job-1"]
+    assert node.state().index > index
+    assert reply.headers["X-DistroML-Index"] == str(index)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 from typing import Any
 
 from distroml.client import AsyncClient
@@ -71,3 +74,28 @@ async def until_checkpoint(
         timeout_s=timeout_s,
     )
     return answer
+
+
+async def kill_workers(workers: list[dict[str, Any]]) -> None:
+    """All at once: none has the time to notice another one's end, so nobody is left who has the state."""
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for worker in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker["pid"], number)
+
+
+async def restored(cluster: LocalCluster, client: AsyncClient, job_id: str) -> list[dict[str, Any]]:
+    """The job's incidents once its ranks have read a checkpoint and gone on from it."""
+
+    async def ask() -> list[dict[str, Any]]:
+        incidents: list[dict[str, Any]] = (await client.incidents(job_id))["incidents"]
+        return incidents
+
+    def from_a_checkpoint(incidents: list[dict[str, Any]]) -> bool:
+        last = incidents[-1] if incidents else {"source": "", "recovered_at": None}
+        return last["source"].startswith("checkpoint of step ") and last["recovered_at"] is not None
+
+    found: list[dict[str, Any]] = await cluster.until(
+        ask, from_a_checkpoint, "the ranks to go on from a checkpoint", timeout_s=120.0
+    )
+    return found

@@ -12,6 +12,9 @@ import pytest
 
 from distroml.credentials import new_key
 from distroml.errors import Conflict, DistroMLError, InvalidSpec, NotFound, Unavailable
+from distroml.local_cluster import LocalCluster
+from distroml.runtime.checkpoint.shard_check import damage
+from distroml.runtime.checkpoint.stores.file import FileStore
 from tests.integration.conftest import StartCluster
 from tests.integration.jobs import SEED_SPEC, long_spec, until_status, until_step
 
@@ -44,7 +47,7 @@ async def test_the_seed_job_trains_to_the_end_and_its_stream_tells_all(
         saved = (await client.checkpoints(job_id))["checkpoints"]
         assert [one["step"] for one in saved] == [200, 256]
         for one in saved:
-            _verify(cluster.store_dir, one)
+            _verify(cluster, one, copies=2)
         series = await client.metrics(job_id, name="loss", max_points=10_000)
         assert _points(series, "loss") == done["total_steps"]
         assert (await client.incidents(job_id))["incidents"] == []
@@ -55,17 +58,25 @@ def _points(answer: dict[str, Any], name: str) -> int:
     return len(series["steps"])
 
 
-def _verify(store: Path, checkpoint: dict[str, Any]) -> None:
-    """What the record, the manifest and the files say agrees, byte for byte."""
-    directory = store / checkpoint["directory"]
-    data = (directory / checkpoint["manifest"]).read_bytes()
-    assert hashlib.sha256(data).hexdigest() == checkpoint["manifest_sha256"]
+def _verify(cluster: LocalCluster, checkpoint: dict[str, Any], *, copies: int) -> None:
+    """What the record, the manifest and the files say agrees, byte for byte, on each of ``copies`` nodes or more."""
+    directory = checkpoint["directory"]
+    manifests = cluster.copies(f"{directory}/{checkpoint['manifest']}")
+    assert len(manifests) >= copies
+    for file in manifests:
+        data = file.read_bytes()
+        assert hashlib.sha256(data).hexdigest() == checkpoint["manifest_sha256"]
     manifest = json.loads(data)
     assert manifest["step"] == checkpoint["step"]
     for shard in manifest["shards"]:
-        content = (directory / shard["file"]).read_bytes()
-        assert len(content) == shard["size_bytes"]
-        assert hashlib.sha256(content).hexdigest() == shard["sha256"]
+        files = cluster.copies(f"{directory}/{shard['file']}")
+        assert len(files) >= copies
+        for file in files:
+            content = file.read_bytes()
+            assert len(content) == shard["size_bytes"]
+            header = content[: shard["header_bytes"]]
+            assert hashlib.sha256(header).hexdigest() == shard["header_sha256"]
+            assert not damage(FileStore(file.parent), shard["file"], shard["header_sha256"])
 
 
 async def test_one_node_alone_is_a_cluster(start_cluster: StartCluster) -> None:
@@ -94,7 +105,7 @@ async def test_stop_saves_a_final_checkpoint_and_cancel_does_not_wait(
         assert "stopped" in job["reason"]
         (saved,) = (await client.checkpoints(stopped))["checkpoints"]
         assert saved["step"] == job["result"]["step"] >= 20
-        _verify(cluster.store_dir, saved)
+        _verify(cluster, saved, copies=1)
         await until_status(cluster, client, cancelled, "CANCELLED")
         await until_step(cluster, client, queued, 1)
         with pytest.raises(Conflict):

@@ -175,6 +175,7 @@ async def test_a_job_goes_on_after_its_only_node_was_stopped_and_started(
         await until_step(cluster, client, job_id, 25)
         _assert_torch_stays_with_the_workers(node)
         assert await node.stop() == 0
+        assert sorted(node.data_dir.glob("*.sock")) == []
         node.start()
         await until_status(cluster, client, job_id, "RUNNING", "CHECKPOINTING")
         job = await until_step(cluster, client, job_id, 40)

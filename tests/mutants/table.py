@@ -19,6 +19,8 @@ _PROPOSER = "tests/consensus/test_proposer.py::"
 _POWER = "tests/sim/test_power_loss.py::"
 _CATCHING_UP = "tests/sim/test_catching_up.py::"
 _CLUSTERS = "tests/sim/test_clusters.py::"
+_BARRIER = "tests/runtime/test_barrier.py::"
+_MEETINGS = "tests/runtime/worker/test_meetings.py::"
 
 MUTANTS: tuple[Mutant, ...] = (
     # ------------------------------------------------------------------ safety and durability
@@ -950,6 +952,115 @@ MUTANTS: tuple[Mutant, ...] = (
         "if index <= self.commit_index:",
         "if False:",
         _HARDENING + "test_a_leader_that_contradicts_a_committed_entry_stops_the_node",
+    ),
+    # ------------------------------------------------------------------ barriers
+    Mutant(
+        "barrier-any-generation",
+        "barriers",
+        "ranks of a generation that is over go on meeting",
+        "runtime.barrier:is_present",
+        "generation.number in job.generation_numbers",
+        "job.generation_numbers",
+        _BARRIER + "test_a_generation_that_is_over_is_forgotten_everywhere",
+    ),
+    Mutant(
+        "barrier-newest-generation-only",
+        "barriers",
+        "ranks that train until a planned change wait at a barrier for ever",
+        "runtime.barrier:is_present",
+        "generation.number in job.generation_numbers",
+        "generation.number == job.generation_number",
+        _BARRIER + "test_ranks_that_train_until_a_planned_change_still_meet",
+    ),
+    Mutant(
+        "barrier-one-missing",
+        "barriers",
+        "all go on while one has not arrived",
+        "runtime.barrier:Gatherings.arrived",
+        "if not gathering.missing:",
+        "if len(gathering.missing) <= 1:",
+        _BARRIER + "test_agents_that_repeat_hear_who_is_missing",
+    ),
+    Mutant(
+        "barrier-repeats-count",
+        "barriers",
+        "a rank that says so twice stands for another one",
+        "runtime.barrier:Gatherings.arrived",
+        "gathering.missing.difference_update(message.ranks)",
+        "gathering.missing = set(sorted(gathering.missing)[len(message.ranks) :])",
+        _BARRIER + "test_repeats_tell_a_leader_who_is_missing",
+    ),
+    Mutant(
+        "barrier-strangers-count",
+        "barriers",
+        "a node speaks for ranks of another one",
+        "runtime.barrier:Gatherings.arrived",
+        "not roster.get(node, frozenset()).issuperset(message.ranks)",
+        "False",
+        _BARRIER + "test_ranks_of_another_node_and_other_bytes_are_refused_and_counted",
+    ),
+    Mutant(
+        "barrier-newest-value",
+        "barriers",
+        "the ranks agree on whatever came last",
+        "runtime.barrier:Gatherings.arrived",
+        "max(gathering.value, message.value)",
+        "message.value",
+        _BARRIER + "test_an_agent_speaks_once_all_its_ranks_are_there_and_hears_once",
+    ),
+    Mutant(
+        "barrier-own-ranks-value",
+        "barriers",
+        "an agent tells the value of one of its ranks",
+        "runtime.barrier:_arrived",
+        "max(ranks.values())",
+        "next(iter(ranks.values()))",
+        _BARRIER + "test_an_agent_speaks_once_all_its_ranks_are_there_and_hears_once",
+    ),
+    Mutant(
+        "barrier-passed-in-silence",
+        "barriers",
+        "who has not heard of a release before the leader died is never released",
+        "runtime.barrier:Standing.answer",
+        "if value is not None:",
+        "if False:",
+        _BARRIER + "test_a_new_leader_learns_from_those_that_have_passed",
+    ),
+    Mutant(
+        "barrier-new-leader-untold",
+        "barriers",
+        "a new leader does not hear who stands where",
+        "runtime.barrier_wire:BarrierWire.on_leader_change",
+        "self._say_again(self._standing.unanswered())",
+        "pass",
+        _BARRIER + "test_a_new_leader_hears_at_once_who_waits",
+    ),
+    Mutant(
+        "barrier-stale-release",
+        "barriers",
+        "a release of the generation before opens the barrier of the same name in this one",
+        "runtime.worker.meetings:Meetings.take",
+        "message.generation != self._generation or ",
+        "",
+        _MEETINGS + "test_what_is_told_of_another_generation_changes_nothing",
+    ),
+    Mutant(
+        "barrier-stale-end",
+        "barriers",
+        "the end of the generation before ends the waits in this one",
+        "runtime.worker.meetings:Meetings.end",
+        "if generation == self._generation:",
+        "if True:",
+        _MEETINGS + "test_what_is_told_of_another_generation_changes_nothing",
+    ),
+    Mutant(
+        "barrier-unsaid-again",
+        "barriers",
+        "an agent that crashed and came back does not hear who stands where",
+        "runtime.worker.meetings:Meetings.standing",
+        "list(self._stands.values())",
+        "[]",
+        _MEETINGS + "test_what_is_not_released_is_said_to_an_agent_that_comes_back",
     ),
 )
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from distroml import commands as c
 from distroml.consensus.frames import Channel
 from distroml.consensus.state import ClusterState
+from distroml.runtime import control
 from distroml.runtime.barrier import ASK_S, Barrier, RunGeneration
 from distroml.runtime.barrier_wire import BarrierWire
 from tests.builders import Log, fail, form, members, node, submit
@@ -55,6 +57,8 @@ class World:
         """From, to, body; any of them may be delivered next."""
         self.arrived: dict[Rank, int] = {}
         self.released: dict[Rank, int] = {}
+        self.awaited: dict[tuple[str, str], tuple[int, ...]] = {}
+        """Whom ranks of a node, at the barrier of that name, last heard to be missing."""
         self.ends = {name: self.make(name) for name in names}
 
     def make(self, name: str) -> End:
@@ -65,7 +69,7 @@ class World:
             links=_Links(self, name),
             raft=end,
             state=lambda: end.state,
-            released=self._on_release,
+            told=lambda *news: self._on_news(name, *news),
             monotonic=lambda: self.now_s,
         )
         return end
@@ -84,6 +88,27 @@ class World:
         """The node applies the next generation."""
         self.ends[name].state = self.states[1]
         self.ends[name].wire.on_applied()
+
+    def plan_next(self) -> None:
+        """Everybody learns that generation 2 is to relieve generation 1, which trains on till then."""
+        log = Log()
+        for name in self.ends:
+            log.ok(node(name, slots=2 * len(self.layout)))
+        log.ok(submit("job", workers=len(self.layout)))
+        log.ok(form("job", 1, members(*self.layout)))
+        log.ok(c.MarkRunning(job_id="job", generation=1, total_steps=9))
+        log.ok(form("job", 2, members(*reversed(self.layout)), planned=True))
+        planned = log.state
+        log.ok(c.MarkRunning(job_id="job", generation=2, total_steps=9))
+        self.states = [planned, log.state]
+        for end in self.ends.values():
+            end.state = planned
+            end.wire.on_applied()
+
+    def take_over(self) -> None:
+        """Generation 2 trains."""
+        for name in self.ends:
+            self.catch_up(name)
 
     def follow(self, name: str, leader: str | None) -> None:
         self.ends[name].leader = leader
@@ -109,12 +134,23 @@ class World:
     def largest(self, number: int, name: str) -> int:
         return max(self.arrived[number, rank, name] for rank in range(len(self.layout)))
 
-    def _on_release(self, of: RunGeneration, ranks: tuple[int, ...], name: str, value: int) -> None:
-        assert self.may_go_on(of.number, name), f"{name} was released before all ranks were there"
-        assert value == self.largest(of.number, name)
+    def _on_news(
+        self,
+        node: str,
+        of: RunGeneration,
+        ranks: tuple[int, ...],
+        news: control.Released | control.Awaited,
+    ) -> None:
+        name, number = news.name, of.number
+        assert news.generation == number
+        assert all((number, rank, name) in self.arrived for rank in ranks)
+        if isinstance(news, control.Awaited):
+            self.awaited[node, name] = news.missing
+            return
+        assert self.may_go_on(number, name), f"{name} was released before all ranks were there"
+        assert news.value == self.largest(number, name)
         for rank in ranks:
-            assert (of.number, rank, name) in self.arrived
-            self.released[of.number, rank, name] = value
+            self.released[number, rank, name] = news.value
 
 
 class _Links:

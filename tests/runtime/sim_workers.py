@@ -100,6 +100,7 @@ class SimProcess(Struct):
         self.update(
             generation=join.generation,
             rank=join.rank,
+            former=self.fact.as_former() if join.at_boundary else None,
             phase=_P.CONNECTING,
             marks=Marks(left_at=self.fact.parked_at),
             parked_at=None,
@@ -143,6 +144,8 @@ class Fleet:
         self.ticks = 0
         self.world_sizes: dict[tuple[str, int], int] = {}
         self.corrupt: set[tuple[str, int]] = set()
+        self.holders_away = False
+        """Whether no checkpoint's files can be had."""
         """Job and step of checkpoints whose bytes went bad."""
 
     @property
@@ -417,10 +420,12 @@ class Fleet:
         for process in there:
             fact = process.fact
             reads = furthest < saved and source is not None
-            if reads and (fact.job_id, saved) in self.corrupt:
+            corrupt = (fact.job_id, saved) in self.corrupt
+            if reads and (corrupt or self.holders_away):
+                away, broken = FailureKind.CHECKPOINT_AWAY, FailureKind.CORRUPT_CHECKPOINT
                 failure = WorkerFailure(
-                    kind=FailureKind.CORRUPT_CHECKPOINT,
-                    error="worker_0.safetensors: the hash differs",
+                    kind=away if self.holders_away else broken,
+                    error="worker_0.safetensors: no good copy",
                     traceback="",
                     at=self.wall_s,
                     checkpoint_step=saved,
@@ -435,10 +440,7 @@ class Fleet:
 
     def _train(self, group: list[tuple[SimNode, SimProcess]]) -> None:
         places = [(sim, p) for sim, p in group if p.met and p.alive and p.fact.outcome is None]
-        stopping = all(
-            (seen := sim.view.jobs.get(process.fact.job_id)) is not None and seen.stop_requested
-            for sim, process in places
-        )
+        stopping = all(_is_to_end(sim.view.jobs.get(p.fact.job_id), p.fact) for sim, p in places)
         leaving = any(
             p.told and p.told.generation > p.fact.generation and p.told.at_boundary
             for _, p in places
@@ -462,7 +464,8 @@ class Fleet:
         over = stopping or step == total
         saved, lost = fact.shards, fact.abandoned
         cp = job.spec.checkpointing
-        due = cp.enabled and (over or step % cp.every_n_steps == 0)
+        saves = cp.enabled or (stopping and not job.stop_requested)
+        due = saves and (over or step % cp.every_n_steps == 0)
         if due and sim.disk_full:
             lost = (*lost, (step, "No space left on device"))[-4:]
         elif due:
@@ -474,7 +477,7 @@ class Fleet:
             sample_digest=digest_at("samples", step),
             metrics={"loss": 1.0 / (1 + step)},
             stopped=stopping,
-            checkpoint_step=step if cp.enabled and not sim.disk_full else None,
+            checkpoint_step=step if saves and not sim.disk_full else None,
         )
         marks = fact.marks
         if marks.stepped_at is None:
@@ -488,6 +491,14 @@ class Fleet:
             marks=marks,
             phase=_P.FINISHED if over else fact.phase,
         )
+
+
+def _is_to_end(job: Job | None, fact: WorkerFact) -> bool:
+    """Whether a process is asked to stop at a step boundary, for good or to go on elsewhere."""
+    if job is None or job.generation is None:
+        return False
+    vacated = job.generation.vacated and job.generation_number == fact.generation
+    return job.stop_requested or vacated
 
 
 def _shard(fact: WorkerFact, step: int) -> ShardFact:

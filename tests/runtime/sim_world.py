@@ -6,6 +6,8 @@ checks on the way that no decision is stale and that no slot is given twice; tes
 
 from __future__ import annotations
 
+from collections import Counter
+
 from msgspec.structs import replace
 
 from distroml import commands as c
@@ -175,7 +177,7 @@ class World(Fleet):
             self.drain(name, undo=True)
             sim.muted = sim.disk_full = sim.draining = False
             sim.lag_ticks = 0
-        self.manifests_fail = False
+        self.manifests_fail = self.holders_away = False
 
     # --- one tick ---
 
@@ -372,15 +374,15 @@ class World(Fleet):
             return
         used = self.state.slots_used()
         for command in formed:
-            job = self.state.jobs[command.job_id]
-            held = (
-                {(m.node, m.rank) for m in job.at_work.members}
-                if command.generation.planned and job.at_work
-                else set()
-            )
-            for member in command.generation.members:
-                if (member.node, member.rank) not in held:
-                    used[member.node] = used.get(member.node, 0) + 1
+            generation, at_work = command.generation, self.state.jobs[command.job_id].at_work
+            members = generation.members
+            if generation.planned and at_work:
+                # Who stays may have another rank from now on; the slot is the same.
+                staying = Counter(m.node for m in members if m.rank not in generation.joining)
+                assert staying <= Counter(m.node for m in at_work.members)
+                members = tuple(m for m in members if m.rank in generation.joining)
+            for member in members:
+                used[member.node] = used.get(member.node, 0) + 1
         going_on = {job.run_id: job for job in self.state.active_jobs()}
         for name, sim in self.nodes.items():
             strays = [

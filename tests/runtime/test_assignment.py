@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from distroml import commands as c
 from distroml.model import JobStatus, Member
 from distroml.reports import WorkerPhase
-from distroml.runtime.assignment import Duties, Process, duties, next_join, ranks_here
+from distroml.runtime.assignment import Duties, Process, duties, next_join, ranks_here, saves_here
 from tests.builders import Log, fail, form, members, node, submit
 
 _phases = st.sampled_from(
@@ -161,3 +161,15 @@ def test_survivors_take_their_own_ranks_before_others_are_given_them() -> None:
     assert share(log, training).ranks == {0: None, 1: 11, 2: 12, 3: 13}
     assert ranks_here(log.state, "a", 1) == 4
     assert duties(log.state, "a", 2, {"run-job": training}) == {}, "that incarnation is not known"
+
+
+def test_a_node_knows_that_its_ranks_save_their_state_before_they_end() -> None:
+    log = Log()
+    log.ok(node("a", slots=4))
+    log.ok(submit("job", workers=1))
+    log.ok(form("job", 1, members("a")))
+    log.ok(c.MarkRunning(job_id="job", generation=1, total_steps=100))
+    assert not saves_here(log.state, "a", 1)
+    log.ok(c.VacateGeneration(job_id="job", generation=1, reason="it leaves"))
+    assert saves_here(log.state, "a", 1)
+    assert not saves_here(log.state, "a", 2)

@@ -50,6 +50,38 @@ async def test_repeats_tell_a_leader_who_is_missing(world: World) -> None:
     assert world.ends["v"].wire.counters["asks"] > 0
 
 
+async def test_agents_that_repeat_hear_who_is_missing(world: World) -> None:
+    world.arrive(2)
+    world.deliver()
+    assert world.frames == [], "the others may be about to come"
+    world.settle()
+    assert world.awaited == {("y", "step/1"): (0, 1)}
+    world.arrive(0)
+    world.settle()
+    assert world.awaited["y", "step/1"] == (1,)
+    world.arrive(1)
+    world.settle()
+    assert len(world.released) == 3
+
+
+async def test_ranks_that_train_until_a_planned_change_still_meet() -> None:
+    world = World(["x", "y"])
+    world.plan_next()
+    for rank in (0, 1):
+        world.arrive(rank, rank)
+    world.settle()
+    assert world.released == {(1, rank, "step/1"): 1 for rank in (0, 1)}
+    world.take_over()
+    world.arrive(0, 5, "step/2")
+    world.arrive(1, 5, "step/2")
+    world.settle()
+    assert len(world.released) == 2, "generation 1 has been relieved"
+    for rank in (0, 1):
+        world.arrive(rank, 7, "step/2", 2)
+    world.settle()
+    assert {rank for number, rank, _ in world.released if number == 2} == {0, 1}
+
+
 async def test_an_agent_repeats_by_itself_what_is_overdue_and_stops_when_answered(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,6 +117,15 @@ async def test_a_lost_release_is_told_again(world: World) -> None:
     world.frames.clear()
     world.settle()
     assert len(world.released) == 3
+
+
+async def test_a_new_leader_hears_at_once_who_waits(world: World) -> None:
+    world.arrive(2)
+    world.frames.clear()
+    world.follow("y", "x")
+    assert [(sender, to) for sender, to, _ in world.frames] == [("y", "x")]
+    world.follow("y", None)
+    assert len(world.frames) == 1, "nobody is there to be told"
 
 
 async def test_a_new_leader_learns_from_those_that_have_passed(world: World) -> None:

@@ -14,8 +14,9 @@ from distroml.consensus.replica import Replica
 from distroml.errors import OutcomeUnknown, StoreError, Unavailable
 from distroml.model import Checkpoint, Event, JobStatus, NodeStatus
 from distroml.reports import DataCursor, NodeReport, ShardFact
+from distroml.runtime import committing
 from distroml.runtime import coordinator as module
-from distroml.runtime.checkpoint.store import LocalStore
+from distroml.runtime.checkpoint.stores.opening import Stores
 from distroml.runtime.coordinator import Coordinator, CoordinatorSettings
 from distroml.runtime.decisions import Decision, WriteManifest
 from distroml.runtime.observations import Observations
@@ -66,7 +67,7 @@ class World:
             replica=self.replica,
             observations=self.observations,
             propose=self._propose,
-            store=LocalStore("/nonexistent"),
+            stores=Stores("/nonexistent"),
             settings=CoordinatorSettings(),
         )
 
@@ -313,7 +314,7 @@ class TestCheckpoints:
             published.append(newest.step)
             release.wait(10)
 
-        monkeypatch.setattr(module, "publish_latest", publish)
+        monkeypatch.setattr(committing, "publish_latest", publish)
         for command in (
             node("a"),
             submit("x", workers=1),
@@ -332,13 +333,40 @@ class TestCheckpoints:
         await until(lambda: published == [10, 30], "the newest to be published")
         assert world.replica.state.jobs["x"].status is JobStatus.RUNNING
 
+    async def test_latest_goes_back_when_the_newest_was_removed_and_not_for_older_ones(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        published: list[int] = []
+        monkeypatch.setattr(
+            committing, "publish_latest", lambda store, newest: published.append(newest.step)
+        )
+        for command in (
+            node("a"),
+            submit("x", workers=1),
+            form("x", 1, members("a")),
+            c.MarkRunning(job_id="x", generation=1, total_steps=100),
+            *(
+                c.CommitCheckpoint(job_id="x", generation=1, checkpoint=checkpoint(step))
+                for step in (10, 20, 30)
+            ),
+            c.CancelJob(job_id="x", reason="r"),
+        ):
+            world.apply(command)
+        for step in (10, 30):
+            world.apply(c.RemoveCheckpoint(job_id="x", step=step))
+            retired = Event(
+                index=1, at=0.0, type="checkpoint_retired", job_id="x", data={"step": step}
+            )
+            world.coordinator.on_events((retired,))
+        await until(lambda: published == [20], "the one before to be published")
+
     async def test_followers_publish_nothing(
         self, world: World, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "publish_latest", pytest.fail)
+        monkeypatch.setattr(committing, "publish_latest", pytest.fail)
         world.raft.leads = False
         world.coordinator.on_events((_committed(10),))
-        assert world.coordinator._publishing == set()
+        assert world.coordinator._committer._publishing == set()
 
 
 def _committed(step: int) -> Event:
@@ -353,5 +381,5 @@ def _writes(monkeypatch: pytest.MonkeyPatch, made: Callable[[int], Checkpoint]) 
         asked.append(shards[0].step)
         return made(shards[0].step)
 
-    monkeypatch.setattr(module, "write_manifest", write)
+    monkeypatch.setattr(committing, "write_manifest", write)
     return asked

@@ -24,6 +24,9 @@ class FakeStore:
     def next_seq(self, key: StreamKey) -> int:
         return len(self.streams.get(key, []))
 
+    def read(self, key: StreamKey, from_seq: int) -> list[bytes]:
+        return self.streams[key][from_seq:]
+
     def append(self, key: StreamKey, first_seq: int, records: Sequence[bytes]) -> int:
         assert first_seq == self.next_seq(key)
         self.streams.setdefault(key, []).extend(records[: self.room])
@@ -46,6 +49,32 @@ def test_records_of_a_rank_follow_each_other_in_its_own_streams() -> None:
     assert [decode_metric(raw).step for raw in metrics] == [1, 2]
     assert [decode_log(raw).line for raw in logs] == ["line 1", "line 2"]
     assert history.dropped == 0
+
+
+def test_what_a_worker_tells_the_next_agent_again_is_kept_once() -> None:
+    store = FakeStore()
+    records = [MetricRecord(step, 0, float(step), {"loss": 0.5}) for step in range(1, 8)]
+    evaluated = MetricRecord(3, 0, 3.5, {"accuracy": 0.9})
+    writer(store).take_metrics(FACT, (*records[:3], evaluated))
+
+    successor = writer(store)
+    successor.take_metrics(FACT, (*records[1:3], evaluated, *records[3:5]))
+    successor.take_metrics(FACT, (records[5],))
+    successor.take_metrics(FACT, (records[6],))
+
+    (stored,) = store.streams.values()
+    assert [decode_metric(raw).step for raw in stored] == [1, 2, 3, 3, 4, 5, 6, 7]
+
+
+def test_what_the_next_agent_has_not_heard_of_is_all_new() -> None:
+    store = FakeStore()
+    records = [MetricRecord(step, 0, float(step), {"loss": 0.5}) for step in (1, 2, 3)]
+    writer(store).take_metrics(FACT, tuple(records[:1]))
+
+    writer(store).take_metrics(FACT, tuple(records[1:]))
+
+    (stored,) = store.streams.values()
+    assert [decode_metric(raw).step for raw in stored] == [1, 2, 3]
 
 
 def test_what_a_slow_disk_cannot_take_is_counted() -> None:

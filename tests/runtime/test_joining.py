@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from distroml import commands as c
@@ -18,7 +19,7 @@ from distroml.reports import (
     WorkerOutcome,
     WorkerPhase,
 )
-from distroml.runtime import supervisor as module
+from distroml.runtime import endings
 from distroml.runtime.control import (
     Abort,
     Finished,
@@ -28,6 +29,7 @@ from distroml.runtime.control import (
     Progress,
     Rendezvous,
     RendezvousKeys,
+    Save,
     ShardDurable,
 )
 from tests.builders import checkpoint, fail, form, members
@@ -69,6 +71,11 @@ def joins(worker: FakeWorker) -> list[tuple[int, int, int, bool]]:
     ]
 
 
+def saves(worker: FakeWorker) -> list[tuple[int, int]]:
+    """Generation and number of each request for a checkpoint."""
+    return [(m.generation, m.request) for m in worker.got if isinstance(m, Save)]
+
+
 def aborts(worker: FakeWorker) -> list[int]:
     return [message.generation for message in worker.got if isinstance(message, Abort)]
 
@@ -106,6 +113,28 @@ class TestFailures:
         assert not agent.killed(zero.pid)
         fact = agent.fact(0, 2)
         assert (fact.phase, fact.step, fact.marks.left_at) == (WorkerPhase.CONNECTING, 6, 50.0)
+
+    async def test_a_request_to_save_that_a_failure_swallowed_is_told_again(
+        self, agent: Agent
+    ) -> None:
+        agent.assign("a")
+        worker = await agent.running()
+        agent.log.ok(c.MarkRunning(job_id="job", generation=1, total_steps=100))
+        agent.log.ok(c.RequestCheckpoint(job_id="job"))
+        agent.converge()
+        await until(lambda: saves(worker) == [(1, 1)], "the request")
+        agent.log.ok(fail("job", 1, collateral=(0,)))
+        agent.converge()
+        agent.log.ok(form("job", 2, members("a")))
+        agent.converge()
+        await until(lambda: saves(worker) == [(1, 1), (2, 1)], "it to be told in generation 2")
+        answer = msgspec.structs.replace(checkpoint(10, 2), save_request=1)
+        agent.log.ok(c.CommitCheckpoint(job_id="job", generation=2, checkpoint=answer))
+        agent.log.ok(fail("job", 2, collateral=(0,)))
+        agent.log.ok(form("job", 3, members("a")))
+        agent.converge()
+        await until(lambda: joins(worker)[-1][0] == 3, "generation 3")
+        assert saves(worker) == [(1, 1), (2, 1)], "it was answered"
 
     async def test_who_is_to_blame_is_killed_and_replaced(self, agent: Agent) -> None:
         hung, other = await training(agent, "a", "a")
@@ -374,7 +403,7 @@ class TestClocks:
     ) -> None:
         (zero,) = await training(agent, "a")
         stopped = {zero.pid}
-        monkeypatch.setattr(module, "is_stopped", lambda pid: pid in stopped)
+        monkeypatch.setattr(endings, "is_stopped", lambda pid: pid in stopped)
         agent.now_s += 3.0
         agent.supervisor.tend()
         agent.now_s += 2.0

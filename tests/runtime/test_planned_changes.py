@@ -6,10 +6,11 @@ from typing import Any
 
 from distroml import commands as c
 from distroml.model import FailureKind, JobStatus, NodeStatus
-from distroml.reports import WorkerPhase
+from distroml.reports import Former, WorkerPhase
+from distroml.runtime.decisions import WriteManifest
 from distroml.spec import JobSpec, Resources
 from tests.builders import form, members
-from tests.runtime.scenes import Scene, names, only, reasons
+from tests.runtime.scenes import Scene, commit, names, only, reasons, shard
 
 
 def elastic(*where: str, workers: int, formed_s: float = 0.0, **fields: Any) -> Scene:
@@ -88,6 +89,60 @@ def test_a_newcomer_that_fails_after_the_change_began_is_a_failure() -> None:
     scene.dies(2)
     failed = only(scene.step(), c.FailGeneration)
     assert (failed.generation, failed.cause.rank, failed.collateral) == (2, 2, (0, 1))
+
+
+def changed_over(*saved: int) -> Scene:
+    """Ranks 0 and 1 have changed over to a second generation; those in ``saved`` have durable shards of step 12."""
+    scene = growing()
+    former = [
+        Former(generation=1, rank=rank, shards=(shard(rank, 12),) if rank in saved else ())
+        for rank in (0, 1)
+    ]
+    scene.hears("a", *(scene.worker(rank, step=13, former=former[rank]) for rank in (0, 1)))
+    scene.hears("b", scene.worker(2, step=13))
+    return scene
+
+
+def test_a_checkpoint_that_was_whole_when_the_ranks_changed_over_is_committed_first() -> None:
+    scene = changed_over(0, 1)
+    decisions = scene.step()
+    assert names(decisions) == ["BeginCheckpoint", "WriteManifest"]
+    scene.writing.add(("job-1", 1, 12))
+    assert scene.turn() == [], "outgoing ranks are not forgotten before it is committed"
+    commit(scene, only(decisions, WriteManifest))
+    assert names(scene.step()) == ["MarkRunning"]
+    assert [one.step for one in scene.job().checkpoints] == [12]
+
+
+def test_a_checkpoint_that_is_not_whole_in_time_after_a_change_is_abandoned_with_a_reason() -> None:
+    scene = changed_over(0)
+    assert names(scene.step()) == ["BeginCheckpoint"]
+    assert scene.step() == []
+    decisions = scene.step(after_s=6.0)
+    assert names(decisions) == ["AbandonCheckpoint", "MarkRunning"]
+    assert reasons(decisions)[0] == (
+        "checkpoint of step 12 abandoned: 1 of 2 shards were durable when generation 2 took over"
+    )
+    assert (scene.job().status, scene.job().outgoing) == (JobStatus.RUNNING, None)
+
+
+def test_a_shard_that_a_rank_gave_up_after_a_change_is_told() -> None:
+    scene = changed_over(0)
+    scene.step()
+    lost = Former(generation=1, rank=1, abandoned=((12, "No space left on device"),))
+    scene.change(1, former=lost)
+    decisions = scene.step()
+    assert names(decisions) == ["AbandonCheckpoint", "MarkRunning"]
+    assert "No space left on device" in reasons(decisions)[0]
+
+
+def test_what_was_whole_before_a_change_that_failed_is_committed() -> None:
+    scene = changed_over(0, 1)
+    scene.dies(2)
+    decisions = scene.step()
+    assert names(decisions) == ["FailGeneration", "WriteManifest"]
+    commit(scene, only(decisions, WriteManifest))
+    assert [one.step for one in scene.job().checkpoints] == [12]
 
 
 def test_a_run_that_ends_before_its_change_is_made_is_completed() -> None:
@@ -175,21 +230,6 @@ def test_nothing_is_planned_while_a_node_with_ranks_is_silent() -> None:
     assert scene.turn() == []
     scene.hears("b", scene.worker(2, step=10))
     assert names(scene.turn()) == ["FormGeneration"]
-
-
-def test_a_run_of_one_rank_goes_elsewhere_from_its_checkpoint_and_counts_no_restart() -> None:
-    scene = Scene("a", "b").running("b")
-    drain = c.SetNodeStatus(name="b", incarnation=1, status=NodeStatus.DRAINING, reason="asked")
-    scene.log.ok(drain, at=scene.wall_s)
-    scene.saves(0, 20)
-    scene.step()  # its checkpoint is committed first
-    assert names(scene.step()) == ["WriteManifest"]
-    scene.train()
-    abandoned = c.AbandonCheckpoint(job_id="job-1", generation=1, step=20, reason="r")
-    scene.log.ok(abandoned, at=scene.wall_s)
-    decisions = scene.step()
-    assert reasons(decisions) == ["generation 1: node b is drained; rank 0 goes elsewhere"]
-    assert (scene.job().restarts, scene.job().backoff_s) == (0, 0.0)
 
 
 def test_a_rank_that_was_about_to_move_goes_on_where_it_is_when_the_change_fails() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from distroml import commands as c
 from distroml.model import Checkpoint, CheckpointStatus, FailureKind, JobStatus
 from distroml.reports import WorkerPhase
@@ -128,12 +130,18 @@ def test_a_whole_checkpoint_of_a_failing_generation_is_still_committed_and_resum
     assert "from the checkpoint of step 20" in reasons(scene.turn())[0]
 
 
-def test_a_corrupt_checkpoint_is_marked_and_the_older_one_used_without_a_restart() -> None:
+def without_survivors() -> Scene:
+    """A run that has checkpoints of steps 10 and 20, and nobody left who has its state."""
     scene = Scene("a", "b").running("a", "b", max_restarts=1)
     for step in (10, 20):
         made = checkpoint(step, 1, f"{step}")
         scene.log.ok(c.CommitCheckpoint(job_id="job-1", generation=1, checkpoint=made))
     recovering(scene)
+    return scene
+
+
+def test_a_corrupt_checkpoint_is_marked_and_the_older_one_used_without_a_restart() -> None:
+    scene = without_survivors()
     scene.turn()
     scene.step(1.0)
     scene.train(phase=WorkerPhase.RESTORING)
@@ -151,9 +159,40 @@ def test_a_corrupt_checkpoint_is_marked_and_the_older_one_used_without_a_restart
     assert "from the checkpoint of step 10" in reasons(scene.turn(1.0))[0]
 
 
-def test_a_corrupt_checkpoint_that_was_never_restored_is_an_error_like_any_other() -> None:
+def test_a_checkpoint_on_nodes_that_are_away_is_waited_for_and_then_given_up() -> None:
+    scene = without_survivors()
+    begun_s, pauses_s = scene.wall_s, []
+    while scene.job().checkpoints[-1].status is CheckpointStatus.COMMITTED:
+        assert scene.wall_s - begun_s < 700.0
+        forms(scene, "from the checkpoint of step 20")
+        scene.train(phase=WorkerPhase.RESTORING)
+        scene.fails(1, "c may have it", kind=FailureKind.CHECKPOINT_AWAY)
+        decisions = scene.step()
+        pauses_s.append(scene.job().backoff_s)
+    assert scene.wall_s - begun_s >= 600.0
+    assert names(decisions) == ["MarkCheckpointCorrupt", "FailGeneration"]
+    assert "given up after 6" in reasons(decisions)[0]
+    assert pauses_s[-2:] == [30.0, 0.0]
+    assert sorted(pauses_s[:-1]) == pauses_s[:-1]
+    assert scene.job().restarts == 1, "it is nobody's fault"
+    forms(scene, "from the checkpoint of step 10")
+
+
+def forms(scene: Scene, told: str) -> None:
+    """The next generation, once the pause before it is over."""
+    for name in scene.reports:
+        scene.hears(name)
+    for _ in range(40):
+        if decisions := scene.step(1.0):
+            assert told in reasons(decisions)[0]
+            return
+    raise AssertionError("no generation was formed")
+
+
+@pytest.mark.parametrize("kind", [FailureKind.CORRUPT_CHECKPOINT, FailureKind.CHECKPOINT_AWAY])
+def test_a_checkpoint_that_was_never_restored_is_an_error_like_any_other(kind: FailureKind) -> None:
     scene = Scene("a").running("a")
-    scene.fails(0, "some hash differs", kind=FailureKind.CORRUPT_CHECKPOINT)
+    scene.fails(0, "some hash differs", kind=kind)
     assert failure(scene).cause.kind is FailureKind.ERROR
 
 
@@ -204,6 +243,16 @@ def test_a_run_does_not_wait_for_its_final_checkpoint_for_ever() -> None:
     scene = finished(Scene("a", "b").running("a", "b"), checkpoint_step=100)
     assert scene.turn() == []
     assert "it was not committed within 60 s" in reasons(scene.turn(after_s=60.0))[0]
+
+
+def test_a_final_checkpoint_that_is_still_being_copied_is_waited_for_longer() -> None:
+    scene = finished(Scene("a", "b").running("a", "b"), checkpoint_step=100)
+    scene.saves(0, 100)
+    scene.change(1, copying=(100,))
+    scene.step()
+    assert scene.turn(after_s=300.0) == []
+    scene.change(1, copying=())
+    assert "it was not committed within" in reasons(scene.turn())[0]
 
 
 def test_different_digests_fail_the_run_and_name_the_ranks() -> None:

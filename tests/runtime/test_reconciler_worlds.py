@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from distroml.model import JobStatus
@@ -27,6 +27,7 @@ _faults = st.one_of(
     st.tuples(st.just("lag"), _names, st.integers(1, 20)),
     st.tuples(st.just("disk_full"), _names),
     st.tuples(st.just("corrupt_newest")),
+    st.tuples(st.just("holders_leave")),
     st.tuples(st.just("manifests_fail")),
     st.tuples(st.just("depose")),
     st.tuples(st.just("stop_process"), _index),
@@ -61,6 +62,8 @@ def _inflict(world: World, fault: tuple[object, ...]) -> None:
             world.nodes[node].disk_full = True
         case "manifests_fail", _:
             world.manifests_fail = True
+        case "holders_leave", _:
+            world.holders_away = True
         case "corrupt_newest", _:
             world.corrupt |= {
                 (job.job_id, newest.step)
@@ -117,6 +120,16 @@ def _check_end(world: World) -> None:
 
 @settings(max_examples=120, deadline=None)
 @given(st.lists(_faults, max_size=40))
+@example(
+    [
+        ("drain", "b"),
+        ("cancel", 0),
+        ("submit", 3, 0, 1, 0),
+        ("run", 1),
+        ("run", 1),
+        ("drain", "a"),
+    ]
+)
 def test_every_job_ends_rightly_whatever_happens(faults: list[tuple[object, ...]]) -> None:
     world = World(NODES)
     _submit(world, 4)

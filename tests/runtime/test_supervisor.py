@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import msgspec
@@ -21,24 +22,32 @@ from distroml.reports import (
     WorkerOutcome,
     WorkerPhase,
 )
-from distroml.runtime import supervisor as module
+from distroml.runtime import endings, worker_server
 from distroml.runtime.barrier import Barrier, RunGeneration
 from distroml.runtime.control import (
     Arrive,
+    Awaited,
+    CheckpointHere,
+    Committed,
     Failed,
     Finished,
     MetricRecord,
+    NeedCheckpoint,
     Progress,
     Released,
     Rendezvous,
     RendezvousKeys,
+    Save,
     ShardAbandoned,
     ShardDurable,
     Stop,
+    encode_frame,
 )
 from distroml.runtime.local_worker import MAX_ABANDONED, MAX_RENDEZVOUS_BYTES, MAX_SHARDS
 from distroml.runtime.log_tail import log_path
-from tests.builders import checkpoint, form, members, node
+from distroml.runtime.replicas.for_workers import ForWorkers
+from distroml.spec import Checkpointing
+from tests.builders import checkpoint, form, members, node, submit
 from tests.consensus.live import until
 from tests.runtime.agents import Agent
 
@@ -79,6 +88,30 @@ def shard(step: int) -> ShardDurable:
         sha256="0" * 64,
     )
     return ShardDurable(generation=1, shard=fact)
+
+
+class FakeCopies(ForWorkers):
+    """What keeps copies, in the hands of the test."""
+
+    def __init__(self) -> None:
+        super().__init__(None, None)
+        self.waiting: list[Callable[[str], None]] = []
+        self.needs: list[NeedCheckpoint] = []
+        self.answers: list[Callable[[CheckpointHere], None]] = []
+
+    def must_secure(self, job: object) -> bool:
+        return True
+
+    def secure(self, job: object, shard: ShardFact, then: Callable[[str], None]) -> None:
+        self.waiting.append(then)
+
+    def supply(self, need: NeedCheckpoint, answer: Callable[[CheckpointHere], None]) -> None:
+        self.needs.append(need)
+        self.answers.append(answer)
+
+    def settle(self, problem: str) -> None:
+        """The oldest shard is on other nodes, or given up."""
+        self.waiting.pop(0)(problem)
 
 
 def training(step: int, *metrics: MetricRecord, generation: int = 1) -> Progress:
@@ -198,11 +231,11 @@ class TestEnds:
         holding = await agent.running(1)
         agent.spawner.events.exited(silent, 1)
         agent.spawner.events.exited(holding.pid, 1)
-        agent.now_s += module.LATE_HELLO_S
+        agent.now_s += endings.LATE_HELLO_S
         agent.supervisor.tend()
         assert agent.fact(0).phase is WorkerPhase.EXITED
         assert agent.fact(1).exit_code is None
-        agent.now_s += module.LAST_FRAMES_S
+        agent.now_s += endings.LAST_FRAMES_S
         agent.supervisor.tend()
         assert agent.fact(1).exit_code == 1
 
@@ -210,7 +243,7 @@ class TestEnds:
         agent.assign("a")
         worker = await agent.running()
         agent.spawner.events.exited(worker.pid, 1)
-        agent.now_s += module.LAST_FRAMES_S
+        agent.now_s += endings.LAST_FRAMES_S
         agent.supervisor.tend()
         before = agent.fact()
         worker.say(failed())
@@ -247,6 +280,24 @@ class TestEnds:
         fact = agent.fact()
         assert (fact.phase, fact.exit_code) == (WorkerPhase.FAILED, -9)
 
+    async def test_who_does_not_say_hello_first_or_in_time_is_hung_up_on(
+        self, agent: Agent, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        agent.assign("a")
+        reader, writer = await asyncio.open_unix_connection(str(agent.socket))
+        writer.write(encode_frame(failed()))
+        assert await reader.read() == b""
+        assert "expected Hello, got Failed" in caplog.text
+        writer.close()
+        monkeypatch.setattr(worker_server, "HELLO_TIMEOUT_S", 0.01)
+        reader, writer = await asyncio.open_unix_connection(str(agent.socket))
+        assert await reader.read() == b""
+        assert "no Hello came" in caplog.text
+        writer.close()
+        worker = await agent.running()
+        assert agent.linked(), "others are not concerned"
+        assert not worker.closed
+
     async def test_a_worker_without_its_connection_does_not_run_on(self, agent: Agent) -> None:
         agent.assign("a")
         worker = await agent.running()
@@ -256,7 +307,7 @@ class TestEnds:
         await until(lambda: not agent.linked(), "the agent to notice")
         agent.supervisor.tend()
         assert not agent.killed(worker.pid)  # it is most likely just ending
-        agent.now_s += module.LINK_LOST_S
+        agent.now_s += endings.LINK_LOST_S
         agent.supervisor.tend()
         await until(lambda: agent.killed(worker.pid), "the worker to be killed")
         failure = agent.fact().failure
@@ -305,7 +356,7 @@ class TestEnds:
         agent.assign("a")
         agent.supervisor.tend()
         assert agent.spawner.replaced == []
-        agent.now_s += module.SPAWN_TIMEOUT_S
+        agent.now_s += endings.SPAWN_TIMEOUT_S
         agent.supervisor.tend()
         assert "not answered" in agent.spawner.replaced[0]
 
@@ -386,8 +437,11 @@ class TestMessages:
         generation = RunGeneration("job", "run-job", 1)
         barrier = Barrier(generation, "step/7")
         await until(lambda: agent.arrived == [(barrier, 1, 7)], "the arrival to be handed on")
-        agent.supervisor.release(generation, (1, 2), "step/7", 9)
-        await until(lambda: second.got == [Released(name="step/7", value=9)], "the release")
+        awaited = Awaited(generation=1, name="step/7", missing=(0,))
+        released = Released(generation=1, name="step/7", value=9)
+        for news in (awaited, released):
+            agent.supervisor.tell_ranks(generation, (1, 2), news)
+        await until(lambda: second.got == [awaited, released], "the release")
         assert first.got == []
 
     async def test_a_rank_at_too_many_barriers_is_ended_and_told_why(self, agent: Agent) -> None:
@@ -409,6 +463,24 @@ class TestMessages:
         late = await agent.running(1)
         await until(lambda: early.got == late.got == [Stop()], "both to be told")
 
+    async def test_a_request_to_save_is_told_once_per_generation_until_it_is_answered(
+        self, agent: Agent
+    ) -> None:
+        agent.assign("a")
+        worker = await agent.running()
+        agent.log.ok(c.MarkRunning(job_id="job", generation=1, total_steps=100))
+        agent.log.ok(c.RequestCheckpoint(job_id="job"))
+        agent.converge()
+        agent.converge()
+        await until(lambda: worker.got == [Save(generation=1, request=1)], "it to be told once")
+        agent.log.ok(c.RequestCheckpoint(job_id="job"))
+        agent.converge()
+        await until(lambda: worker.got[1:] == [Save(generation=1, request=2)], "the second one")
+        answer = msgspec.structs.replace(checkpoint(10), save_request=2)
+        agent.log.ok(c.CommitCheckpoint(job_id="job", generation=1, checkpoint=answer))
+        agent.converge()
+        assert not agent.log.job("job").is_to_save
+
     async def test_durable_shards_are_carried_until_their_step_is_committed(
         self, agent: Agent
     ) -> None:
@@ -421,6 +493,74 @@ class TestMessages:
         agent.log.ok(c.CommitCheckpoint(job_id="job", generation=1, checkpoint=checkpoint(10)))
         agent.converge()
         assert [one.step for one in agent.fact().shards] == [20]
+
+    async def test_a_shard_is_told_once_other_nodes_have_it_too(self, agent: Agent) -> None:
+        agent.assign("a")
+        copies = FakeCopies()
+        agent.supervisor._copies = copies
+        worker = await agent.running()
+        agent.log.ok(c.MarkRunning(job_id="job", generation=1, total_steps=100))
+        agent.converge()
+        for step in (10, 20):
+            worker.say(shard(step))
+        await agent.until_fact(lambda f: f.copying == (10, 20), "both to be under way")
+        assert agent.fact().shards == ()
+        copies.settle("")
+        await agent.until_fact(lambda f: len(f.shards) == 1, "the first one")
+        copies.settle("too slow")
+        told = await agent.until_fact(lambda f: f.abandoned, "the second one to be given up")
+        assert (told.abandoned, told.copying) == (((20, "too slow"),), ())
+
+    async def test_a_shard_counts_although_its_worker_has_ended_meanwhile(
+        self, agent: Agent
+    ) -> None:
+        agent.assign("a")
+        copies = FakeCopies()
+        agent.supervisor._copies = copies
+        worker = await agent.running()
+        worker.say(shard(10))
+        worker.say(Finished(generation=1, outcome=outcome()))
+        await agent.until_fact(lambda f: f.outcome, "the outcome")
+        await worker.hang_up()
+        agent.spawner.events.exited(worker.pid, 0)
+        await agent.until_fact(lambda f: f.ended_at, "the end")
+        copies.settle("")
+        await agent.until_fact(lambda f: len(f.shards) == 1, "the shard")
+        assert agent.fact().phase is WorkerPhase.FINISHED
+
+    async def test_a_worker_is_told_when_its_checkpoint_is_here(self, agent: Agent) -> None:
+        agent.assign("a")
+        worker = await agent.running()
+        need = NeedCheckpoint(number=7, checkpoint=checkpoint(10))
+        worker.say(need)
+        await until(lambda: worker.got == [CheckpointHere(number=7)], "the answer of a lone node")
+        copies = FakeCopies()
+        agent.supervisor._copies = copies
+        worker.say(need)
+        bad = CheckpointHere(number=7, problem="nobody has it", kind=FailureKind.CORRUPT_CHECKPOINT)
+        await until(lambda: copies.needs == [need], "the question to be passed on")
+        copies.answers[0](bad)
+        await until(lambda: worker.got[1:] == [bad], "the answer")
+
+    @pytest.mark.parametrize("delta", [True, False])
+    async def test_workers_that_write_deltas_are_told_of_each_commit_once(
+        self, agent: Agent, delta: bool
+    ) -> None:
+        agent.log.ok(submit("job", workers=1, checkpointing=Checkpointing(delta=delta)))
+        agent.assign("a")
+        worker = await agent.running()
+        agent.log.ok(c.MarkRunning(job_id="job", generation=1, total_steps=100))
+        told = []
+        for step in (10, 20):
+            command = c.CommitCheckpoint(job_id="job", generation=1, checkpoint=checkpoint(step))
+            agent.log.ok(command)
+            agent.converge()
+            agent.converge()
+            told.append(Committed(checkpoint=agent.state.jobs["job"].newest_checkpoint()))
+        agent.log.ok(c.StopJob(job_id="job", reason="r"))
+        agent.converge()
+        await until(lambda: Stop() in worker.got, "the end of what it is told")
+        assert worker.got == [*(told if delta else ()), Stop()]
 
     async def test_what_a_fact_carries_is_bounded(self, agent: Agent) -> None:
         agent.assign("a")

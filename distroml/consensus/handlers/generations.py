@@ -66,6 +66,8 @@ def _plan_generation(state: ClusterState, context: Context, command: c.FormGener
     """The ranks change over by themselves; until then the job is what it was."""
     generation = command.generation
     job = current_job(state, command.job_id, generation.number - 1, *_TRAINING)
+    if job.at_work is not None and job.at_work.vacated:
+        raise Refused("wrong-status", f"the ranks of job '{job.job_id}' are about to end")
     if job.status is S.CHECKPOINTING and job.outgoing is None:
         raise Refused("wrong-status", f"job '{job.job_id}' is saving a checkpoint")
     _check_members(state, job, generation.members)
@@ -119,6 +121,26 @@ def _place_spares(state: ClusterState, context: Context, command: c.PlaceSpares)
             raise Refused("stale-node", f"node '{spare.node}' has changed since it was chosen")
     generation = replace(job.generation, spares=command.spares)
     return Change(updated(state, job, context, generation=generation), job_id=job.job_id)
+
+
+def _vacate_generation(
+    state: ClusterState, context: Context, command: c.VacateGeneration
+) -> Change:
+    job = current_job(state, command.job_id, command.generation, *_TRAINING)
+    assert job.generation is not None  # its number was just compared with one that is >= 1
+    if job.outgoing is not None:
+        raise Refused("wrong-status", f"job '{job.job_id}' is about to change its ranks")
+    event = new_event(
+        context,
+        "state",
+        job_id=job.job_id,
+        status=job.status.value,
+        reason=command.reason,
+        generation=command.generation,
+    )
+    generation = replace(job.generation, vacated=True)
+    changed = updated(state, job, context, generation=generation, reason=command.reason)
+    return Change(changed, (event,), job.job_id)
 
 
 def _mark_running(state: ClusterState, context: Context, command: c.MarkRunning) -> Change:
@@ -230,6 +252,7 @@ def _with_incident(
 HANDLERS: Final[Handlers] = {
     c.FormGeneration: _form_generation,
     c.PlaceSpares: _place_spares,
+    c.VacateGeneration: _vacate_generation,
     c.MarkRunning: _mark_running,
     c.MarkStepped: _mark_stepped,
     c.FailGeneration: _fail_generation,

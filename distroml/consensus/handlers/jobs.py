@@ -17,7 +17,8 @@ from distroml.consensus.handlers.change import (
     new_event,
 )
 from distroml.consensus.state import MAX_JOBS, ClusterState
-from distroml.model import TERMINAL, Job, JobStatus
+from distroml.model import TERMINAL, Checkpoint, CheckpointStatus, Job, JobStatus
+from distroml.spec import JobSpec
 
 S = JobStatus
 
@@ -25,10 +26,6 @@ S = JobStatus
 def _submit_job(state: ClusterState, context: Context, command: c.SubmitJob) -> Change:
     if command.job_id in state.jobs:
         raise Refused("conflict", f"job '{command.job_id}' exists already")
-    removed = _oldest_finished_if_full(state.jobs)
-    jobs = dict(state.jobs)  # with thousands of jobs much faster than a comprehension
-    if removed is not None:
-        del jobs[removed]
     job = Job(
         job_id=command.job_id,
         run_id=command.run_id,
@@ -39,7 +36,17 @@ def _submit_job(state: ClusterState, context: Context, command: c.SubmitJob) -> 
         changed_at=context.at,
         submit_index=context.index,
         change_index=context.index,
+        initial=_initial(state, command.spec),
     )
+    return with_new_job(state, context, job)
+
+
+def with_new_job(state: ClusterState, context: Context, job: Job) -> Change:
+    """The state with one more job in it. Raises Refused where there is no room."""
+    removed = _oldest_finished_if_full(state.jobs)
+    jobs = dict(state.jobs)  # with thousands of jobs much faster than a comprehension
+    if removed is not None:
+        del jobs[removed]
     event = new_event(
         context,
         "state",
@@ -51,6 +58,35 @@ def _submit_job(state: ClusterState, context: Context, command: c.SubmitJob) -> 
     jobs[job.job_id] = job
     events = (new_event(context, "removed", job_id=removed), event) if removed else (event,)
     return Change(replace(state, jobs=jobs), events, job.job_id)
+
+
+def _initial(state: ClusterState, spec: JobSpec) -> Checkpoint | None:
+    """The checkpoint that ``init_from`` means now. Raises Refused where there is none, or nothing left to train."""
+    wanted = spec.init_from
+    if wanted is None:
+        return None
+    other = state.jobs.get(wanted.job)
+    if other is None:
+        raise Refused("invalid-spec", f"init_from.job: there is no job '{wanted.job}'.")
+    if wanted.step is None:
+        found = other.newest_checkpoint()
+    else:
+        found = next((one for one in other.checkpoints if one.step == wanted.step), None)
+    if found is None or found.status is not CheckpointStatus.COMMITTED:
+        committed = CheckpointStatus.COMMITTED
+        has = ", ".join(str(o.step) for o in other.checkpoints[-8:] if o.status is committed)
+        what = "no checkpoint" if wanted.step is None else f"no checkpoint of step {wanted.step}"
+        raise Refused(
+            "invalid-spec",
+            f"init_from.step: job '{wanted.job}' has {what} to begin with; its newest are: {has or 'none'}.",
+        )
+    if spec.steps is not None and not wanted.weights_only and spec.steps <= found.step:
+        raise Refused(
+            "invalid-spec",
+            f"steps ({spec.steps}) must be more than the {found.step} that are done in the checkpoint of "
+            "init_from; or take its model alone with init_from.weights_only.",
+        )
+    return found
 
 
 def _oldest_finished_if_full(jobs: dict[str, Job]) -> str | None:

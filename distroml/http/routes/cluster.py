@@ -53,6 +53,12 @@ async def get_leader(call: Call, query: Read) -> web.StreamResponse:
     return json_response(views.leader_view(services.state(), services.raft(), services.name))
 
 
+async def get_digest(call: Call, query: Read) -> web.StreamResponse:
+    """A digest of the replicated state, to compare nodes: at the same index all of them have the same one."""
+    index, sha256 = await call.services.state_digest()
+    return json_response(views.DigestView(self=call.services.name, index=index, sha256=sha256))
+
+
 async def _wish(call: Call, kind: type[_Wish], *, shape: str, field: str) -> _Wish:
     """The body as ``kind``; an empty one is all defaults."""
     body = await limits.read_body(call.request, call.settings)
@@ -122,6 +128,7 @@ _READS = tuple(
         ("resources", "Slots in total and by node", get_resources, views.ResourcesView),
         ("nodes", "All nodes, their status and last heartbeat", get_nodes, views.NodeList),
         ("leader", "The leader, its term and address", get_leader, views.LeaderView),
+        ("digest", "Digest of the answering node's replicated state", get_digest, views.DigestView),
     )
 )
 

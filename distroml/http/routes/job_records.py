@@ -1,4 +1,4 @@
-"""What a job leaves behind and does right now: metrics, logs, checkpoints, incidents, and the streams."""
+"""What a job leaves behind and does right now: metrics, logs, incidents, and the streams."""
 
 from __future__ import annotations
 
@@ -101,13 +101,6 @@ async def get_logs(call: Call, query: LogsQuery) -> web.StreamResponse:
     return json_response(LogsView(job_id=job.job_id, lines=shown))
 
 
-async def get_checkpoints(call: Call, query: Read) -> web.StreamResponse:
-    """Checkpoints whose commit is in the log, oldest first."""
-    job = job_of(call)
-    shown = [views.checkpoint_view(one) for one in job.checkpoints]
-    return json_response(views.CheckpointList(job.job_id, shown))
-
-
 async def get_incidents(call: Call, query: Read) -> web.StreamResponse:
     """Failures and recoveries, oldest first."""
     job = job_of(call)
@@ -139,17 +132,6 @@ ROUTES = (
         handler=get_logs,
         query=LogsQuery,
         answers=(Answer(200, "Lines", LogsView),),
-        errors=(NotFound,),
-    ),
-    Route(
-        method="GET",
-        path="/api/jobs/{job_id}/checkpoints",
-        name="getCheckpoints",
-        summary="Committed checkpoints, oldest first",
-        tag="jobs",
-        handler=get_checkpoints,
-        query=Read,
-        answers=(Answer(200, "Checkpoints", views.CheckpointList),),
         errors=(NotFound,),
     ),
     Route(

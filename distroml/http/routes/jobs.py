@@ -40,7 +40,7 @@ from distroml.spec import JobSpec, parse_spec
 JOBS_PER_TURN = 100
 """Job bodies made before the event loop gets its turn again."""
 REPLAYED_HEADER = "Idempotent-Replayed"
-_WRITE_ERRORS = (Unavailable, OutcomeUnknown, KeyReused)
+WRITE_ERRORS = (Unavailable, OutcomeUnknown, KeyReused)
 
 
 class ListQuery(Read, frozen=True, kw_only=True):
@@ -71,7 +71,7 @@ async def submit(call: Call, query: Query) -> web.StreamResponse:
         run_id=f"run-{secrets.token_hex(8)}",
         spec=spec,
     )
-    outcome = _accepted(await call.services.propose(command, call.settings.write_timeout_s))
+    outcome = accepted(await call.services.propose(command, call.settings.write_timeout_s))
     job_id = outcome.job_id or command.job_id
     job = call.services.state().jobs.get(job_id)
     if job is None:
@@ -85,11 +85,7 @@ async def cancel_or_remove(call: Call, query: Query) -> web.StreamResponse:
     """Cancel an active job (202) or forget a finished one (204)."""
     await limits.read_nothing(call.request, call.settings)
     job = call.services.state().jobs.get(call.job_id)
-    write: dict[str, Any] = {
-        "key": limits.idempotency_key(call.request),
-        "request_sha256": _digest(f"DELETE /api/jobs/{call.job_id}"),
-        "job_id": call.job_id,
-    }
+    write = write_of(call, "DELETE")
     if job is not None and job.terminal:
         outcome = await call.services.propose(RemoveJob(**write), call.settings.write_timeout_s)
     else:
@@ -98,23 +94,19 @@ async def cancel_or_remove(call: Call, query: Query) -> web.StreamResponse:
         if outcome.error == Conflict.slug:
             # It ended while the request was on its way. The wish was to end it, not to lose its record.
             outcome = Outcome(outcome.index, job_id=call.job_id)
-    _accepted(outcome)
+    accepted(outcome)
     left = call.services.state().jobs.get(call.job_id)
     if left is None:
-        return web.Response(status=204, headers=_replayed(outcome))
+        return web.Response(status=204, headers=replayed(outcome))
     return _job_response(call, left, status=202, outcome=outcome)
 
 
 async def stop(call: Call, query: Query) -> web.StreamResponse:
     """End an active job after a final checkpoint."""
     await limits.read_nothing(call.request, call.settings)
-    command = StopJob(
-        key=limits.idempotency_key(call.request),
-        request_sha256=_digest(f"POST /api/jobs/{call.job_id}/stop"),
-        job_id=call.job_id,
-        reason="stopped by the user, after a final checkpoint",
-    )
-    outcome = _accepted(await call.services.propose(command, call.settings.write_timeout_s))
+    reason = "stopped by the user, after a final checkpoint"
+    command = StopJob(**write_of(call, "POST", "/stop"), reason=reason)
+    outcome = accepted(await call.services.propose(command, call.settings.write_timeout_s))
     return _job_response(call, job_of(call), status=202, outcome=outcome)
 
 
@@ -125,9 +117,10 @@ async def list_jobs(call: Call, query: ListQuery) -> web.StreamResponse:
     """Jobs, newest first."""
     wanted = _statuses(query.status)
     before = _decode_cursor(query.cursor)
+    state = call.services.state()
     found = [
         job
-        for job in call.services.state().jobs.values()
+        for job in state.jobs.values()
         if (before is None or job.submit_index < before)
         and (not wanted or job.status in wanted)
         and (query.name is None or job.name == query.name)
@@ -144,7 +137,8 @@ async def list_jobs(call: Call, query: ListQuery) -> web.StreamResponse:
         await asyncio.sleep(0)
     end = b'],"next_cursor":' + msgspec.json.encode(cursor) + b"}"
     body = b'{"jobs":[' + b",".join(parts) + end
-    return web.Response(body=body, content_type=limits.JSON_TYPE)
+    index = {limits.INDEX_HEADER: str(state.index)}
+    return web.Response(body=body, content_type=limits.JSON_TYPE, headers=index)
 
 
 async def get_job(call: Call, query: Read) -> web.StreamResponse:
@@ -161,21 +155,37 @@ def _job_response(
     facts = views.facts_of(call.services.observed())
     view = views.job_view(job, facts, latest_metrics(call, job), call.now)
     response = json_response(view, status=status)
-    response.headers.update(_replayed(outcome))
+    response.headers.update(replayed(outcome))
     return response
 
 
-def _accepted(outcome: Outcome) -> Outcome:
+def accepted(outcome: Outcome) -> Outcome:
+    """The outcome of a write. Raises the error that it stands for where it was refused."""
     if outcome.error:
         raise from_outcome(outcome.error, outcome.detail)
     return outcome
 
 
-def _replayed(outcome: Outcome | None) -> dict[str, str]:
+def replayed(outcome: Outcome | None) -> dict[str, str]:
+    """The header that tells of a request which had its effect before."""
     return {REPLAYED_HEADER: "true"} if outcome is not None and outcome.replayed else {}
 
 
+def write_of(call: Call, method: str, path: str = "") -> dict[str, Any]:
+    """What a command about one job takes from a request without a body.
+
+    Args:
+        path: below that of the job.
+    """
+    return {
+        "key": limits.idempotency_key(call.request),
+        "request_sha256": _digest(f"{method} /api/jobs/{call.job_id}{path}"),
+        "job_id": call.job_id,
+    }
+
+
 def _digest(what: str, body: bytes = b"") -> str:
+    """What a repeated Idempotency-Key must come with again."""
     return hashlib.sha256(what.encode() + b"\n" + body).hexdigest()
 
 
@@ -222,7 +232,7 @@ ROUTES = (
         body=JobSpec,
         write=True,
         answers=(Answer(201, "The job as queued", views.JobView, headers=("Location",)),),
-        errors=(*_WRITE_ERRORS, InvalidSpec, NotBuilt, BodyTooLarge, UnsupportedMedia),
+        errors=(*WRITE_ERRORS, InvalidSpec, NotBuilt, BodyTooLarge, UnsupportedMedia),
     ),
     Route(
         method="GET",
@@ -257,7 +267,7 @@ ROUTES = (
             Answer(202, "The job, cancelled", views.JobView),
             Answer(204, "The finished job is removed"),
         ),
-        errors=(*_WRITE_ERRORS, NotFound, Conflict),
+        errors=(*WRITE_ERRORS, NotFound, Conflict),
     ),
     Route(
         method="POST",
@@ -268,6 +278,6 @@ ROUTES = (
         handler=stop,
         write=True,
         answers=(Answer(202, "The job, stopping", views.JobView),),
-        errors=(*_WRITE_ERRORS, NotFound, Conflict),
+        errors=(*WRITE_ERRORS, NotFound, Conflict),
     ),
 )

@@ -4,14 +4,19 @@ Layout (https://github.com/huggingface/safetensors): 8 bytes little-endian lengt
 shape and offsets of each tensor, then the data without gaps. Our metadata is one JSON string under the key
 ``distroml``. It leaves out the generation on purpose: a step that is trained again by a later generation gives
 the same bytes, and then its shard is already there.
+
+A tensor is cut into pieces of ``PIECE_BYTES``; each has a SHA-256 in the header, and the header's own SHA-256 goes into
+the manifest. So every byte is hashed exactly once, in parallel, and any tool can check any piece by itself. A compressed
+tensor is one Zstandard frame per piece; other tools see it as a tensor of bytes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -19,11 +24,15 @@ from msgspec import Meta, Struct
 from distroml.errors import UNDECODABLE
 from distroml.reports import DataCursor
 
-FORMAT = 1
+FORMAT = 2
 METADATA_KEY = "distroml"
 LENGTH = struct.Struct("<Q")
-ALIGNMENT = 8
+ALIGNMENT = 64
 MAX_HEADER_BYTES = 64 * 1024 * 1024
+PIECE_BYTES = 16 * 1024 * 1024
+"""What is hashed, read, compressed and written as one; a multiple of every element's size."""
+MAX_EXPANSION = 1 << 16
+"""Bytes that one byte of a Zstandard frame may stand for; a piece of zeros has about 30,000."""
 
 ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -32,14 +41,33 @@ ITEM_BYTES = {
 """Bytes per element of each dtype that a shard can hold."""
 
 
-Shape = Annotated[tuple[Annotated[int, Meta(ge=0, le=2**62)], ...], Meta(max_length=64)]
+Size = Annotated[int, Meta(ge=0, le=2**62)]
+Shape = Annotated[tuple[Size, ...], Meta(max_length=64)]
 """Dimensions as read from a file; bounded, since their product is taken."""
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Codec = Literal["none", "zstd"]
+SHARD_FILE = r"worker_\d{1,6}(\.g\d{1,12})?\.safetensors"
+ShardFile = Annotated[str, Meta(pattern=rf"^{SHARD_FILE}\Z")]
+Reference = Annotated[str, Meta(pattern=rf"^ckpt_step_\d{{8,12}}/{SHARD_FILE}\Z")]
+"""A file of another checkpoint of the run, relative to the run's ``checkpoints`` directory."""
+TensorName = Annotated[str, Meta(min_length=1, max_length=1024)]
 
 
 def size_of(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor, or -1 where no shard holds such a dtype."""
     item_bytes = ITEM_BYTES.get(dtype)
     return -1 if item_bytes is None else item_bytes * prod(shape)
+
+
+def cuts(length: int) -> Iterator[tuple[int, int]]:
+    """Begin and end of each piece of ``length`` bytes."""
+    for begin in range(0, length, PIECE_BYTES):
+        yield begin, min(begin + PIECE_BYTES, length)
+
+
+def piece_count(length: int) -> int:
+    """How many pieces ``length`` bytes are."""
+    return -(-length // PIECE_BYTES)
 
 
 class TensorBytes(Struct, frozen=True):
@@ -49,6 +77,120 @@ class TensorBytes(Struct, frozen=True):
     dtype: str
     shape: tuple[int, ...]
     data: memoryview
+
+    @property
+    def size_bytes(self) -> int:
+        """Of ``data``."""
+        return self.data.nbytes
+
+
+class BytesEntry(Struct, frozen=True):
+    """How a compressed tensor is listed in a shard: as one of bytes."""
+
+    name: str
+    size_bytes: int
+    dtype: str = "U8"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """It has one dimension."""
+        return (self.size_bytes,)
+
+
+class Piece(Struct, frozen=True):
+    """A part of a tensor that is read, verified and unpacked by itself."""
+
+    offset: int
+    """From the start of its file."""
+    length: int
+    """Bytes in the file."""
+    begin: int
+    """Where it belongs in the tensor."""
+    content_bytes: int
+    """Bytes of the tensor; more than ``length`` where it is compressed."""
+    sha256: str
+    """Of the bytes in the file."""
+
+
+class TensorPlace(Struct, frozen=True, kw_only=True):
+    """Where one tensor lies in its shard file, and what its bytes are."""
+
+    name: TensorName
+    dtype: str
+    """As in safetensors: F32, BF16, I64, ..."""
+    shape: Shape
+    offset: Size
+    """From the start of the file, in bytes."""
+    length: Size
+    """Bytes in the file."""
+    sha256: tuple[Sha256, ...]
+    """Of each piece, as it is in the file."""
+    codec: Codec = "none"
+    frames: tuple[Size, ...] = ()
+    """Compressed: bytes of each piece in the file."""
+    content_sha256: tuple[Sha256, ...] = ()
+    """Compressed, and checkpoints are deltas: of each piece of the tensor itself."""
+
+    @property
+    def content(self) -> tuple[str, str, tuple[int, ...], tuple[str, ...]]:
+        """What makes it the same tensor as another one."""
+        digests = self.sha256 if self.codec == "none" else self.content_sha256
+        return self.name, self.dtype, self.shape, digests
+
+    def pieces(self) -> Iterator[Piece]:
+        """Its pieces in order; for a place that ``check_place`` has passed."""
+        at = self.offset
+        size = size_of(self.dtype, self.shape)
+        for number, (begin, end) in enumerate(cuts(size)):
+            length = self.frames[number] if self.frames else end - begin
+            yield Piece(at, length, begin, end - begin, self.sha256[number])
+            at += length
+
+
+class TensorRecord(TensorPlace, frozen=True, kw_only=True):
+    """One tensor of a checkpoint and the file that has its bytes."""
+
+    file: str
+    """Of this checkpoint's directory, or (``Reference``) of an earlier one's."""
+
+
+def check_place(place: TensorPlace) -> None:
+    """Check that a place is consistent in itself; says nothing about the file that it is in.
+
+    Raises:
+        ValueError: it is not; names the tensor.
+    """
+    size = size_of(place.dtype, place.shape)
+    if size < 0:
+        raise ValueError(f"tensor '{place.name}' has a wrong size or type")
+    if place.codec == "none":
+        if place.length != size or place.frames or place.content_sha256:
+            raise ValueError(f"tensor '{place.name}' has a wrong size or type")
+    else:
+        _check_frames(place, size)
+    if len(place.sha256) != piece_count(size):
+        raise ValueError(f"tensor '{place.name}' has {len(place.sha256)} hashes for {size} bytes")
+
+
+def _check_frames(place: TensorPlace, size: int) -> None:
+    name, frames = place.name, place.frames
+    if len(frames) != piece_count(size) or sum(frames) != place.length:
+        raise ValueError(f"tensor '{name}' has frames that do not add up to it")
+    if len(place.content_sha256) not in (0, len(frames)):
+        raise ValueError(f"tensor '{name}' has {len(place.content_sha256)} hashes of its content")
+    for frame, (begin, end) in zip(frames, cuts(size), strict=True):
+        if not (end - begin) / MAX_EXPANSION <= frame <= 2 * PIECE_BYTES:
+            raise ValueError(f"tensor '{name}' claims {end - begin} bytes in a frame of {frame}")
+
+
+class Packed(Struct, frozen=True):
+    """What a compressed tensor is, which other tools see as bytes."""
+
+    codec: Codec
+    dtype: str
+    shape: Shape
+    frames: tuple[Size, ...]
+    content_sha256: tuple[Sha256, ...] = ()
 
 
 class ShardNote(Struct, frozen=True, kw_only=True):
@@ -63,20 +205,14 @@ class ShardNote(Struct, frozen=True, kw_only=True):
     world_size: int
     strategy: str
     backend: str
-    digests: dict[str, str]
-    """SHA-256 of each tensor's bytes."""
+    digests: dict[str, tuple[Sha256, ...]]
+    """SHA-256 of each tensor's pieces."""
+    packed: dict[str, Packed] = {}
+    """Its compressed tensors."""
+    references: tuple[TensorRecord, ...] = ()
+    """Tensors of this rank's share that did not change: in which earlier file they are."""
     values: dict[str, Any] | None = None
     """JSON-able state; in rank 0's shard only."""
-
-
-class TensorPlace(Struct, frozen=True):
-    """Where one tensor lies in its shard file; ``offset`` counts from the start of the file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    length: int
 
 
 class ShardHeader(Struct, frozen=True):
@@ -84,8 +220,13 @@ class ShardHeader(Struct, frozen=True):
 
     note: ShardNote
     tensors: tuple[TensorPlace, ...]
+    """In the order of the file."""
+    header_bytes: int
+    """Where the data begin."""
     file_bytes: int
     """Size that the whole file must have."""
+    sha256: str
+    """Of the header."""
 
 
 class _Entry(Struct, frozen=True):
@@ -94,18 +235,25 @@ class _Entry(Struct, frozen=True):
     data_offsets: tuple[int, int]
 
 
-def encode_header(tensors: Sequence[TensorBytes], note: ShardNote) -> bytes:
-    """Everything that comes before the data of ``tensors``, which follow in this order."""
+def encode_header(tensors: Sequence[TensorBytes | BytesEntry], note: ShardNote) -> bytes:
+    """Everything that comes before the data of ``tensors``, which follow in this order.
+
+    Its length depends on the digests' number only, not on their values.
+    """
     header: dict[str, Any] = {
         "__metadata__": {METADATA_KEY: msgspec.json.encode(note, order="sorted").decode()}
     }
     at = 0
     for tensor in tensors:
-        end = at + tensor.data.nbytes
+        if tensor.name in header:
+            raise ValueError(f"a shard cannot hold a tensor called '{tensor.name}' (twice)")
+        end = at + tensor.size_bytes
         header[tensor.name] = _Entry(tensor.dtype, tensor.shape, (at, end))
         at = end
     body = msgspec.json.encode(header)
-    body += b" " * (-len(body) % ALIGNMENT)
+    body += b" " * (-(LENGTH.size + len(body)) % ALIGNMENT)
+    if len(body) > MAX_HEADER_BYTES:
+        raise ValueError(f"a shard's header of {len(body)} bytes is over {MAX_HEADER_BYTES}")
     return LENGTH.pack(len(body)) + body
 
 
@@ -135,19 +283,59 @@ def parse_safetensors_header(data: bytes) -> ShardHeader:
     try:
         raw = msgspec.json.decode(data[LENGTH.size : size], type=dict[str, msgspec.Raw])
         metadata = msgspec.json.decode(raw.pop("__metadata__", b"{}"), type=dict[str, str])
-        note = msgspec.json.decode(metadata.get(METADATA_KEY, ""), type=ShardNote)
+        told = metadata.get(METADATA_KEY, "")
+        check_format(told.encode(), FORMAT, "shard format")
+        note = msgspec.json.decode(told, type=ShardNote)
         entries = {name: msgspec.json.decode(value, type=_Entry) for name, value in raw.items()}
     except UNDECODABLE as error:
         raise ValueError(f"the header is not that of a shard: {error}") from None
-    if note.format != FORMAT:
-        raise ValueError(f"shard format {note.format} is not known; this version reads {FORMAT}")
     if set(entries) != set(note.digests):
         raise ValueError("the header's tensors and digests do not name the same tensors")
+    if len({record.name for record in note.references} | set(entries)) != len(entries) + len(
+        note.references
+    ):
+        raise ValueError("the header names a tensor twice")
+    places, end = _places(entries, note, size)
+    return ShardHeader(note, places, size, size + end, hashlib.sha256(data[:size]).hexdigest())
+
+
+def _places(
+    entries: Mapping[str, _Entry], note: ShardNote, size: int
+) -> tuple[tuple[TensorPlace, ...], int]:
     places, end = [], 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         begin, stop = entry.data_offsets
         if begin != end or stop - begin != size_of(entry.dtype, entry.shape):
             raise ValueError(f"tensor '{name}' has a wrong size, type or place")
-        places.append(TensorPlace(name, entry.dtype, entry.shape, size + begin, stop - begin))
+        packed = note.packed.get(name)
+        place = TensorPlace(
+            name=name,
+            dtype=packed.dtype if packed else entry.dtype,
+            shape=packed.shape if packed else entry.shape,
+            offset=size + begin,
+            length=stop - begin,
+            sha256=note.digests[name],
+            codec=packed.codec if packed else "none",
+            frames=packed.frames if packed else (),
+            content_sha256=packed.content_sha256 if packed else (),
+        )
+        check_place(place)
+        places.append(place)
         end = stop
-    return ShardHeader(note, tuple(places), size + end)
+    return tuple(places), end
+
+
+class _Format(Struct, frozen=True):
+    format: int
+
+
+def check_format(data: bytes, expected: int, what: str) -> None:
+    """Check the field ``format`` before anything else of a JSON object is believed.
+
+    Raises:
+        ValueError: it is another one, or the JSON is none; msgspec's errors are ValueErrors too.
+        RecursionError: it is nested too deeply.
+    """
+    told = msgspec.json.decode(data, type=_Format).format
+    if told != expected:
+        raise ValueError(f"{what} {told} is not known; this version reads {expected}")

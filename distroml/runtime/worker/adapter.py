@@ -5,7 +5,8 @@ the adapter, sets ``spec``, and calls, in this order::
 
     init_distributed(plan)                      once, before the ranks meet
     build_dataset(spec), build_holdout(spec)    or build_dataloader(spec, shard, shards)
-    build_model(spec), build_optimizer(…)       once per process
+    build_model(spec), build_optimizer(…), build_scheduler(…)    once per process
+    set_up(dist)                                in each generation, on all of its ranks, before any data is read
     restore_state(state, blob)                  with a checkpoint, or to catch up with another rank
     train_step(state, batch, dist)              each step and logical shard; uses forward and loss
     evaluate(state, dist)                       at the end of each epoch; uses forward, loss and measure
@@ -28,10 +29,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from distroml.errors import DistroMLError
 from distroml.runtime.control import WorkerPlan
-from distroml.runtime.worker import optimizer_state
+from distroml.runtime.worker import lr_schedule, optimizer_state
 from distroml.runtime.worker.batches import Dataset, as_dataset
 from distroml.runtime.worker.dist import Dist
 from distroml.runtime.worker.evaluation import evaluate
@@ -82,8 +84,24 @@ class FrameworkAdapter:
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[knobs.optimizer]
         return kind(model.parameters(), **common)
 
+    def build_scheduler(self, spec: JobSpec, optimizer: Optimizer) -> LRScheduler | None:
+        """What changes the learning rates; None (default): nothing.
+
+        The runtime calls its ``step`` once after each step (with the mean loss of the global batch where it is a
+        ``ReduceLROnPlateau``), so ``train_step`` must not.
+        """
+        return None
+
     def init_distributed(self, plan: WorkerPlan) -> None:
         """Prepare the process (devices, libraries); its rank may change later, the process stays."""
+
+    def set_up(self, dist: Dist) -> None:
+        """Work of all ranks together, such as fetching a dataset once for all of them; nothing by default.
+
+        Called on each rank at the start of each generation, so after each recovery too, when the others are there and
+        before anything is read of the dataset: ``len`` and ``batch`` come later, ``build_dataset`` has been called.
+        It counts into the time in which a generation must train (``start_timeout_ms``).
+        """
 
     # --- one step ----------------------------------------------------------------------------------------------
 
@@ -142,14 +160,19 @@ class FrameworkAdapter:
     def new_state(self) -> TrainState:
         """A state that has completed no step."""
         model = self.build_model(self.spec)
-        return TrainState(model, self.build_optimizer(self.spec, model), module=model)
+        optimizer = self.build_optimizer(self.spec, model)
+        scheduler = self.build_scheduler(self.spec, optimizer)
+        return TrainState(model, optimizer, module=model, scheduler=scheduler)
 
     def serialize_state(self, state: TrainState) -> StateBlob:
-        """Tensors ``model.<name>`` and ``optimizer.<parameter>.<slot>``; hyperparameters as values."""
+        """Tensors ``model.<name>`` and ``optimizer.<parameter>.<slot>``; hyperparameters and scheduler as values."""
         tensors = {f"model.{name}": tensor for name, tensor in state.model.state_dict().items()}
         slots, values = optimizer_state.dump(state.optimizer, state.model)
         tensors |= {f"optimizer.{name}": tensor for name, tensor in slots.items()}
-        return StateBlob(tensors, {"optimizer": values, "user": state.values})
+        blob = {"optimizer": values, "user": state.values}
+        if state.scheduler is not None:
+            blob["scheduler"] = lr_schedule.dump(state.scheduler)
+        return StateBlob(tensors, blob)
 
     def deserialize_state(self, blob: StateBlob) -> TrainState:
         """A new state, as the one that ``serialize_state`` made ``blob`` of.
@@ -185,6 +208,14 @@ class FrameworkAdapter:
         optimizer_state.load(
             state.optimizer, state.model, parts["optimizer"], blob.values["optimizer"]
         )
+        saved: Any = blob.values.get("scheduler")
+        if (saved is None) != (state.scheduler is None):
+            has, lacks = ("run", "checkpoint") if saved is None else ("checkpoint", "run")
+            raise DistroMLError(
+                f"The {has} has a learning-rate scheduler and the {lacks} has none."
+            )
+        if state.scheduler is not None:
+            lr_schedule.load(state.scheduler, saved)
         state.values = dict(blob.values.get("user", {}))
         return state
 

@@ -26,6 +26,8 @@ from distroml.reports import Marks, StepTiming, WorkerPhase
 from distroml.runtime.control import (
     AGENT_GRACE_S,
     PULSE_S,
+    Awaited,
+    CheckpointHere,
     Failed,
     Finished,
     FrameReader,
@@ -42,12 +44,15 @@ from distroml.runtime.control import (
     encode_frame,
 )
 from distroml.runtime.worker.meetings import Meetings
+from distroml.runtime.worker.supply import Supply
 
 CONNECT_TIMEOUT_S = 10.0
 FLUSH_TIMEOUT_S = 10.0
 PROGRESS_INTERVAL_S = 0.1
 MAX_PENDING_METRICS = 4096
 MAX_METRICS_PER_FRAME = 1024
+MAX_REPEATED_METRICS = 512
+"""The newest ones, which an agent that crashed may have taken and not yet written (it takes some 50 ms for that)."""
 MAX_LIFECYCLE_FRAMES = 4096
 """An agent that leaves this many unread is taken for dead."""
 READ_BYTES = 65_536
@@ -102,9 +107,13 @@ class ControlLink:
         self._connected = True
         self.meetings = Meetings(self.send)
         """Barriers with the other ranks, by way of the agents."""
+        self.supply = Supply(self.send)
+        """Files of checkpoints, which the agent brings here."""
         self._wake = threading.Condition(threading.RLock())
         self._lifecycle: deque[FromWorker] = deque()
         self._metrics: deque[MetricRecord] = deque(maxlen=MAX_PENDING_METRICS)
+        self._gathered: deque[MetricRecord] = deque(maxlen=MAX_REPEATED_METRICS)
+        """The newest of the present generation that were made into frames."""
         self._position: Position | None = None
         """News of the step loop that are not yet queued."""
         self._last: Position | None = None
@@ -150,6 +159,7 @@ class ControlLink:
         with self._wake:
             if self._last is None or self._last.generation != position.generation:
                 self._told.clear()
+                self._gathered.clear()
             self._last, self._marks = position, marks
             self.send(_progress(position, marks=marks))
 
@@ -171,6 +181,7 @@ class ControlLink:
         self._last, self._position = self._position, None
         records = list(self._metrics)
         self._metrics.clear()
+        self._gathered.extend(records)
         for begin in range(0, max(1, len(records)), MAX_METRICS_PER_FRAME):
             part = tuple(records[begin : begin + MAX_METRICS_PER_FRAME])
             self._lifecycle.append(_progress(self._last, metrics=part, waiting_s=self._waiting_s()))
@@ -239,8 +250,10 @@ class ControlLink:
             if not data:
                 return "the agent closed the control socket"
             for message in frames.feed(data):
-                if isinstance(message, Released):
-                    self.meetings.release(message)
+                if isinstance(message, Released | Awaited):
+                    self.meetings.take(message)
+                elif isinstance(message, CheckpointHere):
+                    self.supply.take(message)
                 else:
                     self._on_message(message)
 
@@ -281,10 +294,16 @@ class ControlLink:
         """Who and where this worker is, and what is to be known of its present generation."""
         greeting: list[FromWorker] = [hello]
         if self._last is not None:
-            greeting.append(_progress(self._last, marks=self._marks))
+            again = self._metrics_again()
+            greeting.append(_progress(self._last, metrics=again, marks=self._marks))
         waiting = set(map(id, self._lifecycle))
         greeting += [message for message in self._told if id(message) not in waiting]
-        return greeting + self.meetings.standing()
+        return greeting + self.meetings.standing() + self.supply.standing()
+
+    def _metrics_again(self) -> tuple[MetricRecord, ...]:
+        """The newest metrics that the former agent was sent; those that wait in frames come behind."""
+        waiting = sum(len(one.metrics) for one in self._lifecycle if isinstance(one, Progress))
+        return tuple(self._gathered)[: max(0, len(self._gathered) - waiting)]
 
 
 def _progress(

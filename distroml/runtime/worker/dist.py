@@ -11,6 +11,7 @@ but the last end at ``backward``, by ``ShardDone``, and the last one goes on wit
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,17 +22,21 @@ from torch import Tensor, nn
 from distroml.errors import DistroMLError
 from distroml.runtime.worker.gradient_sync import GradientSync
 from distroml.runtime.worker.logical_shards import LogicalShards
-from distroml.runtime.worker.process_group import RankGroup
+from distroml.runtime.worker.meetings import NotMet
+from distroml.runtime.worker.process_group import COLLECTIVE_TIMEOUT_S, RankGroup
 from distroml.runtime.worker.reduction import ALIGNMENT
 from distroml.runtime.worker.statistics import RunningStatistics
 
 if TYPE_CHECKING:
     from distroml.runtime.worker.batches import LocalBatch
+    from distroml.runtime.worker.meetings import Meetings
     from distroml.runtime.worker.state import TrainState
 
-STOP, MOVE = 1, 2
-"""Flags that reach all ranks with the next step: end after it; leave this generation after it."""
-_FIXED = ("loss_sum", "samples", "flags", "waited_s", "ids_high", "ids_low")
+STOP, MOVE, VACATE = 1, 2, 4
+"""Flags that reach all ranks with the next step: end after it; leave this generation after it; end after it with a
+checkpoint in any case, since the run goes on elsewhere."""
+MAX_BARRIER_NAME_CHARS = 100
+_FIXED = ("loss_sum", "samples", "flags", "waited_s", "ids_high", "ids_low", "save_request")
 """What each shard's note holds, as float64, before the metrics given to ``backward``."""
 
 
@@ -50,12 +55,15 @@ class StepTotals:
     """Digests of the sample ids, by shard."""
     least_waited_s: float
     """Of the rank that waited shortest for others in the step before."""
+    save_request: int = 0
+    """The newest request for a checkpoint that each rank is ready to answer after this step."""
 
 
 @dataclass
 class _Step:
     parts: Sequence[LocalBatch]
     flags: int
+    save_request: int
     values: dict[str, Any]
     place: int = 0
     notes: list[list[float]] = field(default_factory=list)
@@ -66,13 +74,21 @@ class _Step:
 class Dist:
     """This rank's place in the world and in the current step.
 
-    Attributes that a train step may read: ``rank``, ``world_size``, ``shard`` (the logical shard that it computes now),
+    Attributes that a train step may read: ``rank``, ``world_size``, ``local_rank`` (among the ranks of its node), ``shard`` (the logical shard that it computes now),
     ``step`` (steps completed before this one), ``epoch``, ``samples`` (of this shard in this batch; 0 for a stand-in batch
     that must not count), ``batch_samples`` (of the global batch), and ``group`` for collectives of its own.
     """
 
-    def __init__(self, group: RankGroup, logical_shards: int | None = None) -> None:
+    def __init__(
+        self,
+        group: RankGroup,
+        logical_shards: int | None = None,
+        *,
+        meetings: Meetings | None = None,
+        local_rank: int = 0,
+    ) -> None:
         self.group = group
+        self.local_rank = local_rank
         self.rank, self.world_size = group.rank, group.world_size
         self.shards = LogicalShards(
             logical_shards or group.world_size, group.rank, group.world_size
@@ -89,6 +105,9 @@ class Dist:
         self._packed = torch.empty((0, 0), dtype=torch.uint8)
         self._current: _Step | None = None
         self._waited_before_s = 0.0
+        self._meetings = meetings
+        self._met = 0
+        """Barriers that this rank has passed in this generation."""
 
     def attach(self, model: nn.Module, reduction: str, *, unused_allowed: bool) -> None:
         """Exchange the gradients and running statistics of ``model`` from now on."""
@@ -152,12 +171,59 @@ class Dist:
             sum(row[i] for row in rows) / total if total else 0.0 for i in range(1, len(rows[0]))
         ]
 
+    def barrier(self, name: str, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> None:
+        """Return once each rank has called this; ``agree`` without a value."""
+        self.agree(name, 0, timeout_s)
+
+    def agree(self, name: str, value: int, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> int:
+        """The largest ``value`` of all ranks, once each of them has called this.
+
+        It goes through the control plane and needs no collective, so it costs milliseconds and may last for minutes.
+        All ranks call the same ones in the same order; in ``train_step`` only after ``backward``, since what is before
+        that runs once per logical shard. After a timeout it may be called again: the first value then counts.
+
+        Args:
+            name: says in errors what is waited for, 1 to ``MAX_BARRIER_NAME_CHARS``.
+            value: of 64 bits, with sign.
+
+        Raises:
+            CollectiveBroken: another rank is gone, or the agent ended the generation.
+            BarrierTimeout: some rank did not come in ``timeout_s``; says which, where that is known.
+            ValueError, TypeError: the name or the value cannot be.
+        """
+        value = operator.index(value)
+        if not 1 <= len(name) <= MAX_BARRIER_NAME_CHARS:
+            raise ValueError(
+                f"a barrier's name has 1 to {MAX_BARRIER_NAME_CHARS} characters, not {len(name)}: {name[:32]!r}"
+            )
+        self.group.check()
+        if self.world_size == 1:
+            return value
+        if self._meetings is None:
+            raise RuntimeError("this process has no agent, and so no control plane to meet in")
+        place = f"{name}#{self._met + 1}"
+        try:
+            with self.group.waiting():
+                agreed = self._meetings.meet(place, timeout_s, value)
+        except NotMet:
+            self.group.check()
+            raise
+        self._met += 1
+        return agreed
+
     # --- for the step loop -------------------------------------------------------------------------------------
 
-    def begin_step(self, state: TrainState, parts: Sequence[LocalBatch], flags: int) -> None:
-        """A step with one part per logical shard of this rank; ``flags`` are this rank's wishes."""
+    def begin_step(
+        self, state: TrainState, parts: Sequence[LocalBatch], flags: int, save_request: int = 0
+    ) -> None:
+        """A step with one part per logical shard of this rank.
+
+        Args:
+            flags: this rank's wishes; any rank's is granted.
+            save_request: what this rank has been asked to save and could save after the step; it takes all ranks.
+        """
         self.step = state.step
-        self._current = _Step(parts, flags, copy.deepcopy(state.values))
+        self._current = _Step(parts, flags, save_request, copy.deepcopy(state.values))
         if self._statistics is not None:
             self._statistics.remember()
 
@@ -221,6 +287,7 @@ class Dist:
             float(step.flags),
             self.waited_s,
             *part.ids_digest,
+            float(step.save_request),
             *(float(metrics[name]) * weight if weight else 0.0 for name in names),
         ]
         statistics_bytes = self._statistics.size_bytes if self._statistics else 0
@@ -264,6 +331,7 @@ class Dist:
             flags=flags,
             ids=tuple((note[4], note[5]) for note in notes),
             least_waited_s=min(note[3] for note in notes),
+            save_request=int(min(note[6] for note in notes)),
         )
         waited_s = self._sync.waited_s if self._sync else 0.0
         self.waited_s, self._waited_before_s = waited_s - self._waited_before_s, waited_s

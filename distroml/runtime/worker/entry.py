@@ -14,9 +14,7 @@ import traceback
 
 import torch
 
-from distroml.errors import CorruptCheckpoint
-from distroml.model import FailureKind
-from distroml.reports import WorkerFailure, WorkerPhase
+from distroml.reports import CHECKPOINT_ERRORS, WorkerFailure, WorkerPhase, kind_of
 from distroml.runtime.control import Failed, Finished, Hello, Join, Parked, Rendezvous, WorkerPlan
 from distroml.runtime.worker.control_link import ControlLink, Position
 from distroml.runtime.worker.membership import Membership, Prepared, prepare
@@ -77,8 +75,7 @@ class Worker:
         """Steps completed, those of earlier generations included."""
         if self.prepared is not None and self.prepared.run is not None:
             return self.prepared.run.state.step
-        checkpoint = self.join.checkpoint if self.join else None
-        return checkpoint.step if checkpoint else 0
+        return self.join.steps_done if self.join else 0
 
     def live(self) -> None:
         """Until the run is over for this process.
@@ -87,6 +84,7 @@ class Worker:
             Exception: anything but a broken collective.
         """
         self.prepared = prepare(self.plan, self._tell_preparing)
+        self.prepared.committed = lambda: self.orders.committed
         if self.plan.join is None:
             self.link.phase(Position(0, WorkerPhase.SPARE, 0, 0))
         while not self._one_generation(self.prepared):
@@ -95,7 +93,14 @@ class Worker:
     def _one_generation(self, prepared: Prepared) -> bool:
         """Be part of the next generation; True at the end of the run."""
         self.join, group = self.orders.wait_for_join()
-        membership = Membership(self.join, group, prepared, self.link, lambda: self.orders.flags)
+        membership = Membership(
+            self.join,
+            group,
+            prepared,
+            self.link,
+            lambda: self.orders.flags,
+            lambda: self.orders.save_request,
+        )
         try:
             outcome = membership.live()
             if outcome is None:
@@ -120,16 +125,17 @@ class Worker:
 
     def failure(self, error: BaseException) -> WorkerFailure:
         """What the agent should know of ``error``."""
-        corrupt = isinstance(error, CorruptCheckpoint)
+        kind = kind_of(error)
+        unusable = kind in CHECKPOINT_ERRORS
         checkpoint = self.join.checkpoint if self.join else None
         text = "".join(traceback.format_exception(error))
         return WorkerFailure(
-            kind=FailureKind.CORRUPT_CHECKPOINT if corrupt else FailureKind.ERROR,
+            kind=kind,
             error=_cut(f"{type(error).__name__}: {str(error) or repr(error)}", MAX_ERROR_BYTES),
             traceback=_cut(text, MAX_TRACEBACK_BYTES, keep_end=True),
             at=time.time(),
-            collateral=self._echo and not corrupt,
-            checkpoint_step=checkpoint.step if corrupt and checkpoint else None,
+            collateral=self._echo and not unusable,
+            checkpoint_step=checkpoint.step if unusable and checkpoint else None,
         )
 
     def _hello(self) -> Hello:

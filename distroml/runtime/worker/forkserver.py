@@ -27,6 +27,7 @@ from collections import deque
 from pathlib import Path
 from typing import NoReturn
 
+from distroml.runtime.checkpoint.stores.opening import preload as preload_store
 from distroml.runtime.control import (
     AGENT_GRACE_S,
     Close,
@@ -216,6 +217,8 @@ class Forkserver:
             why = f"log {plan.log_path}: {error.strerror}"
             self._send(SpawnFailed(run_id=run_id, worker=worker, reason=why))
             return
+        if plan.spec.checkpointing.enabled:
+            preload_store(plan.spec.checkpointing.store)
         try:
             pid = os.fork()
         except OSError as error:

@@ -47,6 +47,10 @@ class GradientSync:
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._buckets = make_buckets(model.parameters(), len(shards.mine), shards.count)
         self._sum = OrderedSum(group, shards)
+        small = [bucket for bucket in self._buckets if bucket.size_bytes <= SMALL_BYTES]
+        ordered = not self._fast and shards.world_size > 1
+        self._carrier = small[0] if small and ordered else None
+        """With whose gradients the notes of a step travel."""
         self.waited_s = 0.0
         """For how long the step loop has waited for others in all."""
         self._places: dict[nn.Parameter, tuple[int, int]] = {}
@@ -75,8 +79,7 @@ class GradientSync:
     @property
     def carries_notes(self) -> bool:
         """Whether a shard's note can ride along with the gradients instead of needing an exchange of its own."""
-        alone = len(self._buckets) == 1 and self._buckets[0].size_bytes <= SMALL_BYTES
-        return alone and not self._fast and self._shards.world_size > 1
+        return self._carrier is not None
 
     def close(self) -> None:
         """Let go of the model."""
@@ -186,7 +189,10 @@ class GradientSync:
             self._lane.drain()
             if self._lane.failure is not None:
                 raise self._lane.failure
-        self._reduce_last(self._buckets[-1])
+        if self._fast:
+            self._submit(self._buckets[-1])
+        else:  # nothing is left for it to hide behind
+            self._reduce(self._buckets[-1])
         for pending in self._under_way:
             pending.wait()
         if self._unused_allowed:
@@ -194,21 +200,19 @@ class GradientSync:
         self._group.check()
         self.waited_s += time.monotonic() - began_s
 
-    def _reduce_last(self, bucket: Bucket) -> None:
-        if self._fast:
-            self._under_way.append(self._sum.begin_fast(bucket))
-        elif self._notes is None:
-            self._sum.reduce(bucket)
-        else:
-            self._gathered = self._sum.reduce_with_note(bucket, self._notes)
-
     def _submit(self, bucket: Bucket) -> None:
         if self._fast:
             self._under_way.append(self._sum.begin_fast(bucket))
             return
         if self._lane is None:
-            self._lane = _Lane(self._sum.reduce)
+            self._lane = _Lane(self._reduce)
         self._lane.submit(bucket)
+
+    def _reduce(self, bucket: Bucket) -> None:
+        if bucket is self._carrier and self._notes is not None:
+            self._gathered = self._sum.reduce_with_note(bucket, self._notes)
+        else:
+            self._sum.reduce(bucket)
 
     def _drop_what_nobody_used(self) -> None:
         """An optimizer treats no gradient and a zero gradient differently."""

@@ -10,13 +10,15 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
 
+from distroml.errors import CorruptCheckpoint
 from distroml.model import Checkpoint
 from distroml.reports import Marks, WorkerOutcome, WorkerPhase
-from distroml.runtime.checkpoint.store import LocalStore
+from distroml.runtime.checkpoint.stores.opening import LOCAL, Stores
 from distroml.runtime.control import Join, WorkerPlan
 from distroml.runtime.worker.adapter import FrameworkAdapter
 from distroml.runtime.worker.batches import (
@@ -29,15 +31,20 @@ from distroml.runtime.worker.batches import (
 from distroml.runtime.worker.builtin import load_adapter
 from distroml.runtime.worker.control_link import ControlLink, Position
 from distroml.runtime.worker.digest import state_digest
-from distroml.runtime.worker.dist import STOP, Dist
+from distroml.runtime.worker.dist import STOP, VACATE, Dist
 from distroml.runtime.worker.process_group import RankGroup
 from distroml.runtime.worker.rendezvous import CollectiveBroken
 from distroml.runtime.worker.seeding import seed_all
-from distroml.runtime.worker.snapshot import Checkpointer, read_checkpoint
+from distroml.runtime.worker.snapshot import (
+    Checkpointer,
+    check_same_model,
+    model_of,
+    read_checkpoint,
+    read_weights,
+)
 from distroml.runtime.worker.state import TrainState
 from distroml.runtime.worker.state_transfer import (
     NO_STATE,
-    Parcel,
     Standing,
     Transfer,
     check_agreement,
@@ -58,10 +65,12 @@ class Prepared:
     """None: the adapter brings data loaders."""
     fresh: TrainState
     """A state that has completed no step."""
-    store: LocalStore
+    stores: Stores
     run: Run | None = None
     """The state of the run, once this process has one."""
     checkpointer: Checkpointer | None = None
+    committed: Callable[[], Checkpoint | None] = lambda: None
+    """The log's newest good checkpoint, as far as this process has been told."""
     left_at: float | None = None
     """When (Unix seconds) it left the generation before."""
     source: BatchSource | None = None
@@ -85,7 +94,7 @@ def prepare(plan: WorkerPlan, tell: Callable[[], None]) -> Prepared:
         adapter=adapter,
         dataset=dataset,
         fresh=adapter.new_state(),
-        store=LocalStore(plan.store_dir),
+        stores=Stores(plan.store_dir, plan.stores),
     )
 
 
@@ -94,6 +103,7 @@ class Membership:
 
     Args:
         flags: what this rank wishes for the next step boundary.
+        save_request: the newest request for a checkpoint that it has heard of.
     """
 
     def __init__(
@@ -103,11 +113,19 @@ class Membership:
         prepared: Prepared,
         link: ControlLink,
         flags: Callable[[], int],
+        save_request: Callable[[], int] = lambda: 0,
     ) -> None:
         self._join, self._group, self._link = join, group, link
         self._prepared, self._flags = prepared, flags
+        self._save_request = save_request
         self._spec = prepared.plan.spec
-        self._dist = Dist(group, self._spec.resources.workers)
+        self._dist = Dist(
+            group,
+            self._spec.resources.workers,
+            meetings=link.meetings,
+            local_rank=join.local_rank,
+        )
+        group.on_abort = partial(link.meetings.end, join.generation)
         self._marks = Marks(left_at=prepared.left_at)
         self._total_steps: int | None = None
         self._wishes = 0
@@ -115,7 +133,6 @@ class Membership:
 
     def close(self) -> None:
         """Leave, in whatever state the group is."""
-        self._link.meetings.end(f"generation {self._group.generation} was left")
         self._dist.close()
         self._group.close()
 
@@ -130,6 +147,8 @@ class Membership:
         self._group.open()
         self._mark(met_at=time.time())
         self._tell(WorkerPhase.RESTORING)
+        # Not before: a planned change begins once the new ranks are ready to connect, and they would wait here for the others.
+        self._prepared.adapter.set_up(self._dist)
         source = self._batches()
         self._total_steps = (
             self._spec.steps or self._spec.hyperparameters.epochs * source.batches_per_epoch
@@ -143,13 +162,15 @@ class Membership:
         self._tell(WorkerPhase.TRAINING)
         training = self._training(run, source)
         flags = training.train()
-        if flags and not flags & STOP:
+        if flags and not flags & (STOP | VACATE):
             self._part_in_order()
             return None
         print(
             "worker was asked to stop" if flags else "worker trained to its last step", flush=True
         )
         self._tell(WorkerPhase.FINISHING)
+        if flags & VACATE and not flags & STOP and training.checkpointer is None:
+            training.checkpointer = self._checkpointer()
         return self._finish(training, stopped=bool(flags))
 
     # --- the state ---------------------------------------------------------------------------------------------
@@ -175,7 +196,6 @@ class Membership:
         """Make this rank's state the one that all ranks go on from."""
         prepared, group = self._prepared, self._group
         assert self._total_steps is not None
-        parcel = self._parcel()
         standings = gather_standings(
             group,
             Standing(
@@ -184,27 +204,26 @@ class Membership:
                 dataset=hashlib.sha256(source.digest.encode()).digest(),
                 model=_model_sha256(prepared.run.state if prepared.run else prepared.fresh),
                 flags=self._flags(),
-                header_bytes=len(parcel.header) if parcel else 0,
-                state_bytes=parcel.size_bytes if parcel else 0,
             ),
         )
         check_agreement(standings)
         for one in standings:
             self._wishes |= one.flags
         checkpoint = self._join.checkpoint
-        holder = choose_source(standings, 2 * checkpoint.step if checkpoint else None)
+        holder = choose_source(standings, 2 * self._join.steps_done if checkpoint else None)
         if holder is not None:
             told = f"rank {holder}"
             furthest = standings[holder].position
             behind = [rank for rank, one in enumerate(standings) if one.position != furthest]
-            self._share(parcel, Transfer(group, standings, holder, behind), holder, behind)
+            has_done = [one.position // 2 for one in standings if one.position != NO_STATE]
+            self._share(Transfer(group, holder, behind), holder, behind, min(has_done))
         elif checkpoint is not None:
             told = f"checkpoint of step {checkpoint.step}"
             self._read(checkpoint)
         else:
             told = "scratch"
             everybody_else = list(range(1, group.world_size))
-            self._share(parcel, Transfer(group, standings, 0, everybody_else), 0, everybody_else)
+            self._share(Transfer(group, 0, everybody_else), 0, everybody_else)
         run = prepared.run
         assert run is not None
         run.state.epoch = source.cursor(max(0, run.state.step - 1)).epoch
@@ -214,31 +233,48 @@ class Membership:
             self._link.progress(self._position(WorkerPhase.RESTORING), list(run.records))
         return run
 
-    def _parcel(self) -> Parcel | None:
-        """What this rank would send to others, should it be the one whose state counts."""
-        prepared = self._prepared
-        run = prepared.run or (Run(prepared.fresh) if self._group.rank == 0 else None)
-        return None if run is None else pack(run.blob(prepared.adapter), run.state.step)
-
     def _share(
-        self, parcel: Parcel | None, transfer: Transfer, holder: int, behind: list[int]
+        self, transfer: Transfer, holder: int, behind: list[int], since_step: int = 0
     ) -> None:
-        """The state of rank ``holder`` on the ranks ``behind`` it."""
+        """The state of rank ``holder`` on the ranks ``behind`` it, with the records since ``since_step``."""
         rank = self._group.rank
         if rank == holder:
-            self._begin_run()
+            run = self._begin_run()
             if behind:
-                assert parcel is not None
-                transfer.send(parcel)
+                blob, records = run.blob(self._prepared.adapter), run.records_since(since_step)
+                transfer.send(pack(blob, run.state.step, records))
         elif rank in behind:
             # Only what has arrived is a state: a transfer that breaks leaves this rank without one, or with the older one.
-            blob, step = transfer.receive()
-            self._begin_run().take(self._prepared.adapter, blob, step)
+            arrived = transfer.receive()
+            self._begin_run().take(self._prepared.adapter, *arrived)
         elif behind:
             transfer.attend()
 
     def _read(self, checkpoint: Checkpoint) -> None:
-        manifest, blob = read_checkpoint(self._prepared.store, checkpoint)
+        """Take the state of a checkpoint, whose files the agent has brought here where no store has them all."""
+        supply, check = self._link.supply, self._group.check
+        if checkpoint.store != LOCAL:
+            self._take_from(checkpoint)
+            return
+        supply.need(checkpoint, check=check)
+        try:
+            self._take_from(checkpoint)
+        except CorruptCheckpoint as error:
+            print(f"{error} Other nodes may have a good copy.", flush=True)
+            supply.need(checkpoint, mend=True, check=check)
+            self._take_from(checkpoint)
+
+    def _take_from(self, checkpoint: Checkpoint) -> None:
+        store = self._prepared.stores.of(checkpoint.store)
+        if self._join.weights_only:
+            adapter, fresh = self._prepared.adapter, self._prepared.fresh
+            blob = read_weights(store, checkpoint, Run(fresh).blob(adapter))
+            self._begin_run().take(adapter, blob, 0)
+            return
+        manifest, blob = read_checkpoint(store, checkpoint)
+        if not checkpoint.directory.startswith(f"{self._prepared.plan.job_id}/"):
+            own = model_of(Run(self._prepared.fresh).blob(self._prepared.adapter))
+            check_same_model(model_of(blob), own, checkpoint)
         self._begin_run().take(self._prepared.adapter, blob, manifest.step)
 
     def _begin_run(self) -> Run:
@@ -252,10 +288,6 @@ class Membership:
 
     def _training(self, run: Run, source: BatchSource) -> Training:
         prepared = self._prepared
-        if self._spec.checkpointing.enabled:
-            if prepared.checkpointer is None:
-                prepared.checkpointer = Checkpointer(prepared.plan, prepared.store, self._link)
-            prepared.checkpointer.join(self._join)
         assert self._total_steps is not None
         return Training(
             adapter=prepared.adapter,
@@ -263,16 +295,31 @@ class Membership:
             source=source,
             dist=self._dist,
             link=self._link,
-            checkpointer=prepared.checkpointer,
+            checkpointer=self._checkpointer() if self._spec.checkpointing.enabled else None,
             total_steps=self._total_steps,
             flags=self._flags,
             wishes=self._wishes,
+            save_request=self._save_request,
             on_first_step=self._on_first_step,
         )
+
+    def _checkpointer(self) -> Checkpointer:
+        """Of this process, for this rank of this generation."""
+        prepared = self._prepared
+        if prepared.checkpointer is None:
+            store = prepared.stores.of(self._spec.checkpointing.store)
+            prepared.checkpointer = Checkpointer(
+                prepared.plan, store, self._link, prepared.committed
+            )
+        prepared.checkpointer.join(self._join)
+        return prepared.checkpointer
 
     def _on_first_step(self) -> None:
         self._mark(stepped_at=time.time())
         self._tell(WorkerPhase.TRAINING)
+        prepared = self._prepared
+        if prepared.checkpointer is not None and prepared.run is not None:
+            prepared.checkpointer.make_room(prepared.run.blob(prepared.adapter))
 
     def _part_in_order(self) -> None:
         """All ranks have completed the step; none should see another's sockets close before it knows that."""
@@ -305,7 +352,8 @@ class Membership:
 
     def _position(self, phase: WorkerPhase) -> Position:
         run, checkpoint = self._prepared.run, self._join.checkpoint
-        step, epoch = (checkpoint.step, checkpoint.epoch) if checkpoint else (0, 0)
+        step = self._join.steps_done
+        epoch = checkpoint.epoch if checkpoint and step else 0
         if run is not None:
             step, epoch = run.state.step, run.state.epoch
         return Position(self._group.generation, phase, step, epoch, self._total_steps)

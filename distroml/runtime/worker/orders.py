@@ -9,8 +9,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from distroml.runtime.control import Abort, Join, RendezvousKeys, Stop, ToWorker
-from distroml.runtime.worker.dist import MOVE, STOP
+from distroml.model import Checkpoint
+from distroml.runtime.control import (
+    Abort,
+    Committed,
+    Join,
+    RendezvousKeys,
+    Save,
+    Stop,
+    ToWorker,
+    Vacate,
+)
+from distroml.runtime.worker.dist import MOVE, STOP, VACATE
 from distroml.runtime.worker.process_group import RankGroup
 
 MAX_EARLY_KEYS = 4096
@@ -35,6 +45,12 @@ class Orders:
         self._early_keys: dict[str, bytes] = {}
         self._stop = False
         self._leave = False
+        self._save = (0, 0)
+        """The newest request for a checkpoint: its generation and number."""
+        self._vacated = 0
+        """The newest generation that is to end with a checkpoint."""
+        self.committed: Checkpoint | None = None
+        """The newest good checkpoint of the log, as far as this worker has been told."""
 
     def take(self, message: ToWorker) -> None:
         """A message of the agent."""
@@ -48,6 +64,12 @@ class Orders:
                     self._take_keys(keys)
                 case Stop():
                     self._stop = True
+                case Save(generation=generation, request=request):
+                    self._save = max(self._save, (generation, request))
+                case Vacate(generation=generation):
+                    self._vacated = max(self._vacated, generation)
+                case Committed(checkpoint=checkpoint):
+                    self.committed = checkpoint
             self._changed.notify_all()
 
     def wait_for_join(self) -> tuple[Join, RankGroup]:
@@ -67,12 +89,23 @@ class Orders:
     @property
     def flags(self) -> int:
         """What this rank wishes for the next step boundary."""
-        return (STOP if self._stop else 0) | (MOVE if self._leave else 0)
+        present = self._present
+        vacated = present is not None and present.generation == self._vacated
+        stop, move = STOP if self._stop else 0, MOVE if self._leave else 0
+        return stop | move | (VACATE if vacated else 0)
+
+    @property
+    def save_request(self) -> int:
+        """The newest request for a checkpoint that the present generation is to answer; 0: there is none."""
+        generation, request = self._save
+        present = self._present
+        return request if present is not None and present.generation == generation else 0
 
     def _take_join(self, join: Join) -> None:
         if join.generation <= max(self._newest, self._over):
             return
         self._newest = join.generation
+        self.committed = join.checkpoint
         group = self._make_group(join)
         group.store.feed(self._early_keys)
         self._early_keys = {}

@@ -14,8 +14,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -94,7 +94,9 @@ class RankGroup:
         self.broken_at: float | None = None
         """Unix seconds."""
         self.blocked_since_s: float | None = None
-        """Since when (monotonic) this rank waits in a collective, if it does."""
+        """Since when (monotonic) this rank waits for others, if it does."""
+        self.on_abort: Callable[[str], None] = lambda reason: None
+        """Called once, with what ended the generation, in whichever thread did; see ``abort``."""
         self._host = host
         self._handle: c10d.ProcessGroup | None = None
         self._lock = threading.RLock()
@@ -119,9 +121,8 @@ class RankGroup:
             self._before = frozenset(open_sockets())
         # In a thread of its own: the constructor cannot be interrupted, only left alone.
         threading.Thread(target=self._build, name="group-build", daemon=True).start()
-        self.blocked_since_s = time.monotonic()
-        self._built.wait()
-        self.blocked_since_s = None
+        with self.waiting():
+            self._built.wait()
         with self._lock:
             self.check()
             if self._build_error is not None:
@@ -171,6 +172,16 @@ class RankGroup:
                 shut_down(self._sockets, but_for=self._before)
         for one in pending:
             one.release(reason)
+        self.on_abort(reason)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Meanwhile this rank waits for others: it is not the one that hangs."""
+        self.blocked_since_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self.blocked_since_s = None
 
     def close(self) -> None:
         """Give the group up. Its destructor may block for long, so it is left to a thread."""
@@ -225,21 +236,24 @@ class RankGroup:
         if self.world_size == 1:
             self.check()
             return Pending(self, "all_gather", values.unsqueeze(0))
-        output = values.new_empty((self.world_size, *values.shape))
-        flat = values.reshape(-1)
-        return self._start(
-            "all_gather", output, lambda: self._group.all_gather_single(output.view(-1), flat)
-        )
+        copies = values.expand(self.world_size, *values.shape).contiguous()
+        output = torch.empty_like(copies)
+        return self._exchange("all_gather", output, copies)
 
     def all_gather(self, values: Tensor) -> Tensor:
         """Tensor of shape [world_size, *values.shape], in rank order."""
         return self.all_gather_async(values).wait()
 
-    def all_gather_into(self, output: Tensor, values: Tensor) -> None:
-        """Fill the 1-d ``output`` with the ``values`` of all ranks, one after the other in rank order."""
-        self._start(
-            "all_gather", output, lambda: self._group.all_gather_single(output, values)
-        ).wait()
+    def all_gather_into(self, output: Tensor, copies: Tensor) -> None:
+        """Fill ``output`` with what each rank has, one after the other in rank order.
+
+        Gloo's own all_gather goes round a ring, one hop after the other, through memory that is new each time; sending
+        each rank a copy needs one hop. Both tensors are contiguous.
+
+        Args:
+            copies: what this rank has, once for each rank, as many elements as ``output``.
+        """
+        self._exchange("all_gather", output, copies).wait()
 
     def broadcast(self, values: Tensor, source: int) -> None:
         """Overwrite ``values`` (contiguous) on each rank with those of rank ``source``."""
@@ -257,11 +271,23 @@ class RankGroup:
     ) -> None:
         """Exchange consecutive parts of the 1-d ``values``: ``sent[i]`` elements go to rank i, ``received[i]``
         come from it; ``output`` holds what came, in rank order."""
-        self._start(
-            "all_to_all",
+        self._exchange("all_to_all", output, values, received, sent).wait()
+
+    def _exchange(
+        self,
+        operation: str,
+        output: Tensor,
+        values: Tensor,
+        received: list[int] | None = None,
+        sent: list[int] | None = None,
+    ) -> Pending:
+        """Start sending a part of ``values`` to each rank; without sizes all parts are equal."""
+        into, out = output.view(-1), values.view(-1)
+        return self._start(
+            operation,
             output,
-            lambda: self._group.all_to_all_single(output, values, received, sent),
-        ).wait()
+            lambda: self._group.all_to_all_single(into, out, received or [], sent or []),
+        )
 
     def barrier(self) -> None:
         """Return when each rank has come here."""

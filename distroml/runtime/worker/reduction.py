@@ -59,13 +59,15 @@ class OrderedSum:
         note_bytes, end = notes.shape[1], notes.shape[1] + bucket.size_bytes
         width = -(-end // ALIGNMENT) * ALIGNMENT
         shards = self._shards
-        packed = self._memory(bucket, "packed", shards.most * width, torch.uint8).view(-1, width)
+        world = shards.world_size
+        copies = self._memory(bucket, "copies", world * shards.most * width, torch.uint8)
+        packed = copies[: shards.most * width].view(-1, width)
         for place in range(len(shards.mine)):
             packed[place, :note_bytes].copy_(notes[place])
             row = bucket.rows[place, : bucket.count]
             packed[place, note_bytes:end].copy_(row.view(torch.uint8))
-        gathered = self._memory(bucket, "gathered", shards.world_size * packed.numel(), torch.uint8)
-        self._group.all_gather_into(gathered, packed.view(-1))
+        gathered = self._memory(bucket, "gathered", copies.numel(), torch.uint8)
+        self._group.all_gather_into(gathered, _first_for_all(copies.view(world, -1)))
         rows = (
             gathered.view(-1, width)[shards.rows()] if shards.most > 1 else gathered.view(-1, width)
         )
@@ -93,8 +95,9 @@ class OrderedSum:
         self._group.all_to_all(
             received, sent, [size * part for size in shards.sizes], [own * part] * world
         )
-        total = _add_in_order(received.view(shards.count, part))
-        self._group.all_gather_into(bucket.rows[0, : part * world], total)
+        parts = received.view(shards.count, part)
+        _add_in_order(parts)
+        self._group.all_gather_into(bucket.rows[0, : part * world], _first_for_all(parts[:world]))
 
     def _memory(self, bucket: Bucket, use: str, size: int, dtype: torch.dtype) -> Tensor:
         """Touched once, then reused: fresh memory costs more than the copy into it."""
@@ -102,6 +105,12 @@ class OrderedSum:
         if key not in self._scratch or self._scratch[key].numel() != size:
             self._scratch[key] = torch.zeros(size, dtype=dtype)
         return self._scratch[key]
+
+
+def _first_for_all(rows: Tensor) -> Tensor:
+    """The rows, after each of them took the value of the first."""
+    rows[1:].copy_(rows[0].expand_as(rows[1:]))
+    return rows
 
 
 def _add_in_order(rows: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 
 @dataclass
@@ -18,6 +19,8 @@ class TrainState:
     optimizer: Optimizer
     module: nn.Module
     """What a train step calls: ``model``, unless the adapter put something around it."""
+    scheduler: LRScheduler | None = None
+    """Of learning rates; the runtime moves it on once after each step."""
     step: int = 0
     """Steps completed."""
     epoch: int = 0

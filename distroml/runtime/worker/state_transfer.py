@@ -3,7 +3,7 @@
 Every rank says where it stands; from these facts all draw the same conclusion: the furthest state wins, and a step
 that any of them completed is never done again. Its holder sends it, in a few flat pieces of memory: to all at once, or
 straight to the one rank that lacks it, as after most failures. Nobody outside of the group takes part, so no stale
-report can choose the source.
+report can choose the source. Where each stands costs next to nothing to say; only the source packs what it has.
 """
 
 from __future__ import annotations
@@ -11,20 +11,25 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
 from torch import Tensor
 
 from distroml.errors import DistroMLError
+from distroml.runtime.control import MetricRecord
 from distroml.runtime.worker.process_group import RankGroup
 from distroml.runtime.worker.state import StateBlob
 
 PIECE_BYTES = 64 * 1024 * 1024
 """Sent at once: bounds the memory that a transfer needs beside the state itself."""
 NO_STATE = -1
-_ROW = struct.Struct(">qq32s32sqqq")
+FIRST_BYTES = 64 * 1024
+"""Of the first message: sizes, and what describes the state as far as there is room for it."""
+_ROW = struct.Struct(">qq32s32sq")
+_SIZES = struct.Struct(">qq")
+_HEADER_BYTES = FIRST_BYTES - _SIZES.size
 
 
 class Standing(msgspec.Struct, frozen=True):
@@ -39,19 +44,26 @@ class Standing(msgspec.Struct, frozen=True):
     """SHA-256 of its model's parameter names, shapes and types."""
     flags: int = 0
     """What it wishes for the boundary at which the generation begins (``dist.STOP``, ``dist.MOVE``)."""
-    header_bytes: int = 0
-    """Size of what describes its state; 0 without one."""
-    state_bytes: int = 0
 
 
 class Tensors(msgspec.Struct, frozen=True):
-    """What is about to be sent: names, dtypes and shapes in order; the blob's values; the step."""
+    """What is about to be sent: names, dtypes and shapes in order; the blob's values; the step; newest records."""
 
     step: int
     names: list[str]
     dtypes: list[str]
     shapes: list[list[int]]
     values: dict[str, Any]
+    records: list[MetricRecord]
+
+
+class Arrived(NamedTuple):
+    """What a rank behind is given."""
+
+    blob: StateBlob
+    step: int
+    records: list[MetricRecord]
+    """The holder's, of the steps that the ranks behind have not done."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,7 @@ class Parcel:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
 
 
-def pack(blob: StateBlob, step: int) -> Parcel:
+def pack(blob: StateBlob, step: int, records: Sequence[MetricRecord] = ()) -> Parcel:
     """What others need to have this state, without a copy of it."""
     tensors = [tensor.detach().contiguous() for tensor in blob.tensors.values()]
     header = Tensors(
@@ -76,6 +88,7 @@ def pack(blob: StateBlob, step: int) -> Parcel:
         dtypes=[_dtype_name(tensor.dtype) for tensor in tensors],
         shapes=[list(tensor.shape) for tensor in tensors],
         values=blob.values,
+        records=list(records),
     )
     return Parcel(msgspec.msgpack.encode(header), tensors)
 
@@ -126,28 +139,34 @@ def choose_source(standings: Sequence[Standing], least: int | None) -> int | Non
 class Transfer:
     """The way of one state from its holder to the ranks behind; all ranks of the group take part.
 
+    The first message goes to all: how much is to come, and how the state is described.
+
     Args:
         behind: at least one rank, in order.
     """
 
-    def __init__(
-        self, group: RankGroup, standings: Sequence[Standing], source: int, behind: Sequence[int]
-    ) -> None:
+    def __init__(self, group: RankGroup, source: int, behind: Sequence[int]) -> None:
         self._group, self._source, self._behind = group, source, behind
-        self._header_bytes = standings[source].header_bytes
-        self._state_bytes = standings[source].state_bytes
 
     def send(self, parcel: Parcel) -> None:
-        """As the holder, of what it announced in its standing."""
-        self._pass_on(torch.frombuffer(bytearray(parcel.header), dtype=torch.uint8))
+        """As the holder."""
+        header = parcel.header
+        first = bytearray(_SIZES.pack(len(header), parcel.size_bytes) + header[:_HEADER_BYTES])
+        first += bytes(FIRST_BYTES - len(first))
+        self._group.broadcast(torch.frombuffer(first, dtype=torch.uint8), self._source)
+        if rest := bytearray(header[_HEADER_BYTES:]):
+            self._pass_on(torch.frombuffer(rest, dtype=torch.uint8))
         for piece in _pieces(parcel.tensors):
             self._pass_on(piece[0] if len(piece) == 1 else torch.cat(piece))
 
-    def receive(self) -> tuple[StateBlob, int]:
-        """As a rank behind: the state, and its step."""
-        header = torch.empty(self._header_bytes, dtype=torch.uint8)
-        self._pass_on(header)
-        described = msgspec.msgpack.decode(header.numpy(), type=Tensors)
+    def receive(self) -> Arrived:
+        """As a rank behind."""
+        header_bytes, _, header = self._first()
+        if header_bytes > len(header):
+            rest = torch.empty(header_bytes - len(header), dtype=torch.uint8)
+            self._pass_on(rest)
+            header += bytes(rest.numpy())
+        described = msgspec.msgpack.decode(header, type=Tensors)
         tensors = [
             torch.empty(shape, dtype=getattr(torch, dtype))
             for shape, dtype in zip(described.shapes, described.dtypes, strict=True)
@@ -158,15 +177,24 @@ class Transfer:
             for part, came in zip(piece, flat.split([len(part) for part in piece]), strict=True):
                 part.copy_(came)
         named = dict(zip(described.names, tensors, strict=True))
-        return StateBlob(named, described.values), described.step
+        return Arrived(StateBlob(named, described.values), described.step, described.records)
 
     def attend(self) -> None:
         """As a rank that neither has to give nor lacks anything."""
-        sizes = [self._header_bytes]
-        full, rest = divmod(self._state_bytes, PIECE_BYTES)
+        header_bytes, state_bytes, header = self._first()
+        sizes = [header_bytes - len(header)] * (header_bytes > len(header))
+        full, rest = divmod(state_bytes, PIECE_BYTES)
         sizes += [PIECE_BYTES] * full + [rest] * (rest > 0)
         for size in sizes:
             self._pass_on(torch.empty(0 if self._direct else size, dtype=torch.uint8))
+
+    def _first(self) -> tuple[int, int, bytes]:
+        """Of the header and of the state, the size in bytes; the header as far as the first message has it."""
+        first = torch.empty(FIRST_BYTES, dtype=torch.uint8)
+        self._group.broadcast(first, self._source)
+        data = bytes(first.numpy())
+        header_bytes, state_bytes = _SIZES.unpack_from(data)
+        return header_bytes, state_bytes, data[_SIZES.size :][:header_bytes]
 
     @property
     def _direct(self) -> bool:

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distroml.reports import WorkerPhase
+from distroml.runtime.checkpoint.manifest import LEDGER_VALUE, METRICS_VALUE
 from distroml.runtime.control import MetricRecord
+from distroml.runtime.worker import lr_schedule
 from distroml.runtime.worker.adapter import FrameworkAdapter
 from distroml.runtime.worker.batches import BatchSource, LocalBatch
 from distroml.runtime.worker.control_link import ControlLink, Position
@@ -26,8 +28,8 @@ from distroml.runtime.worker.snapshot import Checkpointer
 from distroml.runtime.worker.state import StateBlob, TrainState
 from distroml.runtime.worker.timing import StepClock
 
-METRICS_VALUE, LEDGER_VALUE, EVALUATED_VALUE = "metrics", "ledger", "evaluated"
-"""Where a blob's values keep what belongs to the run rather than to the user's state."""
+EVALUATED_VALUE = "evaluated"
+"""Where a blob's values keep when the model was last evaluated; like the ledger it is the run's, not the user's."""
 MAX_KEPT_RECORDS = 2048
 """Records that each rank keeps, since those that rank 0 reported last may have died with its node."""
 
@@ -43,14 +45,22 @@ class Run:
     evaluated: int = -1
     """The newest step after which the model was evaluated."""
     records: deque[MetricRecord] = field(default_factory=lambda: deque(maxlen=MAX_KEPT_RECORDS))
+    """The newest, none missing between the first of them and the state's step: history takes what one rank tells of a
+    generation for all that there is to tell."""
 
     @property
     def position(self) -> int:
         """Orders states: two per step, the second one after its evaluation."""
         return 2 * self.state.step + (self.evaluated == self.state.step)
 
-    def take(self, adapter: FrameworkAdapter, blob: StateBlob, step: int) -> None:
-        """Become what ``blob`` is of, in place."""
+    def take(
+        self,
+        adapter: FrameworkAdapter,
+        blob: StateBlob,
+        step: int,
+        records: Sequence[MetricRecord] = (),
+    ) -> None:
+        """Become what ``blob`` is of, in place; ``records`` are the holder's newest."""
         self.state = adapter.restore_state(self.state, blob)
         self.state.step = step
         # JSON has no NaN: a checkpoint holds null in its place
@@ -58,6 +68,20 @@ class Run:
         self.metrics = {n: math.nan if value is None else value for n, value in saved.items()}
         self.ledger = blob.values.get(LEDGER_VALUE, EMPTY_LEDGER)
         self.evaluated = blob.values.get(EVALUATED_VALUE, -1)
+        self._go_on_from(step, records)
+
+    def records_since(self, step: int) -> list[MetricRecord]:
+        """What a rank whose state is of ``step`` lacks of the records; a step may have two."""
+        return [record for record in self.records if record.step >= step]
+
+    def _go_on_from(self, step: int, records: Sequence[MetricRecord]) -> None:
+        """Keep of the own records what leads up to the others', or to ``step``, without a hole."""
+        first = records[0].step if records else step + 1
+        own = [record for record in self.records if record.step < first]
+        self.records.clear()
+        if own and own[-1].step == first - 1:
+            self.records.extend(own)
+        self.records.extend(records)
 
     def blob(self, adapter: FrameworkAdapter) -> StateBlob:
         """The state at rest, with what belongs to the run."""
@@ -85,6 +109,10 @@ class Training:
     """What this rank wishes for the next boundary (``dist.STOP``, ``dist.MOVE``)."""
     wishes: int = 0
     """What the ranks together wished for the boundary from which they go on."""
+    save_request: Callable[[], int] = lambda: 0
+    """The newest request for a checkpoint that this rank has heard of."""
+    answered: int = 0
+    """The newest one that the ranks have agreed to answer."""
     on_first_step: Callable[[], None] = lambda: None
     clock: StepClock = field(default_factory=StepClock)
 
@@ -110,7 +138,10 @@ class Training:
         if self.checkpointer is None:
             return None
         return self.checkpointer.save_last(
-            self.run.blob(self.adapter), self.state.step, self.source.cursor(self.state.step)
+            self.run.blob(self.adapter),
+            self.state.step,
+            self.source.cursor(self.state.step),
+            self.answered,
         )
 
     def position(self, phase: WorkerPhase) -> Position:
@@ -132,17 +163,21 @@ class Training:
         dist, run = self.dist, self.run
         parts = self.source.at(self.state.step, dist)
         data_s = time.perf_counter() - began_s
-        run.state, totals, further = take_step(self.adapter, run.state, dist, parts, self.flags())
+        run.state, totals, further = take_step(
+            self.adapter, run.state, dist, parts, self.flags(), self._can_answer()
+        )
         # From here on the step is done, whatever becomes of the others.
         state, epoch = self.state, parts[0].epoch
         state.step, state.epoch = state.step + 1, epoch
+        lr = float(state.optimizer.param_groups[0]["lr"])
+        lr_schedule.advance(state.scheduler, totals.loss)
         if self.source.has_ids:
             run.ledger = advance(run.ledger, state.step, totals.ids)
         values = {"loss": totals.loss, **totals.metrics}
         run.metrics.update(values)
         step_time = time.perf_counter() - began_s
         self.clock.add(step_time, data_s, dist.waited_s, totals.least_waited_s)
-        values["lr"] = float(state.optimizer.param_groups[0]["lr"])
+        values["lr"] = lr
         values["step_time"] = step_time
         values["throughput"] = parts[0].batch_samples / step_time
         record = MetricRecord(state.step, epoch, time.time(), values)
@@ -154,8 +189,10 @@ class Training:
         done_s = time.perf_counter()
         if parts[0].ends_epoch or state.step == self.total_steps:
             self._evaluate()
+        asked = totals.save_request > self.answered
+        self.answered = max(self.answered, totals.save_request)
         if not totals.flags and state.step < self.total_steps:
-            self._save_if_due()
+            self._save_if_due(asked=asked)
         self.clock.saw_pause(time.perf_counter() - done_s)
         return totals.flags
 
@@ -194,10 +231,18 @@ class Training:
             run.records.append(record)
             self._report(record)
 
-    def _save_if_due(self) -> None:
+    def _can_answer(self) -> int:
+        """The request that this rank could answer after the step that begins; 0 while its last shard is written."""
+        if self.checkpointer is None or self.checkpointer.busy:
+            return 0
+        return self.save_request()
+
+    def _save_if_due(self, *, asked: bool = False) -> None:
         step = self.state.step
-        if self.checkpointer and step % self.adapter.spec.checkpointing.every_n_steps == 0:
-            self.checkpointer.save(self.run.blob(self.adapter), step, self.source.cursor(step))
+        due = asked or step % self.adapter.spec.checkpointing.every_n_steps == 0
+        if self.checkpointer and due:
+            blob, cursor = self.run.blob(self.adapter), self.source.cursor(step)
+            self.checkpointer.save(blob, step, cursor, self.answered)
 
     def _report(self, record: MetricRecord) -> None:
         records = (record,) if self.dist.rank == 0 else ()
@@ -210,6 +255,7 @@ def take_step(
     dist: Dist,
     parts: Sequence[LocalBatch],
     flags: int = 0,
+    save_request: int = 0,
 ) -> tuple[TrainState, StepTotals, dict[str, Any]]:
     """Compute this rank's shards of a batch and change the parameters.
 
@@ -219,7 +265,7 @@ def take_step(
     Raises:
         CollectiveBroken: another rank is gone; the state is as it was.
     """
-    dist.begin_step(state, parts, flags)
+    dist.begin_step(state, parts, flags, save_request)
     further: dict[str, Any] = {}
     try:
         for place, part in enumerate(parts):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,25 +11,26 @@ import msgspec
 import pytest
 
 from distroml.errors import CorruptCheckpoint, StoreError
+from distroml.runtime.checkpoint import reader, shard_file
 from distroml.runtime.checkpoint.commit import publish_latest, write_manifest
-from distroml.runtime.checkpoint.reader import read_manifest, read_tensors
-from distroml.runtime.checkpoint.store import LocalStore
+from distroml.runtime.checkpoint.reader import read_into, read_manifest, read_tensors
+from distroml.runtime.checkpoint.stores.file import FileStore
 from tests.runtime.checkpoint.shards import JOB, RUN, STATE, committed, tensor, write_shards
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> LocalStore:
-    return LocalStore(tmp_path)
+def store(tmp_path: Path) -> FileStore:
+    return FileStore(tmp_path)
 
 
-def commit(store: LocalStore, facts, generation: int = 1):
+def commit(store: FileStore, facts, generation: int = 1):
     return write_manifest(
         store, job_id=JOB, run_id=RUN, generation=generation, shards=facts, committed_at=1.0
     )
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_what_was_written_comes_back(store: LocalStore, world_size: int) -> None:
+def test_what_was_written_comes_back(store: FileStore, world_size: int) -> None:
     checkpoint = committed(store, world_size=world_size)
     assert checkpoint.shards == world_size
     manifest = read_manifest(store, checkpoint)
@@ -37,7 +39,30 @@ def test_what_was_written_comes_back(store: LocalStore, world_size: int) -> None
     assert found == {t.name: (t.dtype, t.shape, bytes(t.data)) for t in STATE}
 
 
-def test_commit_can_be_repeated(store: LocalStore) -> None:
+def test_chosen_tensors_are_read_to_where_they_belong(store: FileStore) -> None:
+    checkpoint = committed(store)
+    target = memoryview(bytearray(24))
+    read_into(store, checkpoint, read_manifest(store, checkpoint), {"model.weight": target})
+    assert bytes(target) == bytes(STATE[0].data)
+
+
+@pytest.mark.parametrize("piece_bytes", [8, 16])
+def test_tensors_of_several_pieces_come_back(
+    store: FileStore, piece_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_file, "PIECE_BYTES", piece_bytes)
+    for joined in (1, 24, 1000):
+        monkeypatch.setattr(reader, "JOINED_BYTES", joined)
+        monkeypatch.setattr(reader, "WINDOW_BYTES", joined)
+        checkpoint = committed(store, step=joined)
+        manifest = read_manifest(store, checkpoint)
+        found = {p.name: bytes(p.data) for p in read_tensors(store, checkpoint, manifest)}
+        assert found == {t.name: bytes(t.data) for t in STATE}
+        weight = next(t for t in manifest.tensors if t.name == "model.weight")
+        assert len(weight.sha256) == -(-24 // piece_bytes)
+
+
+def test_commit_can_be_repeated(store: FileStore) -> None:
     facts = write_shards(store)
     assert commit(store, facts) == commit(store, facts[::-1])
     files = store.list(commit(store, facts).directory)
@@ -48,7 +73,7 @@ def test_commit_can_be_repeated(store: LocalStore) -> None:
     ]
 
 
-def test_a_manifest_of_a_dead_generation_is_stepped_around(store: LocalStore) -> None:
+def test_a_manifest_of_a_dead_generation_is_stepped_around(store: FileStore) -> None:
     first = commit(store, write_shards(store, generation=1), generation=1)
     second = commit(store, write_shards(store, generation=2), generation=2)
     assert (first.manifest, second.manifest) == ("manifest.json", "manifest.g2.json")
@@ -56,13 +81,23 @@ def test_a_manifest_of_a_dead_generation_is_stepped_around(store: LocalStore) ->
         assert read_manifest(store, checkpoint).generation == checkpoint.generation
 
 
-def test_size_covers_all_files(store: LocalStore) -> None:
+def test_on_disks_of_their_own_each_generation_has_its_manifest(store: FileStore) -> None:
+    for generation, name in ((3, "manifest.g3.json"), (1, "manifest.json")):
+        shards = write_shards(store, generation=generation)
+        made = write_manifest(
+            store, job_id=JOB, run_id=RUN, generation=generation, shards=shards, committed_at=1.0,
+            scattered=True,
+        )  # fmt: skip
+        assert made.manifest == name
+
+
+def test_size_covers_all_files(store: FileStore) -> None:
     checkpoint = committed(store)
     files = store.list(checkpoint.directory)
     assert checkpoint.size_bytes == sum(store.size(file) for file in files)
 
 
-def test_latest_points_at_the_checkpoint(store: LocalStore) -> None:
+def test_latest_points_at_the_checkpoint(store: FileStore) -> None:
     checkpoint = committed(store)
     publish_latest(store, checkpoint)
     latest = json.loads(store.read(f"{JOB}/{RUN}/checkpoints/LATEST"))
@@ -70,7 +105,7 @@ def test_latest_points_at_the_checkpoint(store: LocalStore) -> None:
     assert latest["manifest_sha256"] == checkpoint.manifest_sha256
 
 
-def test_incomplete_checkpoints_are_not_committed(store: LocalStore) -> None:
+def test_incomplete_checkpoints_are_not_committed(store: FileStore) -> None:
     facts = write_shards(store)
     with pytest.raises(StoreError, match="ranks 0 to 1 are needed"):
         commit(store, facts[:1])
@@ -81,7 +116,7 @@ def test_incomplete_checkpoints_are_not_committed(store: LocalStore) -> None:
         commit(store, facts)
 
 
-def shard_path(store: LocalStore, checkpoint, file: str) -> Path:
+def shard_path(store: FileStore, checkpoint, file: str) -> Path:
     return store.root / checkpoint.directory / file
 
 
@@ -93,18 +128,24 @@ def flip_byte(path: Path, at: int) -> None:
 
 @pytest.mark.parametrize("at", [9, 200, -1], ids=["header", "metadata", "data"])
 @pytest.mark.parametrize("file", ["worker_0.safetensors", "manifest.json"])
-def test_one_flipped_bit_anywhere_is_found(store: LocalStore, file: str, at: int) -> None:
+def test_one_flipped_bit_anywhere_is_found(store: FileStore, file: str, at: int) -> None:
     checkpoint = committed(store)
     path = shard_path(store, checkpoint, file)
-    expected = hashlib.sha256(path.read_bytes()).hexdigest()
+    whole = path.read_bytes()
     flip_byte(path, at)
-    actual = hashlib.sha256(path.read_bytes()).hexdigest()
     with pytest.raises(CorruptCheckpoint) as caught:
         list(read_tensors(store, checkpoint, read_manifest(store, checkpoint)))
     error = caught.value
     assert file in error.detail
-    assert expected in error.detail
-    assert actual in error.detail
+    place = re.search(r"bytes (\d+) to (\d+)", error.detail)
+    assert place is not None
+    begin, end = map(int, place.groups())
+    assert begin <= at % len(whole) < end
+    assert error.extra["offset"] == begin
+    for data, told in ((whole, "expected_sha256"), (path.read_bytes(), "actual_sha256")):
+        digest = hashlib.sha256(data[begin:end]).hexdigest()
+        assert error.extra[told] == digest
+        assert digest in error.detail
     assert error.extra["checkpoint_step"] == 100
 
 
@@ -117,27 +158,27 @@ def test_one_flipped_bit_anywhere_is_found(store: LocalStore, file: str, at: int
     ],
     ids=["missing", "short", "long"],
 )
-def test_a_damaged_shard_is_named(store: LocalStore, damage, message: str) -> None:
+def test_a_damaged_shard_is_named(store: FileStore, damage, message: str) -> None:
     checkpoint = committed(store)
     damage(shard_path(store, checkpoint, "worker_1.safetensors"))
     with pytest.raises(CorruptCheckpoint, match=f"worker_1.safetensors {message}"):
         list(read_tensors(store, checkpoint, read_manifest(store, checkpoint)))
 
 
-def test_a_missing_manifest_is_corrupt(store: LocalStore) -> None:
+def test_a_missing_manifest_is_corrupt(store: FileStore) -> None:
     checkpoint = committed(store)
     shard_path(store, checkpoint, "manifest.json").unlink()
     with pytest.raises(CorruptCheckpoint, match=r"manifest.json is missing"):
         read_manifest(store, checkpoint)
 
 
-def test_a_manifest_of_another_step_is_refused(store: LocalStore) -> None:
+def test_a_manifest_of_another_step_is_refused(store: FileStore) -> None:
     checkpoint = msgspec.structs.replace(committed(store), step=101)
     with pytest.raises(CorruptCheckpoint, match="is of step 100, not 101"):
         read_manifest(store, checkpoint)
 
 
-def test_a_tensor_in_two_shards_is_refused(store: LocalStore) -> None:
+def test_a_tensor_in_two_shards_is_refused(store: FileStore) -> None:
     from tests.runtime.checkpoint.shards import CURSOR, writer
 
     facts = []

@@ -21,9 +21,10 @@ from pathlib import Path
 from distroml.model import Checkpoint
 from distroml.reports import Marks, ShardFact, WorkerFailure, WorkerOutcome, WorkerPhase
 from distroml.runtime.checkpoint.commit import publish_latest, write_manifest
-from distroml.runtime.checkpoint.store import LocalStore
+from distroml.runtime.checkpoint.stores.file import FileStore
 from distroml.runtime.control import (
     Abort,
+    CheckpointHere,
     Exited,
     Failed,
     Finished,
@@ -33,6 +34,7 @@ from distroml.runtime.control import (
     Hello,
     Join,
     MetricRecord,
+    NeedCheckpoint,
     Parked,
     Progress,
     Ready,
@@ -45,6 +47,7 @@ from distroml.runtime.control import (
     SpawnFailed,
     Stop,
     ToWorker,
+    Vacate,
     WorkerPlan,
     encode_frame,
 )
@@ -84,6 +87,7 @@ class StubWorker:
     marks: dict[int, Marks] = field(default_factory=dict)
     """By generation."""
     waiting_s: float = 0.0
+    needs: list[NeedCheckpoint] = field(default_factory=list)
 
     def series(self, name: str) -> dict[int, float]:
         """Values of one metric by step."""
@@ -96,12 +100,14 @@ class AgentStub:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.store_dir = directory / "store"
-        self.store = LocalStore(self.store_dir)
+        self.store = FileStore(self.store_dir)
         self.workers: dict[tuple[str, int], StubWorker] = {}
         self.spawn_failures: list[SpawnFailed] = []
         self.ready_pid: int | None = None
         self.env: dict[str, str] = {}
         """Added to the environment of workers that are spawned from now on."""
+        self.mending: Callable[[], object] = lambda: None
+        """Called before a worker that has read broken bytes is told to read again."""
         self._runs = 0
         self._serial = 0
         self._selector = selectors.DefaultSelector()
@@ -251,10 +257,13 @@ class AgentStub:
         )
         assert worker.step >= step, self.log(worker)
 
-    def kill(self, worker: StubWorker) -> None:
-        self.pump(lambda: worker.pid is not None, "the worker to be forked")
-        assert worker.pid is not None
-        os.kill(worker.pid, signal.SIGKILL)
+    def kill(self, *workers: StubWorker) -> None:
+        """SIGKILL to all of them at once: none has the time to notice another one's end."""
+        self.pump(lambda: all(worker.pid is not None for worker in workers), "all to be forked")
+        pids = [worker.pid for worker in workers if worker.pid is not None]
+        for sent in (signal.SIGSTOP, signal.SIGKILL):  # a stopped one sees no other one die
+            for pid in pids:
+                os.kill(pid, sent)
 
     def kill_if_alive(self, worker: StubWorker) -> None:
         """End what would go with its generation; it may have ended by itself."""
@@ -264,6 +273,9 @@ class AgentStub:
 
     def stop(self, worker: StubWorker) -> None:
         self.send(worker, Stop())
+
+    def vacate(self, worker: StubWorker) -> None:
+        self.send(worker, Vacate(generation=worker.generation))
 
     def abort(self, workers: Sequence[StubWorker], generation: int) -> None:
         for worker in workers:
@@ -422,6 +434,13 @@ class AgentStub:
             for other in self._peers(worker):
                 if other.link is not None and other.link.fileno() >= 0:
                     self._send_keys(other)
+        elif isinstance(message, NeedCheckpoint):
+            worker.needs.append(message)
+            if message.mend:
+                self.mending()
+            if worker.link is not None:
+                here = CheckpointHere(number=message.number)
+                worker.link.sendall(encode_frame(here))
         elif isinstance(message, Progress):
             worker.waiting_s = message.waiting_s
             if message.marks is not None:

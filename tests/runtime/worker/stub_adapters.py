@@ -7,10 +7,14 @@ import random
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+from torch.optim import lr_scheduler
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 import distroml
@@ -49,6 +53,31 @@ class Regression(distroml.FrameworkAdapter):
         return (outputs - batch[1]).square().mean()
 
 
+class Meets(Regression):
+    """Rank 0 does for all ranks what the file ``go`` allows it; they meet, and agree on a value."""
+
+    def set_up(self, dist) -> None:  # type: ignore[no-untyped-def]
+        place = Path(os.environ["MEETING_PLACE"])
+        print(f"rank {dist.rank} sets up", flush=True)
+        deadline_s = time.monotonic() + 60.0
+        while dist.rank == 0 and not (place / "go").exists():
+            assert time.monotonic() < deadline_s
+            dist.group.check()
+            time.sleep(0.01)
+        if dist.rank == 0:
+            (place / "data").touch()
+        dist.barrier("data", timeout_s=float(os.environ.get("MEETING_TIMEOUT_S", "60")))
+        assert (place / "data").exists()
+        print("agreed on", dist.agree("value", 10 * dist.rank), flush=True)
+
+
+class TellsWhatIsLoaded(Regression):
+    """Fails, and says whether the library of S3 was there before."""
+
+    def build_model(self, spec: distroml.JobSpec) -> nn.Module:
+        raise RuntimeError(f"aiobotocore loaded: {'aiobotocore.session' in sys.modules}")
+
+
 class WritesToAClosedPipe(Regression):
     """As Gloo does when another thread has shut its sockets down."""
 
@@ -78,6 +107,31 @@ class Normalised(Regression):
         dist.backward(loss)
         state.optimizer.step()
         return state, {"loss": loss.detach(), "noise": noise}
+
+
+class Scheduled(Regression):
+    """A warm-up, then a rate that falls at milestones."""
+
+    def build_scheduler(
+        self, spec: distroml.JobSpec, optimizer: torch.optim.Optimizer
+    ) -> LRScheduler:
+        warm = lr_scheduler.LinearLR(optimizer, 0.1, total_iters=5)
+        falling = lr_scheduler.MultiStepLR(optimizer, [4, 9], gamma=0.5)
+        return lr_scheduler.SequentialLR(optimizer, [warm, falling], [5])
+
+
+class Frozen(Regression):
+    """All but the last layer stays as it is."""
+
+    def build_model(self, spec: distroml.JobSpec) -> nn.Module:
+        model = nn.Sequential(
+            nn.Linear(2, 1000), nn.ReLU(), nn.Linear(1000, 100), nn.Linear(100, 1)
+        )
+        model[:3].requires_grad_(False)
+        return model
+
+    def build_optimizer(self, spec: distroml.JobSpec, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model[3].parameters(), lr=spec.hyperparameters.lr)
 
 
 class Loaded(Regression):
@@ -147,6 +201,14 @@ class Prints(Regression):
         print("printed by the user")
         print("stdin", repr(sys.stdin.read()))
         return super().build_model(spec)
+
+
+class TellsOfPacking(Regression):
+    """A state that costs something to serialize."""
+
+    def serialize_state(self, state):  # type: ignore[no-untyped-def]
+        print(f"packs step {state.step}", flush=True)
+        return super().serialize_state(state)
 
 
 class Held(Endless):

@@ -15,6 +15,7 @@ from distroml.runtime.worker.builtin import load_adapter
 from distroml.runtime.worker.digest import state_digest
 from distroml.runtime.worker.dist import Dist
 from distroml.runtime.worker.process_group import RankGroup
+from distroml.runtime.worker.rendezvous import CollectiveBroken
 from distroml.runtime.worker.state import StateBlob
 from distroml.runtime.worker.tensor_bytes import as_tensor, buffer_bytes, copy_into
 from distroml.runtime.worker.train import take_step
@@ -41,6 +42,19 @@ OPTIMIZERS = {
 
 def alone() -> Dist:
     return Dist(RankGroup(1, 0, 1, "127.0.0.1", lambda key, value: None))
+
+
+def test_one_rank_alone_has_agreed_with_itself() -> None:
+    dist = alone()
+    dist.barrier("dataset")
+    assert dist.agree("size", 7) == 7
+    with pytest.raises(ValueError, match="characters"):
+        dist.barrier("")
+    with pytest.raises(TypeError):
+        dist.agree("size", 7.5)  # type: ignore[arg-type]
+    dist.group.abort("generation 1 is over")
+    with pytest.raises(CollectiveBroken, match="is over"):
+        dist.barrier("dataset")
 
 
 def step(adapter: FrameworkAdapter, state, dist: Dist, number: int):  # type: ignore[no-untyped-def]

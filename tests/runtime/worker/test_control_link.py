@@ -51,8 +51,7 @@ class Agent:
     def _end(self, reason: str) -> NoReturn:
         """In place of the end of the process."""
         self.gone.set()
-        while True:
-            threading.Event().wait()
+        _stand_still(reason)
 
     def next(self) -> Any:
         while not self._messages:
@@ -141,7 +140,7 @@ def test_a_release_ends_the_wait_at_a_barrier(agent: Agent) -> None:
     agent.link.meetings.arrive("step/7", 7)
     assert agent.next() == Arrive(generation=0, name="step/7", value=7)
     assert agent.link.meetings.agreed("step/7") is None
-    agent.socket.sendall(encode_frame(Released(name="step/7", value=9)))
+    agent.socket.sendall(encode_frame(Released(generation=0, name="step/7", value=9)))
     assert agent.link.meetings.wait("step/7", WAIT_S) == 9
 
 
@@ -160,8 +159,7 @@ def test_an_agent_that_comes_back_hears_what_the_one_before_knew(tmp_path: Path)
 
     def end(reason: str) -> NoReturn:
         gone.append(reason)
-        while True:
-            threading.Event().wait()
+        _stand_still(reason)
 
     link = ControlLink(str(path), lambda message: None, lambda: 0.0, end, hello=lambda: hello)
     abandoned = ShardAbandoned(generation=2, step=5, reason="disk")
@@ -185,6 +183,52 @@ def test_an_agent_that_comes_back_hears_what_the_one_before_knew(tmp_path: Path)
     assert (greeting[1].generation, greeting[1].step) == (2, 3)
     assert greeting[1].marks == Marks(met_at=5.0)
     assert gone == []
+
+
+def test_an_agent_that_comes_back_hears_the_newest_metrics_again_and_each_once(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "agent.sock"
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(path))
+    listener.listen(1)
+    hello = Hello(run_id="run", worker=1, generation=2, rank=0, pid=7)
+    link = ControlLink(
+        str(path), lambda message: None, on_agent_gone=_stand_still, hello=lambda: hello
+    )
+
+    def steps_until(connection: socket.socket, last: int) -> list[int]:
+        frames: FrameReader[Any] = FrameReader(FromWorker)
+        told: list[int] = []
+        connection.settimeout(WAIT_S)
+        while last not in told:
+            for message in frames.feed(connection.recv(65_536)):
+                told += [record.step for record in getattr(message, "metrics", ())]
+        return told
+
+    def train(*steps: int) -> None:
+        for step in steps:
+            position = Position(2, WorkerPhase.TRAINING, step, 0)
+            link.progress(position, [MetricRecord(step, 0, float(step), {"loss": 0.5})])
+
+    first, _ = listener.accept()
+    link.phase(Position(2, WorkerPhase.TRAINING, 0, 0))
+    train(1, 2, 3)
+    assert steps_until(first, 3) == [1, 2, 3]
+    first.close()
+    train(4, 5)
+    second, _ = listener.accept()
+    assert steps_until(second, 5) == [1, 2, 3, 4, 5]
+    second.close()
+    third, _ = listener.accept()
+    train(6)
+    assert steps_until(third, 6) == [1, 2, 3, 4, 5, 6]
+
+
+def _stand_still(reason: str) -> NoReturn:
+    """In place of the end of the process, which is that of the tests."""
+    while True:
+        threading.Event().wait()
 
 
 def test_an_absent_agent_is_an_error() -> None:

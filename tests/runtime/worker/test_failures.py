@@ -91,6 +91,21 @@ def test_a_flipped_byte_in_a_checkpoint_is_reported_as_such(agent: AgentStub) ->
         assert failure.kind is FailureKind.CORRUPT_CHECKPOINT
         assert failure.checkpoint_step == FIRST
         assert "worker_1.safetensors" in failure.error
+        asked = [(need.checkpoint.step, need.mend) for need in worker.needs]
+        assert asked == [(FIRST, False), (FIRST, True)], "another node might have a good copy"
+
+
+def test_a_broken_copy_that_the_agent_replaces_is_read_again(agent: AgentStub) -> None:
+    spec = spec_of(1)
+    whole = finished(agent.run(spec))
+    checkpoint = agent.commit(whole, FIRST)
+    shard = agent.store_dir / checkpoint.directory / "worker_0.safetensors"
+    good = shard.read_bytes()
+    shard.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    agent.mending = lambda: shard.write_bytes(good)
+    (worker,) = agent.run(spec, run_id=whole[0].plan.run_id, generation=2, checkpoint=checkpoint)
+    assert [need.mend for need in worker.needs] == [False, True]
+    assert finished([worker])[0].outcome == whole[0].outcome
 
 
 def test_a_checkpoint_of_another_model_is_refused(agent: AgentStub) -> None:
@@ -184,6 +199,11 @@ def test_what_a_worker_started_ends_with_it(agent: AgentStub) -> None:
     agent.pump(lambda: _gone(child), f"process {child} to end", poll_s=0.02)
 
 
+def test_the_forkserver_has_one_thread_or_else_no_fork_would_be_safe(agent: AgentStub) -> None:
+    (only,) = Path(f"/proc/{agent.process.pid}/task").iterdir()
+    assert only.name == str(agent.process.pid) == str(agent.ready_pid)
+
+
 @pytest.mark.parametrize("how", ["hang up", "kill"])
 def test_no_worker_outlives_its_forkserver(
     how: str, tmp_path_factory: pytest.TempPathFactory
@@ -231,3 +251,10 @@ def _gone(pid: int) -> bool:
 
 def test_a_write_that_nobody_reads_does_not_kill(agent: AgentStub) -> None:
     finished(agent.run(user_spec("WritesToAClosedPipe")))
+
+
+def test_the_library_of_a_store_is_loaded_once_for_all_workers(agent: AgentStub) -> None:
+    for store, loaded in (("local", False), ("s3://bucket/x", True), ("local", True)):
+        spec = user_spec("TellsWhatIsLoaded", checkpointing={"store": store})
+        (worker,) = agent.run(spec)
+        assert f"aiobotocore loaded: {loaded}" in failed(worker).error

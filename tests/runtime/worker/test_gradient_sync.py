@@ -253,6 +253,23 @@ def test_flags_of_any_rank_reach_all() -> None:
     assert run_ranks(3, work) == [2, 2, 2]
 
 
+@pytest.mark.parametrize(
+    ("ready", "agreed"), [((2, 2, 2), 2), ((2, 0, 2), 0), ((1, 2, 2), 1)], ids=str
+)
+def test_a_request_to_save_is_answered_once_every_rank_can(
+    ready: tuple[int, ...], agreed: int
+) -> None:
+    def work(group: RankGroup) -> int:
+        dist = Dist(group)
+        part = LocalBatch(None, 1, 3, 0, False)
+        dist.begin_step(Plain().new_state(), [part], flags=0, save_request=ready[group.rank])
+        dist.begin_shard(Plain().new_state(), 0)
+        dist.end_shard(1.0)
+        return dist.end_step().save_request
+
+    assert run_ranks(3, work) == [agreed] * 3
+
+
 @pytest.mark.parametrize(("shards", "world_size"), [(4, 4), (4, 3), (7, 3), (5, 1)])
 def test_each_shard_has_one_rank(shards: int, world_size: int) -> None:
     ranks = [LogicalShards(shards, rank, world_size) for rank in range(world_size)]

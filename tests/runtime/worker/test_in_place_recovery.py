@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from distroml.reports import WorkerOutcome, WorkerPhase
+from distroml.runtime.control import Vacate
 from distroml.spec import JobSpec
 from tests.runtime.worker.agent_stub import AgentStub, StubWorker
-from tests.runtime.worker.test_training import finished, spec_of
+from tests.runtime.worker.test_training import finished, spec_of, user_spec
 
 MODELS: dict[str, dict[str, Any]] = {
     "mlp": {"model": "mlp", "model_options": {"hidden": 32}},
@@ -74,8 +75,7 @@ class Run:
     def lose(self, *ranks: int, replace: bool = True) -> None:
         """Kill ranks; the survivors go on, with new processes in place of the dead ones or without."""
         victims = [self.ranks[rank] for rank in ranks]
-        for victim in victims:
-            self.agent.kill(victim)
+        self.agent.kill(*victims)
         self.agent.wait_exit(victims)
         survivors = [worker for worker in self.ranks if worker not in victims]
         self.agent.abort(survivors, self.generation)
@@ -85,6 +85,7 @@ class Run:
     def hang(self, rank: int) -> None:
         """Stop a rank; the others are told to leave, and go on with a new process in its place."""
         stopped = self.ranks[rank]
+        self.agent.pump(lambda: stopped.pid is not None, "the worker to be forked")
         assert stopped.pid is not None
         os.kill(stopped.pid, signal.SIGSTOP)
         survivors = [worker for worker in self.ranks if worker is not stopped]
@@ -160,7 +161,9 @@ def test_killed_ranks_are_replaced_and_nothing_changes(
     rng = random.Random(model)
     run = Run(agent, spec(model))
     for number, victims in enumerate([(1,), (0,), (2, 3), (0, 1, 2)]):
-        run.train_to(8 + 10 * number + rng.randrange(5))
+        wanted = 8 + 10 * number + rng.randrange(5)
+        # Not before the ranks have met again, however far they came before the loss was noticed here.
+        run.train_to(max(wanted, run.ranks[0].step + 1))
         run.lose(*victims)
     outcome = run.outcome()
     expected, losses = undisturbed[model]
@@ -213,6 +216,17 @@ def test_a_planned_change_costs_no_step(agent: AgentStub, undisturbed: Any) -> N
     same(run.outcome(), undisturbed["mlp"][0])
     for worker in run.ranks[:2]:
         assert [one.step for one in worker.parked] == [worker.marks[2].resume_step]
+
+
+def test_only_the_source_packs_its_state(agent: AgentStub) -> None:
+    run = Run(agent, user_spec("TellsOfPacking", 3, steps=2000, checkpointing={"enabled": False}))
+    run.train_to(10)
+    run.lose(1)
+    last = run.outcome().step
+    told = [line for worker in run.everybody for line in agent.log(worker).splitlines()]
+    packed = [line for line in told if "packs" in line and line != f"packs step {last}"]
+    assert len(packed) == 2, "one for all who began, one for the new rank"
+    assert packed[0] == "packs step 0"
 
 
 def test_a_stopped_rank_does_not_hold_the_others(agent: AgentStub, undisturbed: Any) -> None:
@@ -278,6 +292,37 @@ def test_without_survivors_the_checkpoint_is_read(agent: AgentStub, undisturbed:
     run.ranks = agent.start(run.spec, run.run_id, generation=2, checkpoint=checkpoint)
     same(run.outcome(), undisturbed["mlp"][0])
     assert run.ranks[0].marks[2].source == "checkpoint of step 10"
+
+
+@pytest.mark.parametrize("saves", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_ranks_that_leave_save_their_state_and_others_go_on_with_it(
+    agent: AgentStub, undisturbed: Any, world_size: int, saves: bool
+) -> None:
+    document = spec_document("mlp", every_n_steps=10) | {"checkpointing": {"enabled": saves}}
+    run = Run(agent, spec_of(4, **document), world_size=world_size)
+    run.train_to(25)
+    agent.vacate(run.ranks[0])
+    left = run.outcome()
+    assert left.stopped
+    assert left.checkpoint_step == left.step < STEPS["mlp"]
+    agent.pump(lambda: all(worker.shards for worker in run.ranks), "their shards")
+    checkpoint = agent.commit(run.ranks, left.step)
+    run.ranks = agent.start(run.spec, run.run_id, generation=2, checkpoint=checkpoint)
+    run.everybody += run.ranks
+    same(run.outcome(), undisturbed["mlp"][0])
+    assert series(run.everybody) == undisturbed["mlp"][1]
+    assert run.ranks[0].marks[2].source == f"checkpoint of step {left.step}"
+
+
+def test_an_order_to_leave_an_older_generation_changes_nothing(
+    agent: AgentStub, undisturbed: Any
+) -> None:
+    run = Run(agent, spec("mlp"), world_size=2)
+    run.train_to(10)
+    run.lose(1)
+    agent.send(run.ranks[0], Vacate(generation=1))
+    same(run.outcome(), undisturbed["mlp"][0])
 
 
 def spec_document(model: str, every_n_steps: int) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from distroml.runtime.checkpoint.store import LocalStore
+from distroml.runtime.checkpoint.stores.opening import Stores
 from distroml.runtime.control import Join, WorkerPlan
 from distroml.runtime.worker.builtin import load_adapter
+from distroml.runtime.worker.meetings import Meetings
 from distroml.runtime.worker.membership import Membership, Prepared
 from distroml.runtime.worker.process_group import RankGroup
 from distroml.runtime.worker.rendezvous import CollectiveBroken
@@ -36,11 +38,11 @@ def test_a_transfer_that_breaks_is_no_state(tmp_path: Any) -> None:
         join=join,
     )
     adapter = load_adapter(spec)
-    prepared = Prepared(plan, adapter, None, adapter.new_state(), LocalStore(str(tmp_path)))
+    prepared = Prepared(plan, adapter, None, adapter.new_state(), Stores(str(tmp_path)))
     group = RankGroup(1, 1, 2, "127.0.0.1", lambda key, value: None)
-    link: Any = None
+    link: Any = SimpleNamespace(meetings=Meetings(lambda arrival: None))
     membership = Membership(join, group, prepared, link, lambda: 0)
     transfer: Any = Breaks()
     with pytest.raises(CollectiveBroken):
-        membership._share(None, transfer, 0, [1])
+        membership._share(transfer, 0, [1])
     assert prepared.run is None, "it would pass its own first weights off as the run's"

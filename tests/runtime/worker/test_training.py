@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
+import msgspec
 import pytest
 
 from distroml.model import Checkpoint
 from distroml.reports import WorkerPhase
+from distroml.runtime.control import Committed, Save
 from distroml.runtime.worker.snapshot import read_checkpoint
 from distroml.spec import JobSpec, convert_spec
 from tests.runtime.worker.agent_stub import AgentStub, StubWorker
@@ -110,6 +113,10 @@ RESUMED = {
     "user's, every generator": lambda w: user_spec(
         "Normalised", w, checkpointing={"every_n_steps": 4}
     ),
+    "user's scheduler": lambda w: user_spec(
+        "Scheduled", w, steps=17, checkpointing={"every_n_steps": 7}
+    ),
+    "compressed": lambda w: spec_of(w, checkpointing={"every_n_steps": 7, "compression": "zstd"}),
     "user's data loader": lambda w: user_spec("Loaded", w, checkpointing={"every_n_steps": 5}),
 }
 
@@ -138,10 +145,9 @@ def resume_from(
         before, after = whole[0].series(name), resumed[0].series(name)
         assert after == {s: v for s, v in before.items() if s > checkpoint.step}, name
     # the same bytes were there already: nothing was written twice
-    files = [
-        f.rpartition("/")[2] for f in agent.store.list(checkpoint.directory.rpartition("/")[0])
-    ]
-    assert not [f for f in files if ".g2." in f]
+    files = agent.store.list(checkpoint.directory.rpartition("/")[0])
+    shards = [file.replace(".g2.", ".") for file in files if file.endswith(".safetensors")]
+    assert len(set(shards)) == len(shards)
 
 
 def test_a_killed_run_resumes_from_its_last_commit(agent: AgentStub) -> None:
@@ -194,6 +200,44 @@ def test_empty_ranks_keep_statistics_equal(agent: AgentStub) -> None:
     finished(agent.run(spec))
 
 
+def test_the_scheduler_moves_once_per_step_on_any_number_of_ranks(agent: AgentStub) -> None:
+    spec = user_spec("Scheduled", 2, steps=17, resources={"workers": 2, "min_workers": 1})
+    alone, pair = (finished(agent.run(spec, world_size=ranks))[0].series("lr") for ranks in (1, 2))
+    assert alone == pair
+    assert alone[1] == pytest.approx(0.001)
+    assert alone[6] == pytest.approx(0.01)
+    assert alone[17] == pytest.approx(0.01 / 4)
+
+
+DELTA: dict[str, Any] = {"delta": True, "compression": "zstd"}
+
+
+def test_a_resumed_run_refers_to_the_checkpoint_that_it_came_from(agent: AgentStub) -> None:
+    spec = user_spec("Frozen", 2, steps=12, checkpointing={"every_n_steps": 4, **DELTA})
+    whole = finished(agent.run(spec))
+    first = agent.commit(whole, 4)
+    resumed = finished(agent.run(spec, run_id=whole[0].plan.run_id, generation=2, checkpoint=first))
+    second = agent.commit(resumed, 8)
+    assert second.refers_to == (first.directory,)
+    assert second.size_bytes < 0.1 * first.size_bytes
+    again = finished(agent.run(spec, run_id=whole[0].plan.run_id, generation=3, checkpoint=second))
+    assert again[0].outcome == whole[0].outcome
+
+
+def test_a_worker_refers_to_what_the_agent_says_is_committed(agent: AgentStub) -> None:
+    spec = user_spec("Frozen", steps=1_000_000_000, checkpointing={"every_n_steps": 5, **DELTA})
+    (worker,) = agent.start(spec, agent.new_run())
+    agent.pump(lambda: bool(worker.shards), "a shard")
+    first = agent.commit([worker], worker.shards[0].step)
+    agent.send(worker, Committed(checkpoint=first))
+    agent.stop(worker)
+    agent.wait_exit([worker])
+    (ended,) = finished([worker])
+    assert ended.outcome is not None
+    last = agent.commit([worker], ended.outcome.step)
+    assert last.refers_to == (first.directory,)
+
+
 def test_a_plain_sequence_is_a_dataset(agent: AgentStub) -> None:
     finished(agent.run(user_spec("Single", 2)))
 
@@ -223,6 +267,94 @@ def test_stop_ends_all_ranks_at_one_boundary_with_a_checkpoint(agent: AgentStub,
             for s in ("step", "exp_avg", "exp_avg_sq")
         ),
     }
+
+
+def test_a_request_to_save_is_answered_once_at_one_boundary(agent: AgentStub) -> None:
+    spec = user_spec("Endless", 3, steps=1_000_000_000, checkpointing={"every_n_steps": 10**9})
+    workers = agent.start(spec, agent.new_run())
+    agent.wait_step(workers[0], 3)
+    for number, worker in enumerate(workers):  # one after the other, and the first one twice
+        for _ in range(1 + (number == 0)):
+            agent.send(worker, Save(generation=1, request=1))
+        agent.wait_step(workers[0], workers[0].step + 2)
+    agent.pump(lambda: all(len(w.shards) == 1 for w in workers), "all to have saved")
+    for worker in workers:
+        agent.send(worker, Save(generation=0, request=9))  # of a generation that is over
+    agent.wait_step(workers[0], workers[0].step + 5)
+    for worker in workers:
+        agent.send(worker, Save(generation=1, request=3))
+    agent.pump(lambda: all(len(w.shards) == 2 for w in workers), "all to have saved again")
+    agent.stop(workers[0])
+    agent.wait_exit(workers)
+    finished(workers)
+    saved = [[(s.step, s.save_request) for s in w.shards] for w in workers]
+    assert saved[0] == saved[1] == saved[2]
+    assert [request for _, request in saved[0]] == [1, 3, 3], "the final one answers as well"
+
+
+def test_a_run_begins_with_another_jobs_checkpoint(agent: AgentStub) -> None:
+    """30 steps in one job and the rest in another end in the same bits as all in one."""
+    spec = spec_of(2)
+    whole = finished(agent.run(spec))
+    checkpoint = agent.commit(whole, 14)
+    other = agent.run(
+        spec,
+        checkpoint=msgspec.structs.replace(
+            checkpoint, directory=_copied(agent, checkpoint.directory, "other-job")
+        ),
+    )
+    went_on = finished(other)
+    expected, got = whole[0].outcome, went_on[0].outcome
+    assert expected is not None
+    assert got is not None
+    assert got.state_digest == expected.state_digest
+    steps = [shard.step for shard in went_on[0].shards]
+    # The one of step 21 is left out where the disk is still busy with that before.
+    assert (steps[0], steps[-1]) == (14, 22), "its own copy of step 14 too"
+
+
+def test_weights_alone_begin_at_step_0(agent: AgentStub) -> None:
+    spec = spec_of(2)
+    whole = finished(agent.run(spec))
+    checkpoint = agent.commit(whole, 22)
+    moved = msgspec.structs.replace(
+        checkpoint, directory=_copied(agent, checkpoint.directory, "other-job")
+    )
+    workers = [
+        agent.spawn(
+            agent.plan(
+                spec,
+                "run-w",
+                msgspec.structs.replace(agent.join(rank, 2, 1, moved), weights_only=True),
+            )
+        )
+        for rank in range(2)
+    ]
+    agent.wait_exit(workers)
+    (first, _) = finished(workers)
+    loss, before = first.series("loss"), whole[0].series("loss")
+    assert sorted(loss) == list(range(1, 23))
+    assert loss[1] < 0.9 * before[1], "it knows what the other job learned"
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(agent: AgentStub) -> None:
+    whole = finished(agent.run(spec_of(1)))
+    checkpoint = agent.commit(whole, 7)
+    moved = msgspec.structs.replace(
+        checkpoint, directory=_copied(agent, checkpoint.directory, "other-job")
+    )
+    wider = spec_of(1, model_options={"hidden": 17})
+    (worker,) = agent.run(wider, checkpoint=moved)
+    assert worker.failure is not None
+    for part in ("does not fit this job's model", "float32[16, 9]", "float32[17, 9]", "model."):
+        assert part in worker.failure.error
+
+
+def _copied(agent: AgentStub, directory: str, job: str) -> str:
+    """The same files as if another job had written them."""
+    target = "/".join((job, *directory.split("/")[1:]))
+    shutil.copytree(agent.store_dir / directory, agent.store_dir / target)
+    return target
 
 
 def test_a_run_that_was_already_done_ends_at_once(agent: AgentStub) -> None:

@@ -1,8 +1,4 @@
-"""Where checkpoints are kept: the interface, and a directory that all nodes see.
-
-Paths are relative to the store's root, with "/" between their parts. A file is created once, whole and durable,
-or not at all; it never changes afterwards. Only ``LATEST`` is replaced, atomically, and nothing trusts it.
-"""
+"""A directory as a checkpoint store: a file system that all nodes see, or the disk of one."""
 
 from __future__ import annotations
 
@@ -13,94 +9,56 @@ import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
-
-from msgspec import Struct
 
 from distroml.errors import StoreError
+from distroml.runtime.checkpoint.stores.interface import (
+    ORPHAN_AGE_S,
+    Buffer,
+    MissingFile,
+    Staged,
+    Stored,
+    check_path,
+)
 
 TEMPORARY_PREFIX = ".tmp-"
 HASH_CHUNK_BYTES = 4 * 1024 * 1024
-ORPHAN_AGE_S = 3600.0
-"""A temporary file older than this belongs to a writer that died."""
-
-Buffer = bytes | bytearray | memoryview
 
 
-class Stored(Struct, frozen=True):
-    """What is under a name now."""
+class FileStore:
+    """A directory; on several hosts a file system that all of them mount.
 
-    size_bytes: int
-    sha256: str
-    created: bool
-    """False where the name was taken already; size and hash are then those of what is there."""
+    Args:
+        must_exist: never make the directory: where it is missing, something is not mounted.
+    """
 
-
-class CheckpointStore(Protocol):
-    """All that checkpoints ask of a store. Each method raises ``StoreError`` where the store fails."""
-
-    def put_if_absent(self, path: str, parts: Sequence[Buffer]) -> Stored:
-        """Make ``path`` of ``parts`` joined, durable on return; never overwrites."""
-        ...
-
-    def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
-        """``length`` bytes from ``offset`` (fewer at the end); None: the rest."""
-        ...
-
-    def read_into(self, path: str, target: memoryview, offset: int = 0) -> int:
-        """Fill ``target`` from ``offset``; the number of bytes there were."""
-        ...
-
-    def size(self, path: str) -> int:
-        """Bytes of the file."""
-        ...
-
-    def list(self, directory: str) -> list[str]:
-        """Paths of all files below ``directory``, sorted; [] where it does not exist."""
-        ...
-
-    def delete(self, path: str) -> None:
-        """Remove a file or a whole directory; fine where it does not exist."""
-        ...
-
-    def put_latest(self, path: str, data: bytes) -> None:
-        """Replace ``path`` by ``data`` atomically."""
-        ...
-
-    def health(self) -> None:
-        """Return if the store can be written to."""
-        ...
-
-
-class MissingFile(StoreError):
-    """There is no such file in the store."""
-
-
-class LocalStore:
-    """A directory; on several hosts a file system that all of them mount."""
-
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, *, must_exist: bool = False) -> None:
         self.root = Path(root).absolute()
+        self._must_exist = must_exist
 
     def put_if_absent(self, path: str, parts: Sequence[Buffer]) -> Stored:
         target = self._place(path)
         with _store_errors("write", path):
             if not target.exists():
                 _make_directory(target.parent)
-                temporary = (
-                    target.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(8)}"
-                )
+                temporary = _temporary_in(target.parent)
                 try:
                     stored = _write_file(temporary, parts)
-                    # link, not rename: it fails where the name exists, so two writers cannot both win
-                    os.link(temporary, target)
-                    _sync_directory(target.parent)
-                    return stored
-                except FileExistsError:
-                    pass
+                    if _publish(temporary, target):
+                        return stored
                 finally:
                     temporary.unlink(missing_ok=True)
             return _stored_file(target)
+
+    @contextmanager
+    def stage(self, path: str, size_bytes: int) -> Iterator[Staged]:
+        target = self._place(path)
+        with _store_errors("write", path):
+            _make_directory(target.parent)
+            staged = _StagedFile(_temporary_in(target.parent), path, target)
+        try:
+            yield staged
+        finally:
+            staged.close()
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
         with _store_errors("read", path), self._place(path).open("rb") as file:
@@ -123,7 +81,7 @@ class LocalStore:
             return self._place(path).stat().st_size
 
     def list(self, directory: str) -> list[str]:
-        start = self._place(directory)
+        start = self._place(directory) if directory else self._checked_root()
         with _store_errors("list", directory):
             return sorted(
                 file.relative_to(self.root).as_posix()
@@ -148,7 +106,7 @@ class LocalStore:
         target = self._place(path)
         with _store_errors("write", path):
             _make_directory(target.parent)
-            temporary = target.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(8)}"
+            temporary = _temporary_in(target.parent)
             try:
                 _write_file(temporary, [data])
                 temporary.replace(target)
@@ -157,7 +115,7 @@ class LocalStore:
                 temporary.unlink(missing_ok=True)
 
     def health(self) -> None:
-        probe = self.root / f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(8)}"
+        probe = _temporary_in(self._checked_root())
         with _store_errors("write", "."):
             _make_directory(self.root)
             try:
@@ -166,25 +124,67 @@ class LocalStore:
                 probe.unlink(missing_ok=True)
 
     def remove_orphans(self, directory: str, now: float, min_age_s: float = ORPHAN_AGE_S) -> int:
-        """Remove what writers that died left below ``directory``; the number of files removed.
+        """Remove what writers that died left below ``directory``, and the folders of which it was all; the number of files.
 
         Args:
             now: Unix seconds.
         """
         removed = 0
         with _store_errors("clean", directory):
-            for file in self._place(directory).rglob(f"{TEMPORARY_PREFIX}*"):
+            for file in list(self._place(directory).rglob(f"{TEMPORARY_PREFIX}*")):
                 with contextlib.suppress(FileNotFoundError):
-                    if now - file.stat().st_mtime >= min_age_s:
-                        file.unlink()
-                        removed += 1
+                    if now - file.stat().st_mtime < min_age_s:
+                        continue
+                    file.unlink()
+                    removed += 1
+                with contextlib.suppress(OSError):  # there are other files
+                    file.parent.rmdir()
         return removed
 
     def _place(self, path: str) -> Path:
-        parts = path.split("/")
-        if path.startswith("/") or "\0" in path or any(part in ("", "..") for part in parts):
-            raise StoreError(f"{path!r} is not a path inside the checkpoint store.")
-        return self.root.joinpath(*parts)
+        return self._checked_root().joinpath(*check_path(path).split("/"))
+
+    def _checked_root(self) -> Path:
+        # A checkpoint "is missing" only in a store that is there: else it would count as damaged.
+        if self._must_exist and not self.root.is_dir():
+            raise StoreError(
+                f"The checkpoint store's directory {self.root} is not there on this node; "
+                "mount or make it on every node.",
+                path=str(self.root),
+            )
+        return self.root
+
+
+class _StagedFile:
+    """A temporary file until it is published."""
+
+    def __init__(self, temporary: Path, path: str, target: Path) -> None:
+        self._temporary, self._path, self._target = temporary, path, target
+        self._file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+    def write(self, offset: int, data: Buffer) -> None:
+        view, at = memoryview(data).cast("B"), offset
+        with _store_errors("write", self._path):
+            while view:
+                count = os.pwrite(self._file, view, at)
+                view, at = view[count:], at + count
+        # The disk begins at once (the pages are dirty, so none is dropped), and ``sync`` has little left to wait for.
+        with contextlib.suppress(AttributeError, OSError):
+            os.posix_fadvise(self._file, offset, at - offset, os.POSIX_FADV_DONTNEED)
+
+    def sync(self) -> None:
+        with _store_errors("write", self._path):
+            os.fsync(self._file)
+
+    def publish(self) -> bool:
+        with _store_errors("write", self._path):
+            return _publish(self._temporary, self._target)
+
+    def close(self) -> None:
+        """Remove what was not published."""
+        os.close(self._file)
+        with _store_errors("clean", self._path):
+            self._temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -197,6 +197,22 @@ def _store_errors(action: str, path: str) -> Iterator[None]:
         raise StoreError(
             f"The checkpoint store cannot {action} {path!r}: {error.strerror or error}.", path=path
         ) from error
+
+
+def _temporary_in(folder: Path) -> Path:
+    """A name that no other writer takes, and ``remove_orphans`` knows."""
+    return folder / f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(8)}"
+
+
+def _publish(temporary: Path, target: Path) -> bool:
+    """Give a durable file its name, durably; False where that is taken."""
+    try:
+        # link, not rename: it fails where the name exists, so two writers cannot both win
+        os.link(temporary, target)
+    except FileExistsError:
+        return False
+    _sync_directory(target.parent)
+    return True
 
 
 def _write_file(path: Path, parts: Sequence[Buffer]) -> Stored:

@@ -1,0 +1,158 @@
+"""The leader's writes to checkpoint stores: the manifest before each commit, ``LATEST`` after it.
+
+``runtime.coordinator`` says when a checkpoint is whole; this carries it out, in threads of its own, so that a store
+that hangs holds up nothing else. What a leader leaves unfinished its successor does again: the same shards give the
+same manifest, and only the log entry is the commit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+from distroml.commands import AnyCommand, CommitCheckpoint, Outcome
+from distroml.consensus.state import ClusterState
+from distroml.errors import DistroMLError, TooManyRequests, Unavailable
+from distroml.runtime.checkpoint.commit import publish_latest, write_manifest
+from distroml.runtime.checkpoint.stores.opening import LOCAL, Stores
+from distroml.runtime.decisions import WriteManifest
+from distroml.runtime.facts import CheckpointKey
+
+PROPOSE_TIMEOUT_S = 5.0
+RETRY_PAUSE_S = 0.5
+MAX_WRITE_FAILURES = 256
+STORE_THREADS = 4
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class Committer:
+    """Writes manifests and proposes the commits.
+
+    Args:
+        state: what the log says now.
+        done: called after each attempt: there is something to decide.
+    """
+
+    def __init__(
+        self,
+        stores: Stores,
+        *,
+        state: Callable[[], ClusterState],
+        propose: Callable[[AnyCommand, float], Awaitable[Outcome]],
+        done: Callable[[], None],
+    ) -> None:
+        self._stores, self._state = stores, state
+        self._propose, self._done = propose, done
+        self._threads = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="store")
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._writing: set[CheckpointKey] = set()
+        self._failures: dict[CheckpointKey, str] = {}
+        self._latest_due: set[str] = set()
+        self._publishing: set[str] = set()
+
+    @property
+    def writing(self) -> frozenset[CheckpointKey]:
+        """Checkpoints whose manifest or commit is under way."""
+        return frozenset(self._writing)
+
+    @property
+    def failures(self) -> dict[CheckpointKey, str]:
+        """Checkpoints that could not be committed, with the reason."""
+        return self._failures
+
+    def forget_failures(self) -> None:
+        """This node leads no more; its successor tries for itself."""
+        self._failures.clear()
+
+    async def stop(self) -> None:
+        """Leave what is under way to the next leader."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def commit(self, effect: WriteManifest) -> None:
+        """Write the manifest of a whole checkpoint, then propose its commit, unless that is under way."""
+        key = (effect.job_id, effect.generation, effect.step)
+        if key not in self._writing:
+            self._writing.add(key)
+            _log.info("job %s: checkpoint of step %d is whole", effect.job_id, effect.step)
+            self._start(self._commit(key, effect))
+
+    def committed(self, job_id: str) -> None:
+        """The log has a new checkpoint of this job: it becomes the ``LATEST`` of its run."""
+        self._latest_due.add(job_id)
+        if job_id not in self._publishing:
+            self._publishing.add(job_id)
+            self._start(self._publish_latest(job_id))
+
+    async def _commit(self, key: CheckpointKey, effect: WriteManifest) -> None:
+        try:
+            checkpoint = await self._in_thread(
+                partial(
+                    write_manifest,
+                    self._stores.of(effect.store),
+                    job_id=effect.job_id,
+                    run_id=effect.run_id,
+                    generation=effect.generation,
+                    shards=effect.shards,
+                    committed_at=time.time(),
+                    best_metric=effect.best_metric,
+                    store_name=effect.store,
+                    scattered=effect.store == LOCAL,
+                )
+            )
+            command = CommitCheckpoint(
+                job_id=effect.job_id, generation=effect.generation, checkpoint=checkpoint
+            )
+            outcome = await self._propose(command, PROPOSE_TIMEOUT_S)
+            if outcome.error:
+                self._give_up(key, f"the commit was refused: {outcome.detail}")
+        except (Unavailable, TooManyRequests) as error:
+            _log.warning("commit of %s is tried again: %s", key, error)
+            await asyncio.sleep(RETRY_PAUSE_S)
+        except (DistroMLError, OSError) as error:
+            self._give_up(key, str(error))
+        except Exception as error:
+            _log.exception("the manifest of %s could not be written", key)
+            self._give_up(key, f"{type(error).__name__}: {error}")
+        finally:
+            self._writing.discard(key)
+            self._done()
+
+    def _give_up(self, key: CheckpointKey, reason: str) -> None:
+        _log.error("checkpoint %s could not be committed: %s", key, reason)
+        while len(self._failures) >= MAX_WRITE_FAILURES:
+            del self._failures[next(iter(self._failures))]
+        self._failures[key] = reason
+
+    async def _publish_latest(self, job_id: str) -> None:
+        """Until ``LATEST`` of the job names the newest; commits meanwhile are one more round, not one each."""
+        try:
+            while job_id in self._latest_due:
+                self._latest_due.discard(job_id)
+                job = self._state().jobs.get(job_id)
+                newest = job.newest_checkpoint() if job else None
+                if newest is not None:
+                    store = self._stores.of(newest.store)
+                    await self._in_thread(partial(publish_latest, store, newest))
+        except Exception as error:
+            # LATEST is a convenience for people; the log is what recovery reads.
+            _log.warning("LATEST of %s could not be updated: %s", job_id, error)
+        finally:
+            self._publishing.discard(job_id)
+
+    def _in_thread(self, work: Callable[[], _T]) -> Awaitable[_T]:
+        return asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def _start(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,181 @@
+"""Gathers the files of a committed checkpoint on this node: for its workers before a restore, for the API after damage.
+
+The manifest comes first, by the hash in the log; all else by the hashes in the manifest. A copy here that is found to be
+broken is replaced by another node's. Only where nobody has a good one, nor may have one, is the checkpoint corrupt; one
+whose files may be on nodes that are away is said to be away, and asked for again by whoever needs it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from distroml.errors import CheckpointAway, CorruptCheckpoint, StoreError
+from distroml.model import Checkpoint
+from distroml.runtime.checkpoint.manifest import Manifest, decode_manifest, path_of
+from distroml.runtime.checkpoint.stores.interface import exists
+from distroml.runtime.replicas.fetching import Fetcher, NoGoodCopy
+from distroml.runtime.replicas.keeping import Neighbours
+from distroml.runtime.replicas.own_copies import OwnCopies
+from distroml.runtime.replicas.wire import ABSENT, File
+
+PATIENCE_S = 10.0
+"""How long nodes that are away are waited for in one go: they may just be starting again."""
+COMPLETE_PATIENCE_S = 5.0
+"""The same where all nodes are there: one may have been too busy to answer."""
+RETRY_S = 0.5
+MAX_NAMED = 8
+"""Nodes that an error names."""
+
+_log = logging.getLogger(__name__)
+
+
+def manifest_file(checkpoint: Checkpoint) -> File:
+    """The manifest of a committed checkpoint."""
+    return File(f"{checkpoint.directory}/{checkpoint.manifest}", checkpoint.manifest_sha256)
+
+
+def shard_files(checkpoint: Checkpoint, manifest: Manifest) -> list[File]:
+    """All other files that it needs, those of earlier checkpoints included."""
+    return [
+        File(path_of(checkpoint.directory, one.file), one.header_sha256, one.size_bytes)
+        for one in manifest.files
+    ]
+
+
+class Bringer:
+    """Has the files of checkpoints here."""
+
+    def __init__(
+        self, node: str, own: OwnCopies, fetcher: Fetcher, neighbours: Callable[[], Neighbours]
+    ) -> None:
+        self._node, self._own, self._fetcher = node, own, fetcher
+        self._neighbours = neighbours
+        self.counts = {"mended": 0}
+        """Broken copies here that were replaced."""
+
+    async def manifest(self, checkpoint: Checkpoint, *, patience_s: float = PATIENCE_S) -> Manifest:
+        """The manifest, which is on this node afterwards.
+
+        Raises:
+            CorruptCheckpoint: nobody has it whole.
+            CheckpointAway: nobody that can be reached has it whole.
+            StoreError: the disk failed.
+        """
+        file = manifest_file(checkpoint)
+        await self._have(checkpoint, file, mend=True, patience_s=patience_s)
+        data = await self._own.run(partial(self._own.store.read, file.path))
+        try:
+            return decode_manifest(data)
+        except ValueError as error:
+            raise CorruptCheckpoint(
+                f"{file.path} is not usable: {error}.",
+                path=file.path,
+                checkpoint_step=checkpoint.step,
+            ) from None
+
+    async def bring(self, checkpoint: Checkpoint, *, mend: bool) -> None:
+        """All files of a checkpoint.
+
+        Args:
+            mend: what is here already is read and compared, and replaced if it is broken.
+
+        Raises:
+            CorruptCheckpoint: nobody has one of them whole; names it.
+            CheckpointAway: nobody that can be reached has one of them whole; names it, and who is away.
+            StoreError: the disk failed.
+        """
+        manifest = await self.manifest(checkpoint)
+        await self._have_all(checkpoint, shard_files(checkpoint, manifest), mend)
+
+    async def mend(self, checkpoint: Checkpoint, paths: Iterable[str]) -> bool:
+        """Have good copies here of those of ``paths`` that are files of the checkpoint; whether there are of all.
+
+        Raises:
+            StoreError: the disk failed.
+        """
+        try:
+            manifest = await self.manifest(checkpoint, patience_s=0.0)
+            wanted = [one for one in shard_files(checkpoint, manifest) if one.path in set(paths)]
+            for file in wanted:
+                await self._have(checkpoint, file, mend=True, patience_s=0.0)
+        except (CorruptCheckpoint, CheckpointAway) as error:
+            _log.error("%s", error)
+            return False
+        return True
+
+    async def _have_all(self, checkpoint: Checkpoint, files: list[File], mend: bool) -> None:
+        having = [
+            asyncio.ensure_future(self._have(checkpoint, one, mend=mend, patience_s=PATIENCE_S))
+            for one in files
+        ]
+        try:
+            await asyncio.gather(*having)
+        finally:
+            for one in having:
+                one.cancel()
+            await asyncio.gather(*having, return_exceptions=True)
+
+    async def _have(
+        self, checkpoint: Checkpoint, file: File, *, mend: bool, patience_s: float
+    ) -> None:
+        """Have one file here."""
+        here, broken = await self._own.run(partial(self._look, file, thoroughly=mend))
+        if here:
+            return
+        if broken:
+            _log.error("copies: this node (%s) has a broken %s: %s", self._node, file.path, broken)
+        await self._fetch(checkpoint, file, broken, patience_s)
+        if broken:
+            self.counts["mended"] += 1
+            _log.warning("copies: %s is replaced by another node's", file.path)
+
+    def _look(self, file: File, *, thoroughly: bool) -> tuple[bool, str]:
+        """Whether a good copy is here, and what is wrong with one that is not."""
+        try:
+            if not exists(self._own.store, file.path):
+                return False, ""
+            if not thoroughly and self._own.size(file) != ABSENT:
+                return True, ""
+            problem = self._own.damage(file)
+        except StoreError as error:  # a disk that cannot be read has no good copy
+            problem = error.detail
+        return not problem, problem
+
+    async def _fetch(
+        self, checkpoint: Checkpoint, file: File, broken: str, patience_s: float
+    ) -> None:
+        now_s = asyncio.get_running_loop().time
+        begun_s = all_there_s = now_s()
+        while True:
+            near = self._neighbours()  # who comes while others are asked was not asked
+            if near.away:
+                all_there_s = now_s()
+            try:
+                await self._fetcher.fetch(file, replace=bool(broken))
+                return
+            except NoGoodCopy as error:
+                waited_s = now_s() - (begun_s if near.away else all_there_s)
+                if waited_s >= min(patience_s, _worth_waiting_s(near)):
+                    raise self._given_up(checkpoint, file, error, broken, near) from None
+            await asyncio.sleep(RETRY_S)
+
+    def _given_up(
+        self, checkpoint: Checkpoint, file: File, error: NoGoodCopy, broken: str, near: Neighbours
+    ) -> StoreError:
+        told = f"Checkpoint of step {checkpoint.step}: {error.detail}"
+        if broken:
+            told += f" The copy of node '{self._node}' is broken: {broken}."
+        kind: type[StoreError] = CorruptCheckpoint
+        if near.away:
+            kind = CheckpointAway
+            told += f" Away, and may have it: {', '.join(sorted(near.away)[:MAX_NAMED])}."
+        return kind(told, path=file.path, checkpoint_step=checkpoint.step)
+
+
+def _worth_waiting_s(near: Neighbours) -> float:
+    if near.alone:
+        return 0.0
+    return PATIENCE_S if near.away else COMPLETE_PATIENCE_S

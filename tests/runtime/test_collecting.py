@@ -1,0 +1,233 @@
+"""The collector against a real directory: what goes, what stays, what a failing store and a crash leave for later."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from distroml import commands as c
+from distroml.errors import StoreError, Unavailable
+from distroml.runtime import collecting
+from distroml.runtime.checkpoint.stores.file import TEMPORARY_PREFIX, FileStore
+from distroml.runtime.checkpoint.stores.interface import ORPHAN_AGE_S
+from distroml.runtime.checkpoint.stores.opening import Stores
+from distroml.runtime.collecting import Collector
+from distroml.spec import Checkpointing
+from tests.builders import Log, checkpoint, commit, running
+
+RUN = "job-1/run-job-1/checkpoints"
+
+
+class World:
+    """One node's collector, its store, and a clock that the test moves."""
+
+    def __init__(self, root: Path, grace_s: float = 60.0) -> None:
+        self.log = running(Log())
+        self.root, self.grace_s = root, grace_s
+        self.store = FileStore(root)
+        self.now_s = 1000.0
+        self.leads = True
+        self.confirmed = 0
+        self.unavailable = False
+        self.collector = self.new()
+
+    def new(self) -> Collector:
+        return Collector(
+            Stores(self.root),
+            state=lambda: self.log.state,
+            leads=lambda: self.leads,
+            confirm=self.confirm,
+            grace_s=self.grace_s,
+            monotonic=lambda: self.now_s,
+        )
+
+    async def confirm(self) -> None:
+        if self.unavailable:
+            raise Unavailable("no leader")
+        self.confirmed += 1
+
+    def write(self, *steps: int) -> None:
+        for step in steps:
+            self.store.put_if_absent(f"{checkpoint(step).directory}/worker_0.safetensors", [b"x"])
+
+    def save(self, *steps: int) -> None:
+        self.write(*steps)
+        for step in steps:
+            self.log.ok(commit(step))
+
+    @property
+    def steps(self) -> list[int]:
+        return sorted(
+            int(path.name.rpartition("_")[2]) for path in (self.root / RUN).glob("ckpt_*")
+        )
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def retire(*steps: int) -> c.RetireCheckpoints:
+    return c.RetireCheckpoints(job_id="job-1", steps=steps, reason="r")
+
+
+async def test_files_of_retired_checkpoints_go_and_all_others_stay(world: World) -> None:
+    world.save(10, 20, 30)
+    world.write(40)
+    (world.root / RUN / "LATEST").write_text("{}")
+    (world.root / "strange" / "run" / "checkpoints" / "ckpt_step_00000010").mkdir(parents=True)
+    world.log.ok(retire(10, 20))
+    await world.collector.round()
+    assert world.steps == [30, 40]
+    assert (world.root / RUN / "LATEST").exists()
+    assert (world.root / "strange").exists(), "it is of no job that is known"
+    assert world.collector.counts["deleted"] == 2
+
+
+async def test_a_run_is_looked_at_again_only_when_its_job_has_changed(world: World) -> None:
+    world.save(10, 20)
+    await world.collector.round()
+    await world.collector.round()
+    assert world.confirmed == 1
+    world.log.ok(retire(10))
+    await world.collector.round()
+    assert (world.confirmed, world.steps) == (2, [20])
+
+
+async def test_a_copy_that_comes_after_its_directory_was_deleted_goes_too(world: World) -> None:
+    world.save(10, 20)
+    world.log.ok(retire(10))
+    await world.collector.round()
+    assert world.steps == [20]
+    world.write(10)
+    await world.collector.round()
+    assert world.steps == [10, 20], "nobody has said that something came"
+    world.collector.landed(f"{checkpoint(10).directory}/worker_0.safetensors")
+    await world.collector.round()
+    assert world.steps == [20]
+    before = world.confirmed
+    await world.collector.round()
+    assert world.confirmed == before
+
+
+async def test_nothing_is_deleted_by_a_state_that_may_be_old(world: World) -> None:
+    world.save(10, 20)
+    world.log.ok(retire(10))
+    world.unavailable = True
+    with pytest.raises(Unavailable):
+        await world.collector.round()
+    assert world.steps == [10, 20]
+    world.unavailable = False
+    await world.collector.round()
+    assert world.steps == [20]
+
+
+async def test_what_was_never_whole_goes_a_grace_after_the_end(world: World) -> None:
+    world.save(10)
+    world.write(20)
+    world.log.ok(c.CancelJob(job_id="job-1", reason="r"))
+    await world.collector.round()
+    world.now_s += world.grace_s - 1
+    await world.collector.round()
+    assert world.steps == [10, 20]
+    world.now_s += world.grace_s
+    await world.collector.round()
+    assert world.steps == [10]
+
+
+@pytest.mark.parametrize("kind", ["file", "local"])
+async def test_what_writers_left_unfinished_goes_with_the_end_of_the_run(
+    world: World, kind: str
+) -> None:
+    """In a store that all share; in ``local`` it may be on its way from another node, and has to be old."""
+    store = f"file://{world.root}" if kind == "file" else kind
+    world.log = running(Log(), checkpointing=Checkpointing(store=store))
+    world.save(10)
+    unfinished = world.root / checkpoint(10).directory / f"{TEMPORARY_PREFIX}1-abc"
+    unfinished.write_bytes(b"half")
+    await world.collector.round()
+    assert unfinished.exists(), "its writer may be at it"
+    world.log.ok(c.CancelJob(job_id="job-1", reason="r"))
+    await world.collector.round()
+    assert unfinished.exists() is (kind == "local")
+    if kind == "local":
+        os.utime(unfinished, (0, 0))
+        await world.collector.round()
+        assert unfinished.exists(), "nothing has changed"
+        world.now_s += ORPHAN_AGE_S
+        await world.collector.round()
+        assert not unfinished.exists()
+    assert world.steps == [10]
+    world.now_s += 10 * ORPHAN_AGE_S
+    confirmed = world.confirmed
+    await world.collector.round()
+    assert world.confirmed == confirmed, "all is seen to"
+
+
+async def test_a_removed_checkpoint_of_a_finished_job_goes_at_once(world: World) -> None:
+    world.save(10, 20)
+    world.log.ok(c.CancelJob(job_id="job-1", reason="r"))
+    world.log.ok(c.RemoveCheckpoint(job_id="job-1", step=20))
+    await world.collector.round()
+    assert world.steps == [10]
+
+
+async def test_a_store_that_fails_is_tried_again_later(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.save(10, 20, 30)
+    world.log.ok(retire(10, 20))
+    deleted: list[str] = []
+    delete = FileStore.delete
+
+    def fails_at_the_second(store: FileStore, path: str) -> None:
+        deleted.append(path)
+        if len(deleted) == 2:
+            raise StoreError("the disk is gone")
+        delete(store, path)
+
+    monkeypatch.setattr(FileStore, "delete", fails_at_the_second)
+    await world.collector.round()
+    await world.collector.round()
+    assert (world.steps, len(deleted)) == ([20, 30], 2)
+    world.now_s += collecting.RETRY_S
+    await world.collector.round()
+    assert world.steps == [30]
+
+
+async def test_what_a_crash_interrupts_is_done_by_the_next_process(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.save(10, 20, 30)
+    world.log.ok(retire(10, 20))
+    monkeypatch.setattr(collecting, "DELETIONS_PER_ROUND", 1)
+    await world.collector.round()
+    assert world.steps == [20, 30]
+    world.collector = world.new()
+    await world.collector.round()
+    assert world.steps == [30]
+
+
+async def test_the_rate_is_bounded_and_the_rest_follows(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.save(*range(1, 8))
+    world.log.ok(retire(*range(1, 7)))
+    monkeypatch.setattr(collecting, "DELETIONS_PER_ROUND", 2)
+    for left in (5, 3, 1):
+        await world.collector.round()
+        assert len(world.steps) == left
+
+
+async def test_stores_that_all_share_are_the_leaders(world: World) -> None:
+    from msgspec.structs import replace
+
+    world.save(10, 20)
+    job = world.log.job()
+    spec = replace(job.spec, checkpointing=replace(job.spec.checkpointing, store="elsewhere"))
+    world.log.state = replace(world.log.state, jobs={"job-1": replace(job, spec=spec)})
+    world.leads = False
+    await world.collector.round()
+    assert world.collector.counts["failed"] == 0, "a follower did not even ask"
