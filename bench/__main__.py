@@ -29,7 +29,8 @@ BENCHMARKS = {
     "barrier": "100 and 1,000 workers that meet in the control plane, beside bare asyncio",
     "consensus": "writes per second and their latency on three nodes with fsync, beside etcd",
     "failover": "SIGKILL of the leader to the next acknowledged write, and that none is lost, beside etcd",
-    "recovery": "from a killed worker, node or leader to the next step, and what being able to costs, beside torchrun",
+    "recovery": "from a killed worker, node or leader to the next step, and what being able to costs, beside torchrun and torchft",
+    "checkpoint": "saving, the stall for it, and restoring, beside dd, memcpy, DCP, torch.save and safetensors",
     "elections": "leader changes that nobody needed while a job trains on all slots",
 }
 """Name of the module -> one line on what it measures."""

@@ -176,7 +176,7 @@ class Host:
             links=agent.links,
             raft=agent,
             state=lambda: state,
-            released=lambda *release: self.supervisor.release(*release),
+            told=lambda *news: self.supervisor.tell_ranks(*news),
             monotonic=time.monotonic,
         )
         spawners: list[PlayedSpawner] = []

@@ -3,7 +3,7 @@
 A job of four ranks trains a million parameters on three real nodes: agents, Raft, commits through the log. Within
 that one job a worker is killed or stopped, or a node or the leader loses power, time after time. Beside it torchrun's
 elastic restarts train the same thing on the same machine, with its own store for each attempt and a short monitor
-interval, which is the best that it can do.
+interval, which is the best that it can do, and torchft, where it is installed, with its timeouts cut short.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from bench import goodput as under_fire
-from bench import live_job, throughput, torchrun
+from bench import live_job, throughput, torchft, torchrun
 from bench.live_job import PHASES, LiveJob, Recovery
 from bench.parts import Bench, Part, Say, run_parts
 from bench.processes import cpu_s
 from bench.table import Aim, Row, Values, compare, median, percentile
-from bench.workloads import MILLION, TWENTY_FIVE_MILLION, Workload
+from bench.workloads import GLOBAL_BATCH, MILLION, TWENTY_FIVE_MILLION, Workload
 from distroml.local_cluster import LocalCluster
 from distroml.spec import Hyperparameters, JobSpec
 
@@ -97,11 +97,12 @@ def endless(checkpoint_every: int = OWN_CHECKPOINT_EVERY) -> JobSpec:
 
 
 async def kill(bench: Bench[Scale]) -> list[Row]:
-    """SIGKILL of a random worker, beside torchrun's restart of all."""
+    """SIGKILL of a random worker, beside torchrun's restart of all and torchft's survivors."""
     peer = []
     for number in range(bench.scale.peer_kills):
         bench.say(f"kill: torchrun, round {number + 1}")
         peer.append(await torchrun.time_to_recover(endless(PEER_CHECKPOINT_EVERY), bench.directory))
+    survivors = await _torchft(bench)
     rng = random.Random(1)
     async with _job(bench) as job:
         found = []
@@ -116,6 +117,8 @@ async def kill(bench: Bench[Scale]) -> list[Row]:
         f"the peer's best of {len(peer)} is {min(peer):.2f} s, {min(peer) / median(seen):.1f} times our median; "
         f"{late} were not back within {torchrun.RECOVERY_TIMEOUT_S:g} s and count as that long"
     )
+    if not survivors:
+        note += f"; {torchft.HOW_TO_GET}"
     best = compare(
         f"{what} to the next step, as seen outside",
         "s",
@@ -128,6 +131,7 @@ async def kill(bench: Bench[Scale]) -> list[Row]:
     )
     return [
         replace(best, runs=len(found), values=Values(ours=seen, peer=peer)),
+        *torchft.rows(what, GLOBAL_BATCH // WORKERS, found, survivors),
         *_percentiles(
             f"{what} to the next step",
             stepped,
@@ -137,6 +141,18 @@ async def kill(bench: Bench[Scale]) -> list[Row]:
         *_phases(what, found),
         _lost(what, found),
     ]
+
+
+async def _torchft(bench: Bench[Scale]) -> list[torchft.Recovery]:
+    """What became of the same kills there; nothing where it is not installed."""
+    if not torchft.installed():
+        bench.say(f"kill: {torchft.HOW_TO_GET}")
+        return []
+    found = []
+    for number in range(bench.scale.peer_kills):
+        bench.say(f"kill: torchft, round {number + 1}")
+        found.append(await torchft.time_to_recover(endless(), bench.directory))
+    return found
 
 
 async def stop(bench: Bench[Scale]) -> list[Row]:

@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -52,7 +52,7 @@ class Torchrun:
             with contextlib.suppress(json.JSONDecodeError):
                 event: Event = json.loads(line)
                 return event
-        raise Broken(f"torchrun ended: {self._tail()}")
+        raise Broken(f"torchrun ended: {self.said()}")
 
     async def finish(self) -> None:
         """Wait for the end.
@@ -64,9 +64,10 @@ class Torchrun:
             while True:
                 await self.event()
         if await self._process.wait() != 0:
-            raise Broken(f"torchrun ended with {self._process.returncode}: {self._tail()}")
+            raise Broken(f"torchrun ended with {self._process.returncode}: {self.said()}")
 
-    def _tail(self) -> str:
+    def said(self) -> str:
+        """The end of what it and its ranks wrote to standard error."""
         self._errors.seek(0)
         return tail(self._errors.read().decode(errors="replace"))
 
@@ -137,19 +138,30 @@ async def _steady(peer: Torchrun) -> int:
 
 @asynccontextmanager
 async def _launched(spec: JobSpec, directory: Path, *arguments: str) -> AsyncIterator[Torchrun]:
-    """torchrun with ``spec.resources.workers`` ranks while the context lasts; its ranks end with it."""
-    with (
-        tempfile.TemporaryDirectory(dir=directory) as place,
-        tempfile.TemporaryFile(dir=place) as errors,
-    ):
-        spec_file = _write_spec(spec, place)
+    """torchrun with ``spec.resources.workers`` ranks of the plain DDP script while the context lasts."""
+    with tempfile.TemporaryDirectory(dir=directory) as place:
+        script = ("bench.torchrun_ddp", "--spec", write_spec(spec, place), *arguments)
+        options = ("--standalone", "--nproc-per-node", str(spec.resources.workers))
+        async with launched(options, script, Path(place), _OWN_STORES) as peer:
+            yield peer
+
+
+@asynccontextmanager
+async def launched(
+    options: Sequence[str], script: Sequence[str], place: Path, environ: Mapping[str, str]
+) -> AsyncIterator[Torchrun]:
+    """``torchrun OPTIONS -m SCRIPT...`` while the context lasts; its ranks end with it.
+
+    Args:
+        place: a directory for its temporary files.
+        environ: variables beside those of this process.
+    """
+    with tempfile.TemporaryFile(dir=place) as errors:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            *("-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(spec.resources.workers)),
+            *("-m", "torch.distributed.run", *options),
             *("--max-restarts", str(MAX_RESTARTS), "--monitor-interval", str(MONITOR_INTERVAL_S)),
-            *("-m", "bench.torchrun_ddp"),
-            *("--spec", spec_file, *arguments),
+            *("-m", *script),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=errors,
@@ -157,7 +169,7 @@ async def _launched(spec: JobSpec, directory: Path, *arguments: str) -> AsyncIte
             preexec_fn=die_with_parent,
             cwd=ROOT,
             limit=MAX_LINE_BYTES,
-            env={**os.environ, **_ENVIRON, "TMPDIR": place},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(place), **environ},
         )
         try:
             yield Torchrun(process, errors)
@@ -169,7 +181,8 @@ async def _launched(spec: JobSpec, directory: Path, *arguments: str) -> AsyncIte
                     await process.wait()
 
 
-def _write_spec(spec: JobSpec, place: str) -> str:
+def write_spec(spec: JobSpec, place: str) -> str:
+    """The path of a file in ``place`` that holds the job."""
     path = Path(place, "spec.json")
     path.write_bytes(msgspec.json.encode(spec))
     return str(path)
@@ -177,4 +190,4 @@ def _write_spec(spec: JobSpec, place: str) -> str:
 
 # With a store of its own each attempt finds fresh addresses. By default attempts share the agent's store, find the
 # dead attempt's addresses there and fail again and again.
-_ENVIRON = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+_OWN_STORES = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}

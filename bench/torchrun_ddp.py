@@ -29,11 +29,32 @@ from distroml.runtime.worker.builtin import load_adapter
 from distroml.runtime.worker.dist import Dist
 from distroml.runtime.worker.process_group import RankGroup
 from distroml.runtime.worker.seeding import seed_all
-from distroml.spec import parse_spec
+from distroml.spec import JobSpec, parse_spec
 
 ANNOUNCE_EVERY = 10
 """Completed steps between two lines; the first step of an attempt always has one."""
 CHECKPOINT = "state.pt"
+
+
+class Training:
+    """What one of ``world`` ranks trains: the product's model, optimizer and share of each batch."""
+
+    def __init__(self, spec: JobSpec, rank: int, world: int) -> None:
+        self._adapter = load_adapter(spec)
+        dataset = as_dataset(self._adapter.build_dataset(spec))
+        self._source = IndexedBatches(dataset, spec.hyperparameters.batch_size, spec.seed)
+        self._place = Dist(RankGroup(1, rank, world, "127.0.0.1", lambda key, value: None))
+        self.total_steps = (
+            spec.steps or spec.hyperparameters.epochs * self._source.batches_per_epoch
+        )
+        seed_all(spec.seed, "model")
+        self.model = self._adapter.build_model(spec)
+        self.optimizer = self._adapter.build_optimizer(spec, self.model)
+
+    def loss(self, module: nn.Module, step: int) -> torch.Tensor:
+        """That of this rank's share of the batch of ``step``."""
+        batch = self._source.at(step, self._place)[0].batch
+        return self._adapter.loss(self._adapter.forward(module, batch), batch)
 
 
 def main() -> None:
@@ -43,26 +64,18 @@ def main() -> None:
     spec = parse_spec(arguments.spec.read_bytes())
     torch.set_num_threads(1)
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    _tell(pid=os.getpid(), rank=int(os.environ["RANK"]), attempt=attempt)
+    tell(pid=os.getpid(), rank=int(os.environ["RANK"]), attempt=attempt)
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-
-    adapter = load_adapter(spec)
-    dataset = as_dataset(adapter.build_dataset(spec))
-    source = IndexedBatches(dataset, spec.hyperparameters.batch_size, spec.seed)
-    place = Dist(RankGroup(1, rank, world, "127.0.0.1", lambda key, value: None))
-    total = spec.steps or spec.hyperparameters.epochs * source.batches_per_epoch
-    seed_all(spec.seed, "model")
-    model = adapter.build_model(spec)
-    optimizer = adapter.build_optimizer(spec, model)
+    training = Training(spec, rank, world)
+    model, optimizer = training.model, training.optimizer
     first = _restore(arguments.checkpoints, model, optimizer)
     module = DistributedDataParallel(model)
 
     stamps: list[float] = []
-    for step in range(first, total):
-        batch = source.at(step, place)[0].batch
+    for step in range(first, training.total_steps):
         optimizer.zero_grad(set_to_none=True)
-        loss = adapter.loss(adapter.forward(module, batch), batch)
+        loss = training.loss(module, step)
         loss.backward()
         optimizer.step()
         done = step + 1
@@ -70,7 +83,7 @@ def main() -> None:
             stamps.append(time.monotonic())
         if rank == 0 and (step == first or done % ANNOUNCE_EVERY == 0):
             if arguments.announce:
-                _tell(step=done, attempt=attempt)
+                tell(step=done, attempt=attempt)
             if arguments.checkpoints and done % spec.checkpointing.every_n_steps == 0:
                 _save(arguments.checkpoints, done, model, optimizer)
 
@@ -90,7 +103,8 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _tell(**event: Any) -> None:
+def tell(**event: Any) -> None:
+    """Print one line of JSON, in one write, so that lines of several processes do not mix."""
     sys.stdout.write(json.dumps(event) + "\n")
     sys.stdout.flush()
 
