@@ -30,8 +30,11 @@ async def test_a_job_on_learners_outlives_the_leader_and_a_learner(
         spec = long_spec(steps=STEPS, workers=3)
         job_id = (await client.submit(spec))["job_id"]
         await until_checkpoint(cluster, client, job_id)
-        cluster.nodes[await cluster.leader()].kill()
+        led = await cluster.leader()
+        cluster.nodes[led].kill()
         job = await until_step(cluster, client, job_id, 60)
+        cluster.nodes[led].start()  # it may be the one that keeps what the learner writes
+        await cluster.wait_ready(led)
         victim = job["workers"][0]["node"]
         cluster.nodes[victim].kill()
         other = "l2" if victim == "l1" else "l1"
