@@ -189,10 +189,10 @@ class Network:
             await self._apply()
 
     async def repair(self, fault: int) -> None:
-        """Take back what a fault inflicted."""
+        """Take back what a fault inflicted; also what an earlier repair that was broken off has left."""
         async with self._changing:
-            if self._impairments.pop(fault, None) is not None:
-                await self._apply()
+            self._impairments.pop(fault, None)
+            await self._apply()
 
     async def _apply(self) -> None:
         for name in self._names:

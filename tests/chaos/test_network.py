@@ -186,6 +186,27 @@ async def test_a_fault_that_was_broken_off_half_way_is_taken_back(
     assert await _reaches(joined, "harness", "a")
 
 
+async def test_a_repair_that_was_broken_off_is_done_by_the_next_one(
+    joined: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a flapping link whose fault ends while it mends the link."""
+    await _until_reached(joined, "harness", "a")
+    await joined.impair(0, [Impairment(node="a", inbound=True, harness=True)])
+
+    async def break_off(*command: str, **options: Any) -> str:
+        raise asyncio.CancelledError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(network, "_run", break_off)
+        with pytest.raises(asyncio.CancelledError):
+            await joined.repair(0)
+    assert not await _reaches(joined, "harness", "a")
+
+    await joined.repair(0)
+
+    assert await _reaches(joined, "harness", "a")
+
+
 async def test_a_reset_ends_connections(joined: Network) -> None:
     await _until_reached(joined, "harness", "a")
     reader, writer = await asyncio.open_connection(joined.addresses["a"], PORT)
