@@ -1,7 +1,7 @@
 """The leader's writes to checkpoint stores: the manifest before each commit, ``LATEST`` after it.
 
-``runtime.coordinator`` says when a checkpoint is whole; this carries it out, in threads of its own, so that a store
-that hangs holds up nothing else. What a leader leaves unfinished its successor does again: the same shards give the
+``runtime.coordinator`` says when a checkpoint is whole; this carries it out, in threads per store, so that one that
+hangs holds up nothing else. What a leader leaves unfinished its successor does again: the same shards give the
 same manifest, and only the log entry is the commit.
 """
 
@@ -11,7 +11,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
@@ -22,6 +21,7 @@ from distroml.consensus.state import ClusterState
 from distroml.errors import DistroMLError, TooManyRequests, Unavailable
 from distroml.runtime.checkpoint.commit import UnfitShards, publish_latest, write_manifest
 from distroml.runtime.checkpoint.stores.opening import LOCAL, Stores
+from distroml.runtime.checkpoint.stores.threads import StoreThreads
 from distroml.runtime.decisions import WriteManifest
 from distroml.runtime.facts import CheckpointKey
 
@@ -36,6 +36,9 @@ LAST_PATIENCE_S = 150.0
 do without can say why."""
 MAX_WRITE_FAILURES = 256
 STORE_THREADS = 4
+"""Per store."""
+WRITE_LIMIT_S = 120.0
+"""How long one attempt may take, waiting for others at the same store included."""
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -71,7 +74,7 @@ class Committer:
     ) -> None:
         self._stores, self._state = stores, state
         self._propose, self._done, self._monotonic = propose, done, monotonic
-        self._threads = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="store")
+        self._threads = StoreThreads("commit", STORE_THREADS)
         self._tasks: set[asyncio.Task[None]] = set()
         self._writing: set[CheckpointKey] = set()
         self._failures: dict[CheckpointKey, str] = {}
@@ -101,7 +104,7 @@ class Committer:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
 
     def commit(self, effect: WriteManifest) -> None:
         """Write the manifest of a whole checkpoint, then propose its commit, unless that is under way."""
@@ -142,7 +145,8 @@ class Committer:
 
     async def _write(self, effect: WriteManifest) -> Outcome:
         """One attempt: the manifest, then the proposal."""
-        checkpoint = await self._in_thread(
+        checkpoint = await self._threads.run(
+            effect.store,
             partial(
                 write_manifest,
                 self._stores.of(effect.store),
@@ -154,7 +158,8 @@ class Committer:
                 best_metric=effect.best_metric,
                 store_name=effect.store,
                 scattered=effect.store == LOCAL,
-            )
+            ),
+            WRITE_LIMIT_S,
         )
         command = CommitCheckpoint(
             job_id=effect.job_id, generation=effect.generation, checkpoint=checkpoint
@@ -186,16 +191,13 @@ class Committer:
                 job = self._state().jobs.get(job_id)
                 newest = job.newest_checkpoint() if job else None
                 if newest is not None:
-                    store = self._stores.of(newest.store)
-                    await self._in_thread(partial(publish_latest, store, newest))
+                    write = partial(publish_latest, self._stores.of(newest.store), newest)
+                    await self._threads.run(newest.store, write, WRITE_LIMIT_S)
         except Exception as error:
             # LATEST is a convenience for people; the log is what recovery reads.
             _log.warning("LATEST of %s could not be updated: %s", job_id, error)
         finally:
             self._publishing.discard(job_id)
-
-    def _in_thread(self, work: Callable[[], _T]) -> Awaitable[_T]:
-        return asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def _start(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from distroml.commands import AnyCommand, CommitCheckpoint, Outcome
 from distroml.consensus.state import ClusterState
 from distroml.errors import StoreError
+from distroml.model import Checkpoint
 from distroml.reports import ShardFact
 from distroml.runtime import committing
 from distroml.runtime.checkpoint.stores.file import FileStore
@@ -17,6 +19,7 @@ from distroml.runtime.checkpoint.stores.interface import MissingFile, Stored
 from distroml.runtime.checkpoint.stores.opening import Stores
 from distroml.runtime.committing import Committer
 from distroml.runtime.decisions import WriteManifest
+from tests.builders import checkpoint
 from tests.consensus.live import until
 from tests.runtime.checkpoint.shards import JOB, RUN, write_shards
 
@@ -135,6 +138,49 @@ async def test_a_fault_that_stays_is_given_up_after_a_while(
     world.now_s += 1
     assert "gone" in await world.given_up()
     assert not world.committed
+
+
+async def test_jobs_of_a_store_that_hangs_hold_up_no_other(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+
+    def write(store: object, *, store_name: str, **_: object) -> Checkpoint:
+        if store_name != "local":
+            release.wait(30)
+        return checkpoint(100)
+
+    monkeypatch.setattr(committing, "write_manifest", write)
+    try:
+        for number in range(3 * committing.STORE_THREADS):
+            world.committer.commit(
+                WriteManifest(
+                    job_id=f"hung-{number}",
+                    run_id=RUN,
+                    generation=1,
+                    step=100,
+                    shards=world.shards,
+                    store=f"file://{tmp_path}",
+                )
+            )
+        world.decide()
+        await until(lambda: world.committed, "the commit of the job with a healthy store")
+    finally:
+        release.set()
+
+
+async def test_a_store_that_never_answers_is_given_up(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(committing, "WRITE_LIMIT_S", 0.01)
+    monkeypatch.setattr(committing, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(committing, "write_manifest", lambda *_, **__: release.wait(30))
+    try:
+        world.decide()
+        assert "has not answered" in await world.given_up()
+    finally:
+        release.set()
 
 
 async def test_shards_that_do_not_fit_together_are_given_up_at_once(world: World) -> None:
