@@ -21,6 +21,7 @@ from functools import partial
 from typing import TypeVar
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from distroml.consensus.state import ClusterState
 from distroml.errors import DistroMLError, Unavailable
@@ -167,6 +168,7 @@ class Collector:
         for known in (self._looks, self._seen_since_s):
             for job_id in known.keys() - state.jobs.keys():
                 del known[job_id]
+        self._landed.difference_update(self._landed - state.jobs.keys())
         if self._troubles:
             used = {job.spec.checkpointing.store for job in state.jobs.values()}
             for name in self._troubles.keys() - used:
@@ -226,10 +228,17 @@ class Collector:
         look = self._looks.get(job.job_id)
         return float("-inf") if look is None else look.at_s
 
+    def _note_landed(self, job_id: str) -> None:
+        """What came before this look is owed one that succeeds, what comes from now on another one."""
+        if job_id in self._landed:
+            self._landed.discard(job_id)
+            if (look := self._looks.get(job_id)) is not None:
+                self._looks[job_id] = replace(look, again_s=self._monotonic())
+
     async def _list(self, job: Job) -> dict[str, int] | None:
         """The run's directories; None where the store cannot tell."""
+        self._note_landed(job.job_id)
         try:
-            self._landed.discard(job.job_id)
             store = self._stores.of(job.spec.checkpointing.store)
             parent = checkpoints_directory(job.job_id, job.run_id)
             return directories_in(await self._call(job, partial(store.list, parent)), job)

@@ -155,11 +155,35 @@ async def test_a_copy_that_comes_after_its_directory_was_deleted_goes_too(world:
     await world.collector.round()
     assert world.steps == [10, 20], "nobody has said that something came"
     world.collector.landed(f"{checkpoint(10).directory}/worker_0.safetensors")
+    world.unavailable = True
+    await world.collector.round()
+    assert world.steps == [10, 20]
+    world.unavailable = False
     await world.collector.round()
     assert world.steps == [20]
     before = world.confirmed
     await world.collector.round()
     assert world.confirmed == before
+
+
+async def test_what_lands_during_a_look_is_looked_at_once_more(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.save(10, 20)
+    world.log.ok(retire(10))
+    delete = FileStore.delete
+
+    def lands_behind(store: FileStore, path: str) -> None:
+        delete(store, path)
+        world.write(10)
+        world.collector.landed(f"{checkpoint(10).directory}/worker_0.safetensors")
+
+    monkeypatch.setattr(FileStore, "delete", lands_behind)
+    await world.collector.round()
+    assert world.steps == [10, 20]
+    monkeypatch.setattr(FileStore, "delete", delete)
+    await world.collector.round()
+    assert world.steps == [20]
 
 
 async def test_nothing_is_deleted_by_a_state_that_may_be_old(world: World) -> None:
