@@ -5,9 +5,10 @@ its job has changed since the last look, so what a crash interrupts is done by t
 Stores are looked after side by side, each by a task of its own: one that hangs or is gone keeps no other waiting.
 
 The order of a look is what makes it safe: list the store, then make sure that this node's state is no older than the
-listing (``confirm``), then decide, and look at the state again before each deletion. A directory that was listed and
-is garbage in a newer state can only be needed again if the newest checkpoint turns out to be corrupt and the run comes
-back to this step; then its files are written, and checked at the commit, after the deletion.
+listing (``confirm``), then decide, and look at the state again before each deletion, confirmed anew where deletions
+take long: whoever was cut off from the others, but not from the store, must not go on by a state that stands still. A
+directory that was listed and is garbage in a newer state can only be needed again if the newest checkpoint turns out to
+be corrupt and the run comes back to this step; then its files are written, and checked at the commit, after the deletion.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from distroml.consensus.state import ClusterState
-from distroml.errors import DistroMLError, Unavailable
+from distroml.errors import DistroMLError, StoreError, Unavailable
 from distroml.model import Event, Job
 from distroml.runtime.checkpoint.manifest import checkpoints_directory
 from distroml.runtime.checkpoint.stores.interface import ORPHAN_AGE_S
@@ -42,6 +43,8 @@ DELETIONS_PER_ROUND = 256
 RETRY_S = 30.0
 """How long a store is left alone after it failed; doubles with each failure until something succeeds."""
 RETRY_LIMIT_S = 600.0
+CONFIRMED_S = 2.0
+"""How old a confirmation may be by which something is deleted."""
 CALL_LIMIT_S = 300.0
 """How long a store may take to list or to delete a directory."""
 ORPHANS_S = 60.0
@@ -96,6 +99,7 @@ class Collector:
     ) -> None:
         self._stores, self._state, self._leads = stores, state, leads
         self._confirm, self._grace_s, self._monotonic = confirm, grace_s, monotonic
+        self._confirmed_s = float("-inf")
         self._threads = StoreThreads("garbage", THREADS)
         self._kicked = asyncio.Event()
         self._at_work: dict[str, asyncio.Task[None]] = {}
@@ -195,7 +199,7 @@ class Collector:
             found[job.job_id] = listing
         if not found:
             return
-        await self._confirm()
+        await self._confirm_now()
         left = DELETIONS_PER_ROUND
         for job_id, listing in found.items():
             known = self._state().jobs.get(job_id)
@@ -258,6 +262,7 @@ class Collector:
         try:
             store = self._stores.of(job.spec.checkpointing.store)
             for one in gone[:most]:
+                await self._make_sure(job)
                 if self._is_garbage(job_id, one.directory, found[one.directory]):
                     await self._call(job, partial(store.delete, one.directory))
                     _log.info("job %s: %s is deleted: %s", job_id, one.directory, one.reason)
@@ -268,6 +273,8 @@ class Collector:
             over = job.terminal and not job.imported and job.spec.checkpointing.store != LOCAL
             age = {"min_age_s": 0.0} if over else {}
             await self._call(job, partial(store.remove_orphans, parent, time.time(), **age))
+        except Unavailable:
+            raise
         except (DistroMLError, OSError) as error:
             self._failed(job, error)
             return None
@@ -282,6 +289,22 @@ class Collector:
         self._looks[job_id] = _Look(job.change_index, again_s, sweep_s, now_s)
         self._troubles.pop(job.spec.checkpointing.store, None)
         return deleted
+
+    async def _make_sure(self, job: Job) -> None:
+        """Return if this node may delete files of the job by its state as it is then.
+
+        Raises:
+            Unavailable: nobody can say, or another node leads.
+        """
+        if self._monotonic() - self._confirmed_s >= CONFIRMED_S:
+            await self._confirm_now()
+        if job.spec.checkpointing.store != LOCAL and not self._leads():
+            raise Unavailable("this node leads no more")
+
+    async def _confirm_now(self) -> None:
+        asked_s = self._monotonic()
+        await self._confirm()
+        self._confirmed_s = max(self._confirmed_s, asked_s)
 
     def _sweep_s(self, job: Job, now_s: float, *, swept: bool) -> float | None:
         """When what a run had unfinished at its end may be removed; None: it runs, or that was done.
@@ -317,4 +340,7 @@ class Collector:
         return bool(garbage(job, {directory: step}, held, seen, now_s, grace_s=self._grace_s))
 
     async def _call(self, job: Job, work: Callable[[], _T]) -> _T:
-        return await self._threads.run(job.spec.checkpointing.store, work, CALL_LIMIT_S)
+        name = job.spec.checkpointing.store
+        if self._threads.busy(name):  # what is decided now must not be done later
+            raise StoreError(f"The checkpoint store {name} has not answered the call before.")
+        return await self._threads.run(name, work, CALL_LIMIT_S)

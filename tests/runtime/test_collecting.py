@@ -197,6 +197,42 @@ async def test_nothing_is_deleted_by_a_state_that_may_be_old(world: World) -> No
     assert world.steps == [20]
 
 
+@pytest.mark.parametrize("lost", ["quorum", "lead"])
+async def test_whoever_was_cut_off_deletes_no_more(
+    world: World, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """By then a successor may have let the run come back to these steps, and have committed them."""
+    shared = f"file://{world.root}"
+    world.log = running(Log(), checkpointing=Checkpointing(store=shared))
+    world.save(10, 20, 30, 40)
+    world.log.ok(retire(10, 20, 30))
+    delete = FileStore.delete
+
+    def takes_long(store: FileStore, path: str) -> None:
+        delete(store, path)
+        world.now_s += 10
+        if lost == "quorum":
+            world.unavailable = True
+        else:
+            world.leads = False
+
+    monkeypatch.setattr(FileStore, "delete", takes_long)
+    await world.collector.round()
+    assert world.steps == [20, 30, 40]
+    assert world.collector.counts == {"deleted": 1, "failed": 0}
+    monkeypatch.setattr(FileStore, "delete", delete)
+    world.unavailable, world.leads = False, True
+    await world.collector.round()
+    assert world.steps == [40]
+
+
+async def test_quick_deletions_share_a_confirmation(world: World) -> None:
+    world.save(10, 20, 30, 40)
+    world.log.ok(retire(10, 20, 30))
+    await world.collector.round()
+    assert (world.confirmed, world.steps) == (1, [40])
+
+
 async def test_what_was_never_whole_goes_a_grace_after_the_end(world: World) -> None:
     world.save(10)
     world.write(20)
@@ -311,6 +347,35 @@ async def test_a_call_that_hangs_is_not_waited_for_nor_repeated(
     monkeypatch.setattr(collecting, "CALL_LIMIT_S", 10.0)
     await world.collector.round()
     assert hung.asked == ["old", "old"]
+
+
+async def test_nothing_is_deleted_behind_a_call_that_hangs(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the time that the store answers, what is garbage now may be needed again."""
+    monkeypatch.setattr(collecting, "CALL_LIMIT_S", 1.0)
+    release = threading.Event()
+    answers = [["old/run-job-1/checkpoints/ckpt_step_00000001/x"], []]
+
+    def hangs_at_the_second(directory: str) -> list[str]:
+        if len(store.asked) > 1:
+            release.wait(30)
+        return answers.pop(0)
+
+    deleted: list[str] = []
+    store = world.stores.others[NFS] = Faulty(world.root, hangs_at_the_second)
+    monkeypatch.setattr(store, "delete", deleted.append)
+    monkeypatch.setattr(world, "grace_s", 0.0)
+    world.collector = world.new()
+    world.ended(NFS, "old", "older")
+    looking = asyncio.create_task(world.collector.round())
+    try:
+        await until(lambda: world.collector.counts["failed"] > 0, "the listing to be given up")
+    finally:
+        release.set()
+    await looking
+    await until(lambda: not world.collector._threads.busy(NFS), "the store to answer")
+    assert (store.asked, deleted) == (["old", "older"], [])
 
 
 async def test_a_store_that_is_gone_is_asked_once_and_less_and_less_often(world: World) -> None:
