@@ -8,7 +8,8 @@ The order of a look is what makes it safe: list the store, then make sure that t
 listing (``confirm``), then decide, and look at the state again before each deletion, confirmed anew where deletions
 take long: whoever was cut off from the others, but not from the store, must not go on by a state that stands still. A
 directory that was listed and is garbage in a newer state can only be needed again if the newest checkpoint turns out to
-be corrupt and the run comes back to this step; then its files are written, and checked at the commit, after the deletion.
+be corrupt and the run comes back to this step; then its files are written, and checked at the commit, after the deletion:
+the committer waits for the end of one that takes so long (``is_deleting``).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from distroml.consensus.state import ClusterState
 from distroml.errors import DistroMLError, StoreError, Unavailable
 from distroml.model import Event, Job
 from distroml.runtime.checkpoint.manifest import checkpoints_directory
-from distroml.runtime.checkpoint.stores.interface import ORPHAN_AGE_S
+from distroml.runtime.checkpoint.stores.interface import ORPHAN_AGE_S, CheckpointStore
 from distroml.runtime.checkpoint.stores.opening import LOCAL, Stores
 from distroml.runtime.checkpoint.stores.threads import StoreThreads
 from distroml.runtime.garbage import begun_with, directories_in, garbage, has_orphans, needed
@@ -107,6 +108,8 @@ class Collector:
         self._looks: dict[str, _Look] = {}
         self._troubles: dict[str, _Trouble] = {}
         """By store."""
+        self._deleting: set[str] = set()
+        """Directories; those of calls that hang too."""
         self._seen_since_s: dict[str, dict[str, float]] = {}
         """First sight of each directory that is not needed, by job."""
         self._landed: set[str] = set()
@@ -135,6 +138,10 @@ class Collector:
     def landed(self, path: str) -> None:
         """A file came from another node, perhaps after its directory was deleted here; for any thread."""
         self._landed.add(path.partition("/")[0])
+
+    def is_deleting(self, directory: str) -> bool:
+        """Whether this node has begun to delete it and has not ended, in whichever store."""
+        return directory in self._deleting
 
     async def _run(self) -> None:
         while True:
@@ -264,7 +271,7 @@ class Collector:
             for one in gone[:most]:
                 await self._make_sure(job)
                 if self._is_garbage(job_id, one.directory, found[one.directory]):
-                    await self._call(job, partial(store.delete, one.directory))
+                    await self._call(job, partial(self._delete, store, one.directory))
                     _log.info("job %s: %s is deleted: %s", job_id, one.directory, one.reason)
                     deleted += 1
                     self.counts["deleted"] += 1
@@ -338,6 +345,14 @@ class Collector:
         held, seen = needed(job, begun_with(state)), self._seen_since_s.get(job_id, {})
         now_s = self._monotonic()
         return bool(garbage(job, {directory: step}, held, seen, now_s, grace_s=self._grace_s))
+
+    def _delete(self, store: CheckpointStore, directory: str) -> None:
+        """In a thread, which knows when it is over though nobody waits any more."""
+        self._deleting.add(directory)
+        try:
+            store.delete(directory)
+        finally:
+            self._deleting.discard(directory)
 
     async def _call(self, job: Job, work: Callable[[], _T]) -> _T:
         name = job.spec.checkpointing.store

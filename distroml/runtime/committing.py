@@ -18,8 +18,9 @@ from msgspec import Struct
 
 from distroml.commands import AnyCommand, CommitCheckpoint, Outcome
 from distroml.consensus.state import ClusterState
-from distroml.errors import DistroMLError, TooManyRequests, Unavailable
+from distroml.errors import DistroMLError, StoreError, TooManyRequests, Unavailable
 from distroml.runtime.checkpoint.commit import UnfitShards, publish_latest, write_manifest
+from distroml.runtime.checkpoint.manifest import checkpoint_directory
 from distroml.runtime.checkpoint.stores.opening import LOCAL, Stores
 from distroml.runtime.checkpoint.stores.threads import StoreThreads
 from distroml.runtime.decisions import WriteManifest
@@ -60,6 +61,7 @@ class Committer:
 
     Args:
         state: what the log says now.
+        is_deleting: whether a directory is being deleted by this node, which judged it when another checkpoint was good.
         done: called after each attempt, and the pause behind one that failed: there is something to decide.
     """
 
@@ -70,10 +72,12 @@ class Committer:
         state: Callable[[], ClusterState],
         propose: Callable[[AnyCommand, float], Awaitable[Outcome]],
         done: Callable[[], None],
+        is_deleting: Callable[[str], bool] = lambda directory: False,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stores, self._state = stores, state
         self._propose, self._done, self._monotonic = propose, done, monotonic
+        self._is_deleting = is_deleting
         self._threads = StoreThreads("commit", STORE_THREADS)
         self._tasks: set[asyncio.Task[None]] = set()
         self._writing: set[CheckpointKey] = set()
@@ -145,6 +149,9 @@ class Committer:
 
     async def _write(self, effect: WriteManifest) -> Outcome:
         """One attempt: the manifest, then the proposal."""
+        directory = checkpoint_directory(effect.job_id, effect.run_id, effect.step)
+        if self._is_deleting(directory):  # a shard that was found there may be about to go
+            raise StoreError(f"What lay in {directory} before is still being deleted.")
         checkpoint = await self._threads.run(
             effect.store,
             partial(

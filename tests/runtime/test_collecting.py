@@ -378,6 +378,30 @@ async def test_nothing_is_deleted_behind_a_call_that_hangs(
     assert (store.asked, deleted) == (["old", "older"], [])
 
 
+async def test_it_tells_what_is_being_deleted_also_when_it_waits_no_more(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collecting, "CALL_LIMIT_S", 1.0)
+    release = threading.Event()
+    delete = FileStore.delete
+
+    def hangs(store: FileStore, path: str) -> None:
+        release.wait(30)
+        delete(store, path)
+
+    monkeypatch.setattr(FileStore, "delete", hangs)
+    world.save(10, 20)
+    world.log.ok(retire(10))
+    try:
+        await world.collector.round()
+        assert world.collector.is_deleting(checkpoint(10).directory)
+        assert not world.collector.is_deleting(checkpoint(20).directory)
+    finally:
+        release.set()
+    await until(lambda: not world.collector.is_deleting(checkpoint(10).directory), "the end of it")
+    assert world.steps == [20]
+
+
 async def test_a_store_that_is_gone_is_asked_once_and_less_and_less_often(world: World) -> None:
     def gone(_: str) -> list[str]:
         raise StoreError("nobody answers there")

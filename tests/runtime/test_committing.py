@@ -14,6 +14,7 @@ from distroml.errors import StoreError
 from distroml.model import Checkpoint
 from distroml.reports import ShardFact
 from distroml.runtime import committing
+from distroml.runtime.checkpoint.manifest import checkpoint_directory
 from distroml.runtime.checkpoint.stores.file import FileStore
 from distroml.runtime.checkpoint.stores.interface import MissingFile, Stored
 from distroml.runtime.checkpoint.stores.opening import Stores
@@ -53,6 +54,7 @@ class World:
         self.store = Flaky(root)
         self.leads = True
         self.last = False
+        self.deleting = False
         self.now_s = 0.0
         self.attempts = 0
         self.proposed: list[AnyCommand] = []
@@ -63,8 +65,13 @@ class World:
             state=ClusterState,
             propose=self._propose,
             done=self.decide,
+            is_deleting=self._is_deleting,
             monotonic=lambda: self.now_s,
         )
+
+    def _is_deleting(self, directory: str) -> bool:
+        assert directory == checkpoint_directory(JOB, RUN, 100)
+        return self.deleting
 
     async def _propose(self, command: AnyCommand, timeout_s: float) -> Outcome:
         self.proposed.append(command)
@@ -138,6 +145,18 @@ async def test_a_fault_that_stays_is_given_up_after_a_while(
     world.now_s += 1
     assert "gone" in await world.given_up()
     assert not world.committed
+
+
+async def test_nothing_is_committed_while_older_files_of_the_same_step_are_being_deleted(
+    world: World,
+) -> None:
+    """A shard with the same bytes as one of them may be that very file."""
+    world.deleting = True
+    world.decide()
+    await until(lambda: world.attempts > 3, "some attempts")
+    assert not world.committed
+    world.deleting = False
+    await until(lambda: world.committed, "the commit")
 
 
 async def test_jobs_of_a_store_that_hangs_hold_up_no_other(
