@@ -322,6 +322,10 @@ class Job(Struct, frozen=True, gc=False, kw_only=True):
     """How often a checkpoint was asked for."""
     saved_request: int = 0
     """The newest of these requests that a committed checkpoint has answered."""
+    committed_step: int = -1
+    """Of the checkpoint that was committed last, whatever became of it; -1: none was."""
+    committed_generation: int = 0
+    """Its generation. What that or an earlier one left behind that step may have been deleted."""
     removed: tuple[str, ...] = ()
     """Directories of checkpoints that were removed by request; their files go as soon as they can."""
     imported: bool = False

@@ -184,6 +184,7 @@ class Node:
             replica=self.replica,
             observations=self.observations,
             may_decide=lambda: self.registration.done,
+            is_deleting=lambda directory: self.collector.is_deleting(directory),
             propose=self.proposer.propose,
             stores=stores,
             settings=CoordinatorSettings(

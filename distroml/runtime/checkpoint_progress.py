@@ -114,6 +114,8 @@ def left_behind(turn: Turn, work: Running, number: int) -> list[Decision] | None
 
 def write_decisions(turn: Turn, run: Running, whole: tuple[OpenCheckpoint, ...]) -> list[Decision]:
     """The effects that commit ``whole``, but for those that are being written already."""
+    facts = [run.ranks.get(member.rank) for member in run.generation.members]
+    ended = all(fact is not None and fact.outcome is not None for fact in facts)
     return [
         Decision(
             action=WriteManifest(
@@ -124,6 +126,7 @@ def write_decisions(turn: Turn, run: Running, whole: tuple[OpenCheckpoint, ...])
                 shards=one.shards,
                 store=run.job.spec.checkpointing.store,
                 best_metric=run.job.spec.checkpointing.best_metric,
+                last=ended,
             ),
             reason=f"all {len(one.shards)} shards of step {one.step} are durable",
         )

@@ -81,6 +81,7 @@ class Coordinator:
 
     Args:
         may_decide: False while this node, although it leads, can propose nothing yet.
+        is_deleting: as of ``Committer``.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Coordinator:
         stores: Stores,
         settings: CoordinatorSettings,
         may_decide: Callable[[], bool] = lambda: True,
+        is_deleting: Callable[[str], bool] = lambda directory: False,
     ) -> None:
         self._node = node
         self._raft = raft
@@ -107,7 +109,11 @@ class Coordinator:
         """Runs from ``start`` to ``stop``."""
         self._background: set[asyncio.Task[None]] = set()
         self._committer = Committer(
-            stores, state=lambda: replica.state, propose=propose, done=self.kick
+            stores,
+            state=lambda: replica.state,
+            propose=propose,
+            done=self.kick,
+            is_deleting=is_deleting,
         )
         self._window: tuple[ClusterState, ClusterState] | None = None
         """A state and what turns look at of it."""

@@ -29,6 +29,8 @@ class WriteManifest(Struct, frozen=True, kw_only=True):
     """As in the job's spec."""
     best_metric: str = ""
     """Metric of the state whose value the log should know; empty: none."""
+    last: bool = False
+    """All ranks have ended: what is not committed now is lost."""
 
 
 class Decision(Struct, frozen=True, kw_only=True):

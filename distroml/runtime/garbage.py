@@ -2,11 +2,12 @@
 
 A directory is needed while the state lists its checkpoint, or another job begins with it. What is not listed is
 
-- **removed** by request: it goes at once;
+- **removed** by request from a run that has ended: it goes at once;
 - **passed**: below the newest committed step, so it was retired or never whole. It goes at once: the state machine
-  refuses a commit behind the newest one, so it can never be listed again while that one is good;
+  refuses a commit behind the newest one, so its files can never be listed again. Should the newest one be corrupt, a later
+  generation may come to this step, with files of its own;
 - **open**: above the newest committed step of a run that goes on. It may become whole any moment, or the run comes to
-  this step again and finds its files there: never touched;
+  this step again and finds its files there: never touched, also where a corrupt one of this step was removed by request;
 - **orphaned**: the same of a run that has ended. Its generation is dead and the directory never whole; it goes after a
   grace, in which a person may look at it.
 
@@ -82,11 +83,12 @@ def garbage(
     for directory, step in sorted(found.items(), key=lambda item: item[1]):
         if directory in held:
             continue
-        if directory in job.removed:
+        passed = newest is not None and step < newest.step
+        if directory in job.removed and (job.terminal or passed):
             gone.append(Garbage(directory, "removed by request"))
         elif job.imported:
             continue
-        elif newest is not None and step < newest.step:
+        elif newest is not None and passed:
             gone.append(Garbage(directory, f"not kept, and behind step {newest.step}"))
         elif job.terminal and now_s - seen_since_s.get(directory, now_s) >= grace_s:
             gone.append(Garbage(directory, f"never whole, and the job is {job.status}"))

@@ -529,6 +529,26 @@ class TestRetirement:
         log.ok(commit(20))
         assert "behind" in log(commit(10)).outcome.detail
 
+    def test_a_late_commit_behind_one_that_was_found_corrupt_is_refused(self) -> None:
+        """While that one was good, the files of the late one were garbage."""
+        log = running(Log())
+        log.ok(commit(10))
+        log.ok(commit(30))
+        log.ok(fail("job-1", 1))
+        log.ok(form("job-1", 2, members("a", "b"), checkpoint_step=30, resume_step=30))
+        log.ok(
+            c.MarkCheckpointCorrupt(
+                job_id="job-1",
+                step=30,
+                manifest_sha256=checkpoint(30).manifest_sha256,
+                reason="r",
+            )
+        )
+        assert "behind step 30" in log(commit(20)).outcome.detail
+        log.ok(fail("job-1", 2))
+        log.ok(form("job-1", 3, members("a", "b"), checkpoint_step=10, resume_step=10))
+        log.ok(commit(20, 3))
+
     def test_the_source_of_the_generation_stays(self) -> None:
         log = running(Log())
         log.ok(commit(10))
@@ -563,6 +583,20 @@ class TestRemovedCheckpoints:
             assert said in outcome.detail
         log.ok(c.RemoveCheckpoint(job_id="job-1", step=10))
         assert log.job().removed == (checkpoint(10).directory,)
+
+    def test_one_that_is_saved_again_is_removed_no_more(self) -> None:
+        log = running(Log())
+        for step in (10, 20):
+            log.ok(commit(step))
+        sha256 = checkpoint(20).manifest_sha256
+        corrupt = c.MarkCheckpointCorrupt(
+            job_id="job-1", step=20, manifest_sha256=sha256, reason="r"
+        )
+        log.ok(corrupt)
+        log.ok(c.RemoveCheckpoint(job_id="job-1", step=20))
+        assert log.job().removed == (checkpoint(20).directory,)
+        log.ok(commit(20))
+        assert log.job().removed == ()
 
     def test_of_a_finished_job_the_newest_too(self) -> None:
         log = running(Log())

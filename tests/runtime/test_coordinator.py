@@ -256,6 +256,7 @@ class TestCheckpoints:
         def fails(step: int) -> Checkpoint:
             raise error
 
+        monkeypatch.setattr(committing, "PATIENCE_S", 0.0)
         written = _writes(monkeypatch, fails)
         world.decides(whole("x", 10))
         await until(lambda: bool(world.facts.write_failures), "the failure to be told")

@@ -9,6 +9,8 @@ import pytest
 from distroml import commands as c
 from distroml.model import Checkpoint, CheckpointStatus, FailureKind, JobStatus
 from distroml.reports import WorkerPhase
+from distroml.runtime import committing
+from distroml.runtime.facts import ReconcilerSettings
 from distroml.runtime.reconciler import WriteManifest
 from distroml.spec import Checkpointing
 from tests.builders import checkpoint
@@ -242,7 +244,20 @@ def test_a_run_does_not_wait_for_a_final_checkpoint_that_was_given_up() -> None:
 def test_a_run_does_not_wait_for_its_final_checkpoint_for_ever() -> None:
     scene = finished(Scene("a", "b").running("a", "b"), checkpoint_step=100)
     assert scene.turn() == []
-    assert "it was not committed within 60 s" in reasons(scene.turn(after_s=60.0))[0]
+    assert "it was not committed within 181 s" in reasons(scene.turn(after_s=181.0))[0]
+
+
+def test_the_state_that_a_run_ends_with_is_tried_longest() -> None:
+    scene = Scene("a", "b").running("a", "b")
+    for rank in (0, 1):
+        scene.saves(rank, 20)
+    assert not only(scene.turn(), WriteManifest).last
+    scene = finished(Scene("a", "b").running("a", "b"), checkpoint_step=100)
+    for rank in (0, 1):
+        scene.saves(rank, 100)
+    assert only(scene.turn(), WriteManifest).last
+    settings = ReconcilerSettings()
+    assert committing.PATIENCE_S < committing.LAST_PATIENCE_S < settings.final_checkpoint_wait_s
 
 
 def test_a_final_checkpoint_that_is_still_being_copied_is_waited_for_longer() -> None:

@@ -63,6 +63,13 @@ def test_another_jobs_beginning_is_no_surplus() -> None:
     assert [one.step for one in surplus(log.state, log.job())] == [10]
 
 
+def corrupted(log: Log, step: int) -> c.MarkCheckpointCorrupt:
+    one = next(one for one in log.job().checkpoints if one.step == step)
+    return c.MarkCheckpointCorrupt(
+        job_id="job-1", step=step, manifest_sha256=one.manifest_sha256, reason="bad"
+    )
+
+
 class TestGarbage:
     def listed(self, log: Log, *steps: int) -> dict[str, int]:
         job = log.job()
@@ -95,6 +102,26 @@ class TestGarbage:
         log.ok(c.RemoveCheckpoint(job_id="job-1", step=30))
         assert self.gone(log, self.listed(log, 10, 20, 30, 40), 1e9) == {30: "removed by request"}
 
+    def test_a_removed_step_that_the_run_comes_to_again_is_open(self) -> None:
+        log = running(Log())
+        log.ok(commit(20))
+        log.ok(commit(30))
+        log.ok(corrupted(log, 30))
+        log.ok(c.RemoveCheckpoint(job_id="job-1", step=30))
+        found = self.listed(log, 20, 30)
+        assert self.gone(log, found, 1e9) == {}, "its files may be those that are being written now"
+        log.ok(commit(40))
+        assert self.gone(log, found) == {30: "removed by request"}
+        log.ok(c.CancelJob(job_id="job-1", reason="r"))
+        assert self.gone(log, found) == {30: "removed by request"}
+
+    def test_a_removed_step_of_a_run_that_has_ended_goes_at_once(self) -> None:
+        log = running(Log())
+        log.ok(commit(20))
+        log.ok(c.CancelJob(job_id="job-1", reason="r"))
+        log.ok(c.RemoveCheckpoint(job_id="job-1", step=20))
+        assert self.gone(log, self.listed(log, 20)) == {20: "removed by request"}
+
     def test_what_another_job_begins_with_stays(self) -> None:
         log = running(Log())
         log.ok(commit(20))
@@ -106,6 +133,10 @@ class TestGarbage:
         assert garbage(forgotten, found, held, dict.fromkeys(found, 0.0), 1e9, grace_s=0) == ()
 
 
+def step_of(directory: str) -> int:
+    return int(directory.rpartition("_")[2])
+
+
 class World:
     """One run, the directories that its store has, and a collector whose steps the test takes one by one."""
 
@@ -115,7 +146,8 @@ class World:
         job = replace(self.log.job(), spec=replace(self.log.job().spec, checkpointing=policy))
         self.log.state = replace(self.log.state, jobs={"job-1": job})
         self.at = 0
-        self.disk: dict[str, int] = {}
+        self.disk: dict[str, set[int]] = {}
+        """The generations that have files in each directory; later ones give theirs other names."""
         self.ever: list[str] = []
         self.pending: list[c.CommitCheckpoint] = []
         self.collector: Iterator[None] | None = None
@@ -126,12 +158,12 @@ class World:
 
     def write(self) -> None:
         self.at += 1
-        self.disk[checkpoint(self.at).directory] = self.at
+        self.disk.setdefault(checkpoint(self.at).directory, set()).add(self.number)
 
     def manifest(self, refers: int) -> None:
         """All files of the newest step are there. It may refer to any that was ever committed, as stale ranks would."""
         directory = checkpoint(self.at).directory
-        if directory not in self.disk:
+        if self.number not in self.disk.get(directory, ()):
             return
         chosen = tuple(self.ever[-refers:]) if refers else ()
         refers_to = tuple(one for one in chosen if one != directory)
@@ -173,21 +205,25 @@ class World:
         self.log.ok(c.MarkRunning(job_id="job-1", generation=self.number, total_steps=99))
 
     def corrupt(self) -> None:
-        """The newest turns out to be unusable where there is another one."""
+        """The newest turns out to be unusable where there is another one, and those that began with it end."""
+        if self.mark():
+            self.fail()
+
+    def mark(self) -> bool:
+        """That of ``corrupt`` which is in the log before the generation ends."""
         whole = [o for o in self.log.job().checkpoints if o.status is CheckpointStatus.COMMITTED]
         users = {name for one in whole for name in one.refers_to}
         if len(whole) < 2 or whole[-1].directory in users:
-            return
-        newest = whole[-1]
-        self.log.ok(
-            c.MarkCheckpointCorrupt(
-                job_id="job-1",
-                step=newest.step,
-                manifest_sha256=newest.manifest_sha256,
-                reason="bad",
-            )
-        )
-        self.fail()
+            return False
+        self.log.ok(corrupted(self.log, whole[-1].step))
+        return True
+
+    def remove(self, at: int) -> None:
+        """A person asks for one of them to go, from the newest on: a corrupt one too."""
+        listed = self.log.job().checkpoints
+        if listed:
+            step = listed[-1 - at % len(listed)].step
+            self.log(c.RemoveCheckpoint(job_id="job-1", step=step))
 
     def collect(self, steps: int = 1) -> None:
         """The next steps of the collector: list, decide, each deletion."""
@@ -200,12 +236,16 @@ class World:
         self.collector = None
 
     def _collecting(self) -> Iterator[None]:
-        found = dict(self.disk)
+        found = {name: step_of(name) for name in self.disk}
         yield
         for one in self._garbage(found):
             yield
             if self._garbage({one: found[one]}):
-                del self.disk[one]
+                seen = set(self.disk[one])
+                yield  # the deletion has begun, and takes its time
+                self.disk[one] -= seen
+                if not self.disk[one]:
+                    del self.disk[one]
 
     def _garbage(self, found: dict[str, int]) -> list[str]:
         job = self.log.job()
@@ -218,6 +258,7 @@ class World:
         for one in job.checkpoints:
             for name in (one.directory, *one.refers_to):
                 assert name in self.disk, f"step {one.step} needs {name}"
+            assert one.generation in self.disk[one.directory]
         whole = [one for one in job.checkpoints if one.status is CheckpointStatus.COMMITTED]
         assert whole or not self.ever
         policy = kept(job.checkpoints, job.spec.checkpointing)
@@ -235,6 +276,8 @@ _OPERATIONS = st.one_of(
     st.tuples(st.just("crash")),
     st.tuples(st.just("fail")),
     st.tuples(st.just("corrupt")),
+    st.tuples(st.just("mark")),
+    st.tuples(st.just("remove"), st.integers(0, 3)),
 )
 
 
@@ -261,9 +304,7 @@ def test_no_history_loses_what_is_needed(
             world.collect()
     newest = world.log.job().newest_checkpoint()
     held = needed(world.log.job(), frozenset())
-    litter = [
-        n for n, step in world.disk.items() if newest and step < newest.step and n not in held
-    ]
+    litter = [n for n in world.disk if newest and step_of(n) < newest.step and n not in held]
     assert litter == []
     world.log.ok(
         c.FinishRun(

@@ -73,12 +73,7 @@ def _commit_checkpoint(
         if known.manifest_sha256 == new.manifest_sha256:
             return Change(state, job_id=job.job_id)
         raise Refused("conflict", f"step {new.step} is committed already, with other bytes")
-    newest = job.newest_checkpoint()
-    if newest is not None and new.step < newest.step:
-        # Its files may be gone by now: what lies below the newest one and is not listed is garbage.
-        raise Refused(
-            "conflict", f"step {new.step} is behind step {newest.step}, which is committed"
-        )
+    _check_not_passed(job, new)
     _check_references(job, new)
     kept = [one for one in job.checkpoints if one.step != new.step]
     grown = replace(job, checkpoints=tuple(sorted([*kept, new], key=lambda one: one.step)))
@@ -93,10 +88,28 @@ def _commit_checkpoint(
         f"checkpoint of step {new.step} committed",
         event,
         checkpoints=checkpoints,
+        committed_step=new.step,
+        committed_generation=new.generation,
+        removed=_still_removed(job, [new]),
         saved_request=max(job.saved_request, min(new.save_request, job.save_request)),
     )
     limit = f"more than {MAX_CHECKPOINTS} checkpoints"
     return replace(change, events=(*change.events, *_retired(context, job, dropped, limit)))
+
+
+def _check_not_passed(job: Job, new: Checkpoint) -> None:
+    """What lies below the newest one and is not listed is garbage: its files may be gone by now.
+
+    That the newest one turns out to be corrupt, and is not even listed any more, does not bring them back.
+    """
+    newest = job.newest_checkpoint()
+    passed = newest.step if newest is not None else -1
+    if new.generation <= job.committed_generation:
+        passed = max(passed, job.committed_step)
+    if new.step < passed:
+        raise Refused(
+            "conflict", f"step {new.step} is behind step {passed}, which was committed before it"
+        )
 
 
 def _check_references(job: Job, new: Checkpoint) -> None:
@@ -224,6 +237,12 @@ def _remove_checkpoint(
     return Change(changed, _retired(context, job, [one], "removed by request"), job.job_id)
 
 
+def _still_removed(job: Job, listed: Iterable[Checkpoint]) -> tuple[str, ...]:
+    """What was removed by request, but for directories that checkpoints are in again."""
+    names = {one.directory for one in listed}
+    return tuple(directory for directory in job.removed if directory not in names)
+
+
 def _retired(
     context: Context, job: Job, gone: Iterable[Checkpoint], reason: str
 ) -> tuple[Event, ...]:
@@ -272,8 +291,7 @@ def _import_checkpoints(
         raise Refused("too-many-requests", f"a job keeps at most {MAX_CHECKPOINTS} checkpoints")
     added = [one for one in known.values() if one not in job.checkpoints]
     checkpoints = tuple(known[step] for step in sorted(known))
-    names = {one.directory for one in added}
-    removed = tuple(directory for directory in job.removed if directory not in names)
+    removed = _still_removed(job, added)
     told = tuple(
         new_event(
             context, "checkpoint", job_id=job.job_id, step=one.step, size_bytes=one.size_bytes

@@ -34,6 +34,10 @@ from distroml.runtime.checkpoint.stores.interface import CheckpointStore, Missin
 from distroml.runtime.checkpoint.stores.opening import LOCAL
 
 
+class UnfitShards(StoreError):
+    """No checkpoint can be made of these shards, however often it is tried."""
+
+
 def write_manifest(
     store: CheckpointStore,
     *,
@@ -59,10 +63,11 @@ def write_manifest(
         scattered: as of ``file_names``.
 
     Raises:
-        StoreError: the store failed, or the shards do not fit together.
+        UnfitShards: they do not fit together.
+        StoreError: the store failed.
     """
     if not shards:
-        raise StoreError("A checkpoint without shards cannot be committed.")
+        raise UnfitShards("A checkpoint without shards cannot be committed.")
     directory = checkpoint_directory(job_id, run_id, shards[0].step)
     headers = {fact.file: read_header(store, f"{directory}/{fact.file}") for fact in shards}
     used = {record.file for header in headers.values() for record in header.note.references}
@@ -70,9 +75,9 @@ def write_manifest(
         referred = {file: _read_referred(store, directory, file) for file in sorted(used)}
         manifest = compose(generation, shards, headers, referred)
     except ValueError as error:
-        raise StoreError(f"The shards in {directory} do not fit together: {error}.") from None
+        raise UnfitShards(f"The shards in {directory} do not fit together: {error}.") from None
     if (manifest.job_id, manifest.run_id) != (job_id, run_id):
-        raise StoreError(f"The shards in {directory} belong to run {manifest.run_id}.")
+        raise UnfitShards(f"The shards in {directory} belong to run {manifest.run_id}.")
     data = encode_manifest(manifest)
     file = _put(store, directory, generation, data, scattered=scattered)
     return msgspec.structs.replace(
@@ -200,4 +205,4 @@ def _put(
     for file in file_names(MANIFEST_FILE, generation, scattered=scattered):
         if store.put_if_absent(f"{directory}/{file}", [data]).sha256 == digest:
             return file
-    raise StoreError(f"{directory}/{file} exists with other bytes.")
+    raise UnfitShards(f"{directory}/{file} exists with other bytes.")
