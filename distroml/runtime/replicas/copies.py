@@ -97,9 +97,9 @@ class Copies:
             ),
             leaving=draining or self._leaving(),
             alone=not present and not self._voters - {self._node},
-            away=frozenset(
+            may_have=frozenset(
                 name
-                for name in present - set(self._exchange.connected())
+                for name in present
                 if self._may_link(name) or others[name].status is NodeStatus.LOST
             ),
         )

@@ -34,8 +34,8 @@ class Neighbours(Struct, frozen=True):
     """Whether this node is to go: what only it has is not safe."""
     alone: bool = False
     """Whether there is no other node that could ever have anything."""
-    away: frozenset[str] = frozenset()
-    """Those that may have something and cannot be asked now."""
+    may_have: frozenset[str] = frozenset()
+    """Those that may have something, whether or not they can be asked now."""
 
 
 class Keeper:

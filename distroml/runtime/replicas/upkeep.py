@@ -164,11 +164,13 @@ class Upkeep:
     async def _holders(self, checkpoint: Checkpoint) -> dict[File, set[str]]:
         manifest = await self._bringer.manifest(checkpoint, patience_s=0.0)
         files = [manifest_file(checkpoint), *shard_files(checkpoint, manifest)]
-        found = await self._fetcher.holders(files)
+        found = await self._fetcher.sizes(files)
         here = await self._own.run(partial(self._own.sizes, files))
+        for file, size in zip(files, here, strict=True):
+            found[file][self._node] = size
         return {
-            file: {*found[file], *([self._node] if size != ABSENT else [])}
-            for file, size in zip(files, here, strict=True)
+            file: {node for node, size in sizes.items() if size != ABSENT}
+            for file, sizes in found.items()
         }
 
     async def _make(self, checkpoint: Checkpoint, file: File, repair: Repair) -> bool:

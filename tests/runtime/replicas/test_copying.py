@@ -21,7 +21,7 @@ from distroml.runtime.checkpoint.stores.interface import MissingFile
 from distroml.runtime.replicas import bringing, exchange, fetching, keeping
 from distroml.runtime.replicas.copies import LEFT_S
 from distroml.runtime.replicas.fetching import NoGoodCopy
-from distroml.runtime.replicas.wire import File, Keep, Message, Part, Read
+from distroml.runtime.replicas.wire import Failed, File, Holds, Keep, Message, Part, Read
 from tests.runtime.checkpoint.shards import JOB, RUN, TensorBytes, tensor, verify, write_shards
 from tests.runtime.replicas.world import World, flip, saved_at, until, within
 
@@ -372,11 +372,37 @@ async def test_what_a_node_that_is_away_may_have_is_not_corrupt(
         await world.stop("a")
         for status in (NodeStatus.ALIVE, NodeStatus.LOST, NodeStatus.LEFT):
             world.set_status("a", status, at=time.time())
-            with pytest.raises(CheckpointAway, match="Away, and may have it: a") as caught:
+            with pytest.raises(CheckpointAway, match="may have it: a") as caught:
                 await world.nodes["b"].bringer.bring(checkpoint, mend=False)
             assert caught.value.extra["checkpoint_step"] == checkpoint.step
         world.set_status("a", NodeStatus.LEFT, at=time.time() - LEFT_S)
         with pytest.raises(CorruptCheckpoint):
+            await world.nodes["b"].bringer.bring(checkpoint, mend=False)
+
+
+@pytest.mark.parametrize("how", ["it is busy", "its lane is full", "it breaks off"])
+async def test_a_holder_that_did_not_answer_may_have_it_and_nothing_is_corrupt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(bringing, "COMPLETE_PATIENCE_S", 0.0)
+    async with World(tmp_path) as world, within():
+        checkpoint, (_, shard) = saved_at(world, "a", state=BIG, world_size=1)
+        links = world.network.links["b"]
+        send = links.send
+
+        def busy(sender: str, target: str, message: Message) -> Message | None:
+            return Failed(message.number, how) if isinstance(message, Holds) else message
+
+        def break_off(sender: str, target: str, message: Message) -> Message | None:
+            if isinstance(message, Read) and message.path == shard.path and message.offset:
+                asyncio.get_running_loop().call_soon(world.network.cut, "a")
+            return message
+
+        if how == "its lane is full":
+            monkeypatch.setattr(links, "send", lambda to, *what: to != "a" and send(to, *what))
+        else:
+            world.network.tamper = busy if how == "it is busy" else break_off
+        with pytest.raises(CheckpointAway, match=r"may have it: a\b"):
             await world.nodes["b"].bringer.bring(checkpoint, mend=False)
 
 
@@ -393,7 +419,7 @@ async def test_who_comes_back_while_the_others_are_asked_is_asked_too(
             monkeypatch.setattr(fetching.Fetcher, "fetch", fetch)
             await asyncio.sleep(bringing.COMPLETE_PATIENCE_S)
             world.start("a")
-            raise NoGoodCopy("b and c have nothing")
+            raise NoGoodCopy("b and c have nothing", "", "bc")
 
         monkeypatch.setattr(fetching.Fetcher, "fetch", asked_before)
         await world.nodes["b"].bringer.bring(checkpoint, mend=False)
