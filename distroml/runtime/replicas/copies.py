@@ -87,7 +87,7 @@ class Copies:
         """The other nodes by the log."""
         others = dict(self._state().nodes)
         own, now_s = others.pop(self._node, None), time.time()
-        present = {name for name, node in others.items() if _may_be_back(node, now_s)}
+        present = frozenset(name for name, node in others.items() if _may_be_back(node, now_s))
         draining = own is not None and own.status is NodeStatus.DRAINING
         return Neighbours(
             others=frozenset(
@@ -95,13 +95,9 @@ class Copies:
                 for name, node in others.items()
                 if node.status is NodeStatus.ALIVE and self._may_link(name)
             ),
-            leaving=draining or self._leaving(),
+            must_share=draining or self._leaving() or self._node not in self._voters,
             alone=not present and not self._voters - {self._node},
-            may_have=frozenset(
-                name
-                for name in present
-                if self._may_link(name) or others[name].status is NodeStatus.LOST
-            ),
+            may_have=present,
         )
 
     def _may_link(self, name: str) -> bool:

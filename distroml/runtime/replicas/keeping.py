@@ -30,8 +30,8 @@ class Neighbours(Struct, frozen=True):
 
     others: frozenset[str]
     """Those that may hold copies and that this node can have links with."""
-    leaving: bool = False
-    """Whether this node is to go: what only it has is not safe."""
+    must_share: bool = False
+    """Whether another one must have what this one writes: it is to go, or some nodes have no link with it."""
     alone: bool = False
     """Whether there is no other node that could ever have anything."""
     may_have: frozenset[str] = frozenset()
@@ -61,7 +61,7 @@ class Keeper:
         """How many other nodes are to have what this one writes for a job."""
         near = self._neighbours()
         copies = placement.wanted(self._replicas(job_id), 1 + len(near.others))
-        return max(copies - 1, min(1, len(near.others)) if near.leaving else 0)
+        return max(copies - 1, min(1, len(near.others)) if near.must_share else 0)
 
     async def keep(self, file: File, job_id: str) -> list[str]:
         """Returns once enough nodes have a durable copy of a file that is durable here, or no more can be had: which.

@@ -154,7 +154,7 @@ class Upkeep:
                 _log.error("copies: no node that can be reached has %s", file.path)
                 lost += 1
                 continue
-            lacking += max(0, copies - len(holders & staying))
+            lacking += placement.lacking(holders, staying, copies, self._voters)
             repairs = placement.repairs(file.path, holders, staying, copies, self._voters)
             making += [self._make(checkpoint, file, one) for one in repairs]
         lacking -= sum(await asyncio.gather(*making))

@@ -227,6 +227,20 @@ async def test_learners_have_their_copies_with_voters(tmp_path: Path) -> None:
             assert voter in "abc"
 
 
+async def test_what_a_learner_wrote_is_always_on_a_voter_that_other_learners_can_ask(
+    tmp_path: Path,
+) -> None:
+    async with World(tmp_path, "abc", "lm", replicas=1) as world, within():
+        checkpoint, files = saved_at(world, "l")
+        assert world.nodes["l"].for_workers.must_secure(world.state.jobs[JOB])
+        with pytest.raises(CheckpointAway, match=r"may have it: l\b"):
+            await world.nodes["m"].bringer.bring(checkpoint, mend=False)
+        for file in files:
+            (voter,) = await kept(world, file, by="l")
+            assert voter in "abc"
+        await world.nodes["m"].bringer.bring(checkpoint, mend=False)
+
+
 async def test_a_name_that_others_bytes_have_is_not_taken_from_them(tmp_path: Path) -> None:
     async with World(tmp_path, "ab") as world:
         _, (_, shard) = saved_at(world, "a", state=BIG, world_size=1)
@@ -367,7 +381,7 @@ async def test_what_a_node_that_is_away_may_have_is_not_corrupt(
     tmp_path: Path, learner: str
 ) -> None:
     voters = "abc".replace(learner, "") if learner else "abc"
-    async with World(tmp_path, voters, learner + "d" * bool(learner)) as world, within():
+    async with World(tmp_path, voters, learner) as world, within():
         checkpoint, _ = saved_at(world, "a")
         await world.stop("a")
         for status in (NodeStatus.ALIVE, NodeStatus.LOST, NodeStatus.LEFT):
