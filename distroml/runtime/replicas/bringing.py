@@ -160,7 +160,7 @@ class Bringer:
                     all_said_s = now_s()
                 waited_s = now_s() - (begun_s if silent else all_said_s)
                 worth_s = PATIENCE_S if silent else COMPLETE_PATIENCE_S
-                if near.alone or waited_s >= min(patience_s, worth_s):
+                if not near.may_have or waited_s >= min(patience_s, worth_s):
                     raise self._given_up(checkpoint, file, error, broken, silent) from None
             await asyncio.sleep(RETRY_S)
 

@@ -32,8 +32,6 @@ class Neighbours(Struct, frozen=True):
     """Those that may hold copies and that this node can have links with."""
     must_share: bool = False
     """Whether another one must have what this one writes: it is to go, or some nodes have no link with it."""
-    alone: bool = False
-    """Whether there is no other node that could ever have anything."""
     may_have: frozenset[str] = frozenset()
     """Those that may have something, whether or not they can be asked now."""
 
