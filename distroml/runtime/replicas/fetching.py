@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 
 from distroml.errors import StoreError
@@ -27,6 +27,8 @@ WINDOW = 4
 """Parts of one file that are asked for ahead: with ``FETCHES``, all that stands before a report on a peer's lane."""
 ROUNDS = 2
 """Through all holders that broke off, without a byte gained, before a file is given up."""
+ENOUGH_S = 2.0
+"""After which it is enough that some say that they have a file: others' disks may hang."""
 RETRY_S = 1.0
 MAX_TOLD = 4
 """Problems that an error names, the last ones."""
@@ -64,8 +66,19 @@ class Fetcher:
             task.cancel()
         await asyncio.gather(*self._under_way.values(), return_exceptions=True)
 
-    async def sizes(self, files: Iterable[File]) -> dict[File, dict[str, int]]:
-        """Its size at each peer that says, ``ABSENT`` where it has not this very file; by file."""
+    async def sizes(
+        self,
+        files: Iterable[File],
+        sources: Collection[str] = (),
+        *,
+        enough_s: float | None = None,
+    ) -> dict[File, dict[str, int]]:
+        """Its size at each peer that says, ``ABSENT`` where it has not this very file; by file.
+
+        Args:
+            sources: whom to ask; empty: all.
+            enough_s: after so long, who has not answered is not waited for if others have all files; None: all are.
+        """
         wanted = tuple(files)
         found: dict[File, dict[str, int]] = {file: {} for file in wanted}
 
@@ -80,7 +93,20 @@ class Fetcher:
                 for file, size in zip(part, sizes, strict=True):
                     found[file][peer] = size
 
-        await asyncio.gather(*(ask(peer) for peer in self._exchange.connected()))
+        waiting = {
+            asyncio.create_task(ask(peer))
+            for peer in self._exchange.connected()
+            if not sources or peer in sources
+        }
+        try:
+            if waiting:
+                _, waiting = await asyncio.wait(waiting, timeout=enough_s)
+            while waiting and not all(map(_is_somewhere, found.values())):
+                _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
         return found
 
     async def fetch(
@@ -120,10 +146,7 @@ class Fetcher:
                 return
             told = dict.fromkeys(sources, file.size_bytes)
             if not sources or file.size_bytes is None:
-                everyone = (await self.sizes([file]))[file]
-                told = {
-                    peer: size for peer, size in everyone.items() if not sources or peer in sources
-                }
+                told = dict((await self.sizes([file], sources, enough_s=ENOUGH_S))[file])
             without = {peer for peer, size in told.items() if size == ABSENT}
             there = [peer for peer in told if peer in set(self._exchange.connected()) - without]
             random.shuffle(there)
@@ -224,6 +247,10 @@ class Fetcher:
         self.counts["broken"] += 1
         _log.error("copies: node %s has a broken copy of %s: %s", peer, file.path, error)
         self._exchange.doubt(peer, file)
+
+
+def _is_somewhere(sizes: Mapping[str, int]) -> bool:
+    return any(size != ABSENT for size in sizes.values())
 
 
 def _take(arriving: Arriving, staged: Staged, parts: Sequence[bytes]) -> None:

@@ -18,7 +18,7 @@ from distroml.runtime.checkpoint.commit import write_manifest
 from distroml.runtime.checkpoint.examination import survey
 from distroml.runtime.checkpoint.stores.file import TEMPORARY_PREFIX
 from distroml.runtime.checkpoint.stores.interface import MissingFile
-from distroml.runtime.replicas import bringing, exchange, fetching, keeping
+from distroml.runtime.replicas import bringing, exchange, fetching, keeping, wire
 from distroml.runtime.replicas.copies import LEFT_S
 from distroml.runtime.replicas.fetching import NoGoodCopy
 from distroml.runtime.replicas.wire import Failed, File, Holds, Keep, Message, Part, Read
@@ -40,6 +40,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bringing, "RETRY_S", 0.05)
     monkeypatch.setattr(exchange, "ANSWER_S", 1.0)
     monkeypatch.setattr(exchange, "WORKING_S", 0.1)
+    monkeypatch.setattr(exchange, "STALLED_S", 0.5)
+    monkeypatch.setattr(fetching, "ENOUGH_S", 0.2)
 
 
 def litter(root: Path) -> list[Path]:
@@ -199,6 +201,45 @@ async def _never(work: Callable[[], object]) -> object:
     raise StoreError("the disk is gone")
 
 
+def hang(world: World, name: str) -> None:
+    """A node's disk answers no more; its loop goes on."""
+
+    async def wait(work: Callable[[], object]) -> object:
+        return await asyncio.Event().wait()
+
+    world.nodes[name].own.run = wait  # type: ignore[method-assign,assignment]
+
+
+async def test_a_node_whose_disk_hangs_is_passed_over(tmp_path: Path) -> None:
+    async with World(tmp_path) as world:
+        _, files = saved_at(world, "a")
+        hang(world, "c")
+        for file in files:
+            assert await kept(world, file) == ["b"]
+        assert world.nodes["a"].counts["copies_lacking"] == 0
+
+
+async def test_a_copy_that_comes_slowly_but_comes_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "STALLED_S", 2.0)
+    async with World(tmp_path, "ab") as world:
+        _, (_, shard) = saved_at(world, "a", state=BIG, world_size=1)
+        loop = asyncio.get_running_loop()
+        begun_s, arrive = loop.time(), world.network.links["a"]._arrive
+
+        def slowly(sender: str, target: str, message: Message) -> Message | None:
+            if not isinstance(message, Part):
+                return message
+            loop.call_later(0.3, arrive, target, wire.encode(message))
+            return None
+
+        world.network.tamper = slowly
+        assert await kept(world, shard) == ["b"]
+        assert loop.time() - begun_s > exchange.STALLED_S
+        assert world.nodes["a"].counts["copies_refused"] == 0
+
+
 async def test_a_node_that_leaves_has_others_keep_even_what_is_to_be_kept_once(
     tmp_path: Path,
 ) -> None:
@@ -339,6 +380,28 @@ async def test_it_is_corrupt_only_if_nobody_has_it_whole(tmp_path: Path) -> None
                 await world.nodes["b"].bringer.bring(checkpoint, mend=True)
         assert "'b' is broken" in str(caught.value)
         assert caught.value.extra["checkpoint_step"] == checkpoint.step
+
+
+async def test_a_restore_does_not_wait_for_a_node_whose_disk_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "STALLED_S", 1000.0)
+    async with World(tmp_path) as world, within():
+        checkpoint, _ = saved_at(world, "a")
+        hang(world, "c")
+        await world.nodes["b"].bringer.bring(checkpoint, mend=False)
+        await asyncio.to_thread(verify, world.store("b"), checkpoint)
+
+
+async def test_what_only_a_node_whose_disk_hangs_may_have_is_away(tmp_path: Path) -> None:
+    async with World(tmp_path) as world, within():
+        checkpoint, (_, shard, *_) = saved_at(world, "a")
+        await asyncio.to_thread((tmp_path / "a" / shard.path).unlink)
+        hang(world, "c")
+        with pytest.raises(CheckpointAway, match=r"may have it: c\b"):
+            await world.nodes["b"].bringer.bring(checkpoint, mend=False)
+        with pytest.raises(StoreError, match="'c' has not got on"):
+            await asyncio.to_thread(world.nodes["b"].store.list, "")
 
 
 async def test_a_holder_that_comes_back_in_time_is_waited_for(
