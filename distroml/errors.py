@@ -152,7 +152,7 @@ class CorruptCheckpoint(StoreError):
 
 
 class CheckpointAway(StoreError):
-    """Nobody who can be reached has a good copy of a file, and somebody who cannot be may have one."""
+    """Nobody who answers has a good copy of a file, and somebody who does not may have one."""
 
     slug, title, status = "checkpoint-away", "Checkpoint not reachable", 503
 

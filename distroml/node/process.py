@@ -37,6 +37,7 @@ async def _serve(config: NodeConfig) -> None:
     )
     at_least = 1
     try:
+        directory.claim_store(config.store_dir)
         while not stop.is_set():
             try:
                 with directory_errors(config):

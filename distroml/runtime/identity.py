@@ -1,4 +1,4 @@
-"""Who this node is across restarts: its data directory, held by one process, and its incarnation."""
+"""Who this node is across restarts: its data directory, held by one process, its incarnation, its checkpoint store."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
-from distroml.errors import ConfigError
+from distroml.errors import ConfigError, StoreError
+from distroml.runtime.checkpoint.stores.file import FileStore
+from distroml.runtime.checkpoint.stores.interface import exists
 
 _FILE = "node.json"
+_STORE_NOTE = "store-dir"
+"""In the data directory: the path of the store that was marked last."""
+_STORE_MARK = ".distroml-local-store"
 
 
 def unusable(path: Path, error: OSError) -> ConfigError:
@@ -61,29 +66,46 @@ class DataDirectory:
         """
         incarnation = max(self._last + 1, at_least)
         try:
-            self._write(json.dumps({**self._identity, "incarnation": incarnation}))
+            document = json.dumps({**self._identity, "incarnation": incarnation})
+            _write(self.path / _FILE, document.encode())
         except OSError as error:
             raise unusable(self.path, error) from None
         self._last = incarnation
         return incarnation
 
+    def claim_store(self, store_dir: Path) -> None:
+        """See that the store is the one of this node's last life: where a disk is not mounted, all its files seem lost.
+
+        A store in the data directory goes with it, and needs no mark.
+
+        Raises:
+            ConfigError: it was there before and is not, or it cannot be made.
+        """
+        if store_dir.is_relative_to(self.path):
+            return
+        store, note, told = FileStore(store_dir), self.path / _STORE_NOTE, os.fsencode(store_dir)
+        try:
+            if not exists(store, _STORE_MARK):
+                if note.exists() and note.read_bytes() == told:
+                    raise ConfigError(
+                        f"store_dir {store_dir} has no file {_STORE_MARK}, which this node had put there: the disk is "
+                        f"not mounted. Mount it; or, if it was replaced by an empty one, delete {note} first.",
+                        field="store_dir",
+                    )
+                # durable with all directories above it, before the note tells of it
+                owner = f"checkpoint store of node {self._identity['name']}\n"
+                store.put_if_absent(_STORE_MARK, [owner.encode()])
+            _write(note, told)
+        except StoreError as error:
+            raise ConfigError(
+                f"store_dir {store_dir} cannot be used: {error.detail}", field="store_dir"
+            ) from None
+        except OSError as error:
+            raise unusable(self.path, error) from None
+
     def close(self) -> None:
         """Let another process have it."""
         self._lock.close()
-
-    def _write(self, document: str) -> None:
-        path = self.path / _FILE
-        fresh = path.with_suffix(".tmp")
-        with fresh.open("w") as file:
-            file.write(document)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-        directory = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
 
     def _read(self) -> int:
         path = self.path / _FILE
@@ -104,3 +126,18 @@ class DataDirectory:
                     field="data_dir",
                 )
         return incarnation
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Replace a file, durably."""
+    fresh = path.with_name(f"{path.stem}.tmp")
+    with fresh.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

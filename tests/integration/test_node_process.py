@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from distroml.local_cluster import LocalCluster, LocalNode, free_ports
+from distroml.runtime.identity import DataDirectory
 from tests.consensus.live import until
 from tests.integration.conftest import StartCluster
 from tests.integration.jobs import long_spec, until_status, until_step
@@ -87,6 +88,16 @@ def test_wrong_settings_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     below = str(tmp_path / "file" / "data")
     assert_refused(run_node("--data-dir", below), "data_dir", below, "Not a directory")
+
+
+def test_a_store_that_is_not_mounted_is_refused(tmp_path: Path) -> None:
+    data, store = tmp_path / "data", tmp_path / "store"
+    directory = DataDirectory(data, name="a", cluster_id="distroml")
+    directory.claim_store(store)
+    directory.close()
+    shutil.rmtree(store)
+    ended = run_node("--name", "a", "--data-dir", str(data), "--store-dir", str(store))
+    assert_refused(ended, f"store_dir {store}", "not mounted", str(data / "store-dir"))
 
 
 async def test_two_processes_cannot_share_a_directory_or_an_address(

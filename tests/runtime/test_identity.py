@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -116,3 +117,71 @@ def test_a_disk_that_takes_nothing_more_is_named(tmp_path: Path) -> None:
     (tmp_path / "node.tmp").symlink_to("/dev/full")
     with pytest.raises(ConfigError, match="No space left on device"):
         directory.next_incarnation()
+
+
+def unmount(store: Path) -> None:
+    """The disk is away; where it was mounted is an empty directory."""
+    shutil.rmtree(store)
+    store.mkdir()
+
+
+@pytest.mark.parametrize("how", ["empty", "gone"])
+def test_a_store_that_was_there_before_and_is_not_is_refused(tmp_path: Path, how: str) -> None:
+    store = tmp_path / "disk" / "store"
+    directory = held(tmp_path / "a")
+    directory.claim_store(store)
+    directory.claim_store(store)
+    (store / "job-1").mkdir()
+    unmount(store if how == "empty" else tmp_path / "disk")
+    with pytest.raises(ConfigError, match="not mounted") as caught:
+        directory.claim_store(store)
+    assert caught.value.field == "store_dir"
+    note = tmp_path / "a" / "store-dir"
+    assert str(store) in caught.value.detail
+    assert str(note) in caught.value.detail
+    assert not list(store.glob("*")), "nothing is written where the disk belongs"
+    note.unlink()
+    directory.claim_store(store)
+    unmount(store)
+    with pytest.raises(ConfigError):
+        directory.claim_store(store)
+
+
+def test_another_store_is_taken_and_watched_from_then_on(tmp_path: Path) -> None:
+    directory = held(tmp_path / "a")
+    directory.claim_store(tmp_path / "old")
+    shutil.rmtree(tmp_path / "old")
+    directory.claim_store(tmp_path / "new")
+    unmount(tmp_path / "new")
+    with pytest.raises(ConfigError, match="not mounted"):
+        directory.claim_store(tmp_path / "new")
+
+
+def test_a_store_outlives_the_data_directory_and_one_inside_goes_with_it(tmp_path: Path) -> None:
+    held(tmp_path / "a").claim_store(tmp_path / "store")
+    shutil.rmtree(tmp_path / "a")
+    directory = held(tmp_path / "a")
+    directory.claim_store(tmp_path / "store")
+    directory.close()
+    shutil.rmtree(tmp_path / "a")
+    held(tmp_path / "a").claim_store(tmp_path / "a" / "store")
+    assert [one.name for one in (tmp_path / "a").iterdir()] == ["lock"]
+
+
+def test_a_death_between_mark_and_note_costs_nothing(tmp_path: Path) -> None:
+    directory, store = held(tmp_path / "a"), tmp_path / "store"
+    (tmp_path / "a" / "store-dir.tmp").symlink_to("/dev/full")
+    with pytest.raises(ConfigError, match="No space left on device"):
+        directory.claim_store(store)
+    (tmp_path / "a" / "store-dir.tmp").unlink()
+    directory.claim_store(store)
+    unmount(store)
+    with pytest.raises(ConfigError, match="not mounted"):
+        directory.claim_store(store)
+
+
+def test_a_store_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    below = tmp_path / "file" / "store"
+    with pytest.raises(ConfigError, match=f"store_dir {below} cannot be used: .* Not a directory"):
+        held(tmp_path / "a").claim_store(below)

@@ -1,8 +1,8 @@
 """Gathers the files of a committed checkpoint on this node: for its workers before a restore, for the API after damage.
 
 The manifest comes first, by the hash in the log; all else by the hashes in the manifest. A copy here that is found to be
-broken is replaced by another node's. Only where nobody has a good one, nor may have one, is the checkpoint corrupt; one
-whose files may be on nodes that are away is said to be away, and asked for again by whoever needs it.
+broken is replaced by another node's. Only where every node that may have a good one was asked and has none is the
+checkpoint corrupt, since that is for good; else it is said to be away, and asked for again by whoever needs it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from distroml.runtime.replicas.wire import ABSENT, File
 PATIENCE_S = 10.0
 """How long nodes that are away are waited for in one go: they may just be starting again."""
 COMPLETE_PATIENCE_S = 5.0
-"""The same where all nodes are there: one may have been too busy to answer."""
+"""The same where all nodes say that they have nothing: copies are replaced, too."""
 RETRY_S = 0.5
 MAX_NAMED = 8
 """Nodes that an error names."""
@@ -61,7 +61,7 @@ class Bringer:
 
         Raises:
             CorruptCheckpoint: nobody has it whole.
-            CheckpointAway: nobody that can be reached has it whole.
+            CheckpointAway: nobody that answers has it whole.
             StoreError: the disk failed.
         """
         file = manifest_file(checkpoint)
@@ -84,7 +84,7 @@ class Bringer:
 
         Raises:
             CorruptCheckpoint: nobody has one of them whole; names it.
-            CheckpointAway: nobody that can be reached has one of them whole; names it, and who is away.
+            CheckpointAway: nobody that answers has one of them whole; names it, and who may have it.
             StoreError: the disk failed.
         """
         manifest = await self.manifest(checkpoint)
@@ -148,34 +148,35 @@ class Bringer:
         self, checkpoint: Checkpoint, file: File, broken: str, patience_s: float
     ) -> None:
         now_s = asyncio.get_running_loop().time
-        begun_s = all_there_s = now_s()
+        begun_s = all_said_s = now_s()
         while True:
-            near = self._neighbours()  # who comes while others are asked was not asked
-            if near.away:
-                all_there_s = now_s()
             try:
                 await self._fetcher.fetch(file, replace=bool(broken))
                 return
             except NoGoodCopy as error:
-                waited_s = now_s() - (begun_s if near.away else all_there_s)
-                if waited_s >= min(patience_s, _worth_waiting_s(near)):
-                    raise self._given_up(checkpoint, file, error, broken, near) from None
+                near = self._neighbours()  # of now: who came meanwhile was not asked
+                silent = near.may_have - error.without
+                if silent:
+                    all_said_s = now_s()
+                waited_s = now_s() - (begun_s if silent else all_said_s)
+                worth_s = PATIENCE_S if silent else COMPLETE_PATIENCE_S
+                if not near.may_have or waited_s >= min(patience_s, worth_s):
+                    raise self._given_up(checkpoint, file, error, broken, silent) from None
             await asyncio.sleep(RETRY_S)
 
     def _given_up(
-        self, checkpoint: Checkpoint, file: File, error: NoGoodCopy, broken: str, near: Neighbours
+        self,
+        checkpoint: Checkpoint,
+        file: File,
+        error: NoGoodCopy,
+        broken: str,
+        silent: frozenset[str],
     ) -> StoreError:
         told = f"Checkpoint of step {checkpoint.step}: {error.detail}"
         if broken:
             told += f" The copy of node '{self._node}' is broken: {broken}."
         kind: type[StoreError] = CorruptCheckpoint
-        if near.away:
+        if silent:
             kind = CheckpointAway
-            told += f" Away, and may have it: {', '.join(sorted(near.away)[:MAX_NAMED])}."
+            told += f" Away or silent, and may have it: {', '.join(sorted(silent)[:MAX_NAMED])}."
         return kind(told, path=file.path, checkpoint_step=checkpoint.step)
-
-
-def _worth_waiting_s(near: Neighbours) -> float:
-    if near.alone:
-        return 0.0
-    return PATIENCE_S if near.away else COMPLETE_PATIENCE_S

@@ -21,7 +21,11 @@ from distroml.runtime.replicas.upkeep import Upkeep
 from distroml.runtime.replicas.wire import ABSENT, File
 
 LEFT_S = 600.0
-"""For how long a node that said goodbye may be back with all it had: hosts are restarted in good order, too."""
+"""For how long a learner that said goodbye may be back with all it had: hosts are restarted in good order, too.
+
+Not less than that after this node began: where all were stopped, the others may only be slower to begin again. Voters
+are part of the cluster for good, and may always be back.
+"""
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +54,7 @@ class Copies:
     ) -> None:
         self._node, self._voters = node, voters
         self._state, self._leaving = state, leaving
+        self._begun_s = time.time()
         self.own = OwnCopies(directory, landed)
         self._exchange = Exchange(links)
         self._fetcher = Fetcher(self.own, self._exchange)
@@ -86,8 +91,7 @@ class Copies:
     def neighbours(self) -> Neighbours:
         """The other nodes by the log."""
         others = dict(self._state().nodes)
-        own, now_s = others.pop(self._node, None), time.time()
-        present = {name for name, node in others.items() if _may_be_back(node, now_s)}
+        own = others.pop(self._node, None)
         draining = own is not None and own.status is NodeStatus.DRAINING
         return Neighbours(
             others=frozenset(
@@ -95,14 +99,15 @@ class Copies:
                 for name, node in others.items()
                 if node.status is NodeStatus.ALIVE and self._may_link(name)
             ),
-            leaving=draining or self._leaving(),
-            alone=not present and not self._voters - {self._node},
-            away=frozenset(
-                name
-                for name in present - set(self._exchange.connected())
-                if self._may_link(name) or others[name].status is NodeStatus.LOST
-            ),
+            must_share=draining or self._leaving() or self._node not in self._voters,
+            may_have=self._voters - {self._node}
+            | {name for name, node in others.items() if self._may_be_back(node)},
         )
+
+    def _may_be_back(self, node: Node) -> bool:
+        """Whether a learner is there, or may be again."""
+        since_s = max(node.changed_at, self._begun_s)
+        return node.status is not NodeStatus.LEFT or time.time() - since_s < LEFT_S
 
     def _may_link(self, name: str) -> bool:
         """Learners have links with voters only."""
@@ -153,8 +158,3 @@ class Copies:
             _log.error(
                 "copies: this node (%s) drops its broken %s: %s", self._node, file.path, problem
             )
-
-
-def _may_be_back(node: Node, now_s: float) -> bool:
-    """Whether a node is there, or may be again."""
-    return node.status is not NodeStatus.LEFT or now_s - node.changed_at < LEFT_S

@@ -1,7 +1,8 @@
 """Questions about copies to other nodes, and their answers, over the bulk lane of the peer links.
 
-Each question has a number and a time in which something must be heard of it; a link that breaks ends all that is open
-with that peer. Answering is bounded too: whoever asks for more at once than is answered hears that, and tries again.
+Each question has a number and a time in which something must be heard of it, and a longer one in which it must get on: a
+node whose disk hangs is alive, and would be waited for without end. A link that breaks ends all that is open with that
+peer. Answering is bounded too: whoever asks for more at once than is answered hears that, and tries again.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ ANSWER_S = 10.0
 """In which an answer must come, or word that it is being worked on."""
 WORKING_S = 2.0
 """How often that is said."""
+STALLED_S = 20.0
+"""In which an answer must come, or bytes to a node that fetches a copy."""
 MAX_ANSWERING = 256
 """Questions of all peers that are being answered."""
 
@@ -72,6 +75,8 @@ class _Asked:
     peer: str
     answer: asyncio.Future[Answer]
     heard_s: float
+    got_on_s: float
+    come_bytes: int = 0
 
 
 class Exchange:
@@ -139,7 +144,7 @@ class Exchange:
     async def _ask(self, peer: str, question: Callable[[int], Message], kind: type[_A]) -> _A:
         loop = asyncio.get_running_loop()
         number, self._next = self._next, self._next + 1
-        asked = _Asked(peer, loop.create_future(), loop.time())
+        asked = _Asked(peer, loop.create_future(), loop.time(), loop.time())
         self._asked[number] = asked
         try:
             if not self._send(peer, question(number)):
@@ -156,12 +161,14 @@ class Exchange:
     async def _await(self, asked: _Asked) -> Answer:
         loop = asyncio.get_running_loop()
         while True:
-            left_s = asked.heard_s + ANSWER_S - loop.time()
-            done, _ = await asyncio.wait([asked.answer], timeout=max(0.0, left_s))
+            until_s = min(asked.heard_s + ANSWER_S, asked.got_on_s + STALLED_S)
+            done, _ = await asyncio.wait([asked.answer], timeout=max(0.0, until_s - loop.time()))
             if done:
                 return asked.answer.result()
             if loop.time() >= asked.heard_s + ANSWER_S:
                 raise NotAnswered(f"Node '{asked.peer}' has not answered for {ANSWER_S:g} s.")
+            if loop.time() >= asked.got_on_s + STALLED_S:
+                raise NotAnswered(f"Node '{asked.peer}' has not got on for {STALLED_S:g} s.")
 
     def _send(self, peer: str, message: Message) -> bool:
         sent = self._links.send(peer, Channel.COPIES, wire.encode(message))
@@ -195,6 +202,8 @@ class Exchange:
             return  # late, or not for us
         if isinstance(answer, Working):
             asked.heard_s = asyncio.get_running_loop().time()
+            if answer.come_bytes > asked.come_bytes:
+                asked.come_bytes, asked.got_on_s = answer.come_bytes, asked.heard_s
         else:
             asked.answer.set_result(answer)
 
@@ -217,7 +226,8 @@ class Exchange:
         work = asyncio.ensure_future(_answer(question, answers))
         try:
             while not (await asyncio.wait([work], timeout=WORKING_S))[0]:
-                self._send(peer, Working(question.number))
+                come_bytes = self.counts["received_bytes"] if isinstance(question, Keep) else 0
+                self._send(peer, Working(question.number, come_bytes))
             answer = work.result()
         except DistroMLError as error:
             answer = Failed(question.number, error.detail[:MAX_PROBLEM_CHARS])

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 
 from distroml.errors import StoreError
@@ -27,6 +27,8 @@ WINDOW = 4
 """Parts of one file that are asked for ahead: with ``FETCHES``, all that stands before a report on a peer's lane."""
 ROUNDS = 2
 """Through all holders that broke off, without a byte gained, before a file is given up."""
+ENOUGH_S = 2.0
+"""After which it is enough that some say that they have a file: others' disks may hang."""
 RETRY_S = 1.0
 MAX_TOLD = 4
 """Problems that an error names, the last ones."""
@@ -37,7 +39,15 @@ _log = logging.getLogger(__name__)
 
 
 class NoGoodCopy(StoreError):
-    """No node that can be reached has the file whole."""
+    """No node that can be reached has the file whole.
+
+    Args:
+        without: nodes that said that they have it not, or sent wrong bytes. Any other one may have it.
+    """
+
+    def __init__(self, detail: str, path: str, without: Iterable[str] = ()) -> None:
+        super().__init__(detail, path=path)
+        self.without = frozenset(without)
 
 
 class Fetcher:
@@ -56,8 +66,19 @@ class Fetcher:
             task.cancel()
         await asyncio.gather(*self._under_way.values(), return_exceptions=True)
 
-    async def holders(self, files: Iterable[File]) -> dict[File, dict[str, int]]:
-        """Which peers have each file, and its size there. Peers that do not answer have nothing."""
+    async def sizes(
+        self,
+        files: Iterable[File],
+        sources: Collection[str] = (),
+        *,
+        enough_s: float | None = None,
+    ) -> dict[File, dict[str, int]]:
+        """Its size at each peer that says, ``ABSENT`` where it has not this very file; by file.
+
+        Args:
+            sources: whom to ask; empty: all.
+            enough_s: after so long, who has not answered is not waited for if others have all files; None: all are.
+        """
         wanted = tuple(files)
         found: dict[File, dict[str, int]] = {file: {} for file in wanted}
 
@@ -70,10 +91,22 @@ class Fetcher:
                     _log.debug("copies: %s", error)
                     return
                 for file, size in zip(part, sizes, strict=True):
-                    if size != ABSENT:
-                        found[file][peer] = size
+                    found[file][peer] = size
 
-        await asyncio.gather(*(ask(peer) for peer in self._exchange.connected()))
+        waiting = {
+            asyncio.create_task(ask(peer))
+            for peer in self._exchange.connected()
+            if not sources or peer in sources
+        }
+        try:
+            if waiting:
+                _, waiting = await asyncio.wait(waiting, timeout=enough_s)
+            while waiting and not all(map(_is_somewhere, found.values())):
+                _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
         return found
 
     async def fetch(
@@ -93,7 +126,9 @@ class Fetcher:
         task = self._under_way.get(key)
         if task is None:
             if len(self._under_way) >= MAX_FETCHING:
-                raise NoGoodCopy(f"{file.path} is not fetched: {MAX_FETCHING} others are.")
+                raise NoGoodCopy(
+                    f"{file.path} is not fetched: {MAX_FETCHING} others are.", file.path
+                )
             task = asyncio.create_task(self._fetch(file, tuple(sources), replace))
             self._under_way[key] = task
             task.add_done_callback(partial(self._ended, key))
@@ -111,22 +146,25 @@ class Fetcher:
                 return
             told = dict.fromkeys(sources, file.size_bytes)
             if not sources or file.size_bytes is None:
-                everyone = (await self.holders([file]))[file]
-                told = {
-                    peer: size for peer, size in everyone.items() if not sources or peer in sources
-                }
-            there = [peer for peer in told if peer in self._exchange.connected()]
+                told = dict((await self.sizes([file], sources, enough_s=ENOUGH_S))[file])
+            without = {peer for peer, size in told.items() if size == ABSENT}
+            there = [peer for peer in told if peer in set(self._exchange.connected()) - without]
             random.shuffle(there)
             if not there:
-                raise NoGoodCopy(f"No node that can be reached has {file.path}.", path=file.path)
+                raise NoGoodCopy(
+                    f"No node that can be reached has {file.path}.", file.path, without
+                )
             size_bytes = told[there[0]]
             assert size_bytes is not None
             if not file.is_shard and size_bytes > MAX_MANIFEST_BYTES:
-                raise NoGoodCopy(f"{file.path} is told to have {size_bytes} bytes.", path=file.path)
-            await self._from_any(Arriving(file, size_bytes), there, replace)
+                raise NoGoodCopy(f"{file.path} is told to have {size_bytes} bytes.", file.path)
+            await self._from_any(Arriving(file, size_bytes), there, without, replace)
             self.counts["fetched"] += 1
 
-    async def _from_any(self, arriving: Arriving, there: list[str], replace: bool) -> None:
+    async def _from_any(
+        self, arriving: Arriving, there: list[str], without: set[str], replace: bool
+    ) -> None:
+        """Take it from ``there``; who turns out to have a broken copy moves to ``without``."""
         file = arriving.file
         problems: list[str] = []
         arrival = self._own.arrival(arriving)
@@ -137,20 +175,26 @@ class Fetcher:
                 if fruitless:
                     await asyncio.sleep(RETRY_S)  # a link that broke comes back
                 before = arriving.at
-                if await self._from_each(there, arriving, staged, problems):
+                if await self._from_each(there, without, arriving, staged, problems):
                     break
                 fruitless = 0 if arriving.at > before else fruitless + 1
             if not arriving.whole:
                 raise NoGoodCopy(
                     f"No node has a good copy of {file.path}: {'; '.join(problems[-MAX_TOLD:])}",
-                    path=file.path,
+                    file.path,
+                    without,
                 )
             await self._own.run(partial(self._own.publish, arriving, staged, replace=replace))
         finally:
             await asyncio.shield(self._own.run(partial(arrival.__exit__, None, None, None)))
 
     async def _from_each(
-        self, there: list[str], arriving: Arriving, staged: Staged, problems: list[str]
+        self,
+        there: list[str],
+        without: set[str],
+        arriving: Arriving,
+        staged: Staged,
+        problems: list[str],
     ) -> bool:
         """Ask one after the other until the file is whole; who sends wrong bytes is asked no more."""
         for peer in [*there]:
@@ -160,6 +204,7 @@ class Fetcher:
                 self._on_broken(peer, arriving.file, error)
                 problems.append(f"'{peer}' has a broken copy: {error}")
                 there.remove(peer)
+                without.add(peer)
                 arriving.rewind()
             except NotAnswered as error:
                 problems.append(error.detail)
@@ -202,6 +247,10 @@ class Fetcher:
         self.counts["broken"] += 1
         _log.error("copies: node %s has a broken copy of %s: %s", peer, file.path, error)
         self._exchange.doubt(peer, file)
+
+
+def _is_somewhere(sizes: Mapping[str, int]) -> bool:
+    return any(size != ABSENT for size in sizes.values())
 
 
 def _take(arriving: Arriving, staged: Staged, parts: Sequence[bytes]) -> None:

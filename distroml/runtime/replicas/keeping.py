@@ -30,12 +30,10 @@ class Neighbours(Struct, frozen=True):
 
     others: frozenset[str]
     """Those that may hold copies and that this node can have links with."""
-    leaving: bool = False
-    """Whether this node is to go: what only it has is not safe."""
-    alone: bool = False
-    """Whether there is no other node that could ever have anything."""
-    away: frozenset[str] = frozenset()
-    """Those that may have something and cannot be asked now."""
+    must_share: bool = False
+    """Whether another one must have what this one writes: it is to go, or some nodes have no link with it."""
+    may_have: frozenset[str] = frozenset()
+    """Those that may have something, whether or not they can be asked now."""
 
 
 class Keeper:
@@ -61,7 +59,7 @@ class Keeper:
         """How many other nodes are to have what this one writes for a job."""
         near = self._neighbours()
         copies = placement.wanted(self._replicas(job_id), 1 + len(near.others))
-        return max(copies - 1, min(1, len(near.others)) if near.leaving else 0)
+        return max(copies - 1, min(1, len(near.others)) if near.must_share else 0)
 
     async def keep(self, file: File, job_id: str) -> list[str]:
         """Returns once enough nodes have a durable copy of a file that is durable here, or no more can be had: which.

@@ -33,6 +33,15 @@ def wanted(replicas: int | None, nodes: int) -> int:
     return max(1, min(DEFAULT_COPIES if replicas is None else replicas, nodes))
 
 
+def lacking(
+    held_by: Collection[str], staying: Collection[str], copies: int, central: Collection[str]
+) -> int:
+    """How many copies of a file are to be made, as far as nodes can have them; as ``repairs``."""
+    have = [node for node in held_by if node in staying]
+    out_of_reach = _one_of(staying, central) and not _one_of(have, central)
+    return max(copies - len(have), 1 if out_of_reach else 0)
+
+
 def repairs(
     path: str,
     held_by: Collection[str],
@@ -46,15 +55,22 @@ def repairs(
         held_by: reachable nodes that have it.
         staying: nodes that may hold copies from now on; what only others have is to be copied from them.
         copies: how many there should be, on staying nodes.
-        central: nodes that all others can reach. Of two others neither reaches the other.
+        central: nodes that all others can reach. Of two others neither reaches the other, so one of these has each file.
     """
-    have = [node for node in held_by if node in staying]
     if not held_by:
         return []
     sources = tuple(sorted(held_by, key=lambda node: (node not in staying, node)))
-    for_all = any(node in central for node in held_by)
+    for_all = _one_of(held_by, central)
     able = [node for node in staying if node not in held_by and (for_all or node in central)]
-    return [Repair(node, sources) for node in order(path, able)[: max(0, copies - len(have))]]
+    targets = order(path, able)
+    if not _one_of([node for node in held_by if node in staying], central):
+        targets.sort(key=lambda node: node not in central)
+    lack = lacking(held_by, staying, copies, central)
+    return [Repair(node, sources) for node in targets[:lack]]
+
+
+def _one_of(nodes: Iterable[str], central: Collection[str]) -> bool:
+    return any(node in central for node in nodes)
 
 
 def _weight(path: str, node: str) -> bytes:

@@ -154,7 +154,7 @@ class Upkeep:
                 _log.error("copies: no node that can be reached has %s", file.path)
                 lost += 1
                 continue
-            lacking += max(0, copies - len(holders & staying))
+            lacking += placement.lacking(holders, staying, copies, self._voters)
             repairs = placement.repairs(file.path, holders, staying, copies, self._voters)
             making += [self._make(checkpoint, file, one) for one in repairs]
         lacking -= sum(await asyncio.gather(*making))
@@ -164,11 +164,13 @@ class Upkeep:
     async def _holders(self, checkpoint: Checkpoint) -> dict[File, set[str]]:
         manifest = await self._bringer.manifest(checkpoint, patience_s=0.0)
         files = [manifest_file(checkpoint), *shard_files(checkpoint, manifest)]
-        found = await self._fetcher.holders(files)
+        found = await self._fetcher.sizes(files)
         here = await self._own.run(partial(self._own.sizes, files))
+        for file, size in zip(files, here, strict=True):
+            found[file][self._node] = size
         return {
-            file: {*found[file], *([self._node] if size != ABSENT else [])}
-            for file, size in zip(files, here, strict=True)
+            file: {node for node, size in sizes.items() if size != ABSENT}
+            for file, sizes in found.items()
         }
 
     async def _make(self, checkpoint: Checkpoint, file: File, repair: Repair) -> bool:

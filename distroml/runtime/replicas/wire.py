@@ -100,6 +100,8 @@ class Working(Struct, frozen=True, array_like=True, tag=6):
     """What was asked for is under way."""
 
     number: Number
+    come_bytes: Size = 0
+    """Of files, to the node that says it since it began; the same for long: it does not get on. Of a ``Keep`` only."""
 
 
 class Kept(Struct, frozen=True, array_like=True, tag=7):

@@ -18,10 +18,10 @@ from distroml.runtime.checkpoint.commit import write_manifest
 from distroml.runtime.checkpoint.examination import survey
 from distroml.runtime.checkpoint.stores.file import TEMPORARY_PREFIX
 from distroml.runtime.checkpoint.stores.interface import MissingFile
-from distroml.runtime.replicas import bringing, exchange, fetching, keeping
+from distroml.runtime.replicas import bringing, exchange, fetching, keeping, wire
 from distroml.runtime.replicas.copies import LEFT_S
 from distroml.runtime.replicas.fetching import NoGoodCopy
-from distroml.runtime.replicas.wire import File, Keep, Message, Part, Read
+from distroml.runtime.replicas.wire import Failed, File, Holds, Keep, Message, Part, Read
 from tests.runtime.checkpoint.shards import JOB, RUN, TensorBytes, tensor, verify, write_shards
 from tests.runtime.replicas.world import World, flip, saved_at, until, within
 
@@ -40,6 +40,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bringing, "RETRY_S", 0.05)
     monkeypatch.setattr(exchange, "ANSWER_S", 1.0)
     monkeypatch.setattr(exchange, "WORKING_S", 0.1)
+    monkeypatch.setattr(exchange, "STALLED_S", 0.5)
+    monkeypatch.setattr(fetching, "ENOUGH_S", 0.2)
 
 
 def litter(root: Path) -> list[Path]:
@@ -199,6 +201,45 @@ async def _never(work: Callable[[], object]) -> object:
     raise StoreError("the disk is gone")
 
 
+def hang(world: World, name: str) -> None:
+    """A node's disk answers no more; its loop goes on."""
+
+    async def wait(work: Callable[[], object]) -> object:
+        return await asyncio.Event().wait()
+
+    world.nodes[name].own.run = wait  # type: ignore[method-assign,assignment]
+
+
+async def test_a_node_whose_disk_hangs_is_passed_over(tmp_path: Path) -> None:
+    async with World(tmp_path) as world:
+        _, files = saved_at(world, "a")
+        hang(world, "c")
+        for file in files:
+            assert await kept(world, file) == ["b"]
+        assert world.nodes["a"].counts["copies_lacking"] == 0
+
+
+async def test_a_copy_that_comes_slowly_but_comes_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "STALLED_S", 2.0)
+    async with World(tmp_path, "ab") as world:
+        _, (_, shard) = saved_at(world, "a", state=BIG, world_size=1)
+        loop = asyncio.get_running_loop()
+        begun_s, arrive = loop.time(), world.network.links["a"]._arrive
+
+        def slowly(sender: str, target: str, message: Message) -> Message | None:
+            if not isinstance(message, Part):
+                return message
+            loop.call_later(0.3, arrive, target, wire.encode(message))
+            return None
+
+        world.network.tamper = slowly
+        assert await kept(world, shard) == ["b"]
+        assert loop.time() - begun_s > exchange.STALLED_S
+        assert world.nodes["a"].counts["copies_refused"] == 0
+
+
 async def test_a_node_that_leaves_has_others_keep_even_what_is_to_be_kept_once(
     tmp_path: Path,
 ) -> None:
@@ -225,6 +266,20 @@ async def test_learners_have_their_copies_with_voters(tmp_path: Path) -> None:
         for file in files:
             (voter,) = await kept(world, file, by="l")
             assert voter in "abc"
+
+
+async def test_what_a_learner_wrote_is_always_on_a_voter_that_other_learners_can_ask(
+    tmp_path: Path,
+) -> None:
+    async with World(tmp_path, "abc", "lm", replicas=1) as world, within():
+        checkpoint, files = saved_at(world, "l")
+        assert world.nodes["l"].for_workers.must_secure(world.state.jobs[JOB])
+        with pytest.raises(CheckpointAway, match=r"may have it: l\b"):
+            await world.nodes["m"].bringer.bring(checkpoint, mend=False)
+        for file in files:
+            (voter,) = await kept(world, file, by="l")
+            assert voter in "abc"
+        await world.nodes["m"].bringer.bring(checkpoint, mend=False)
 
 
 async def test_a_name_that_others_bytes_have_is_not_taken_from_them(tmp_path: Path) -> None:
@@ -327,6 +382,28 @@ async def test_it_is_corrupt_only_if_nobody_has_it_whole(tmp_path: Path) -> None
         assert caught.value.extra["checkpoint_step"] == checkpoint.step
 
 
+async def test_a_restore_does_not_wait_for_a_node_whose_disk_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "STALLED_S", 1000.0)
+    async with World(tmp_path) as world, within():
+        checkpoint, _ = saved_at(world, "a")
+        hang(world, "c")
+        await world.nodes["b"].bringer.bring(checkpoint, mend=False)
+        await asyncio.to_thread(verify, world.store("b"), checkpoint)
+
+
+async def test_what_only_a_node_whose_disk_hangs_may_have_is_away(tmp_path: Path) -> None:
+    async with World(tmp_path) as world, within():
+        checkpoint, (_, shard, *_) = saved_at(world, "a")
+        await asyncio.to_thread((tmp_path / "a" / shard.path).unlink)
+        hang(world, "c")
+        with pytest.raises(CheckpointAway, match=r"may have it: c\b"):
+            await world.nodes["b"].bringer.bring(checkpoint, mend=False)
+        with pytest.raises(StoreError, match="'c' has not got on"):
+            await asyncio.to_thread(world.nodes["b"].store.list, "")
+
+
 async def test_a_holder_that_comes_back_in_time_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -357,26 +434,69 @@ async def test_who_can_ask_everybody_does_not_wait_for_anybody(
             failed = world.nodes["b"].counts["failed"]
             await until(lambda: world.nodes["b"].counts["failed"] >= failed + 8)
             assert not waiting.done(), "c may have it"
-            world.set_status("c", NodeStatus.LEFT)
+            world.start("c")
             with pytest.raises(CorruptCheckpoint):
                 await waiting
 
 
-@pytest.mark.parametrize("learner", ["", "b"])
+@pytest.mark.parametrize(("voters", "learners"), [("abc", ""), ("ac", "b"), ("bc", "a")])
 async def test_what_a_node_that_is_away_may_have_is_not_corrupt(
-    tmp_path: Path, learner: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, voters: str, learners: str
 ) -> None:
-    voters = "abc".replace(learner, "") if learner else "abc"
-    async with World(tmp_path, voters, learner + "d" * bool(learner)) as world, within():
+    begun_s = time.time()
+    now_s = begun_s
+    monkeypatch.setattr(time, "time", lambda: now_s)
+    async with World(tmp_path, voters, learners) as world, within():
         checkpoint, _ = saved_at(world, "a")
         await world.stop("a")
+        long_ago = begun_s - 10 * LEFT_S
         for status in (NodeStatus.ALIVE, NodeStatus.LOST, NodeStatus.LEFT):
-            world.set_status("a", status, at=time.time())
-            with pytest.raises(CheckpointAway, match="Away, and may have it: a") as caught:
+            # who left long ago, but not before this node began, may only be slower to begin again
+            world.set_status("a", status, at=long_ago)
+            now_s = begun_s + LEFT_S - 1
+            with pytest.raises(CheckpointAway, match="may have it: a") as caught:
                 await world.nodes["b"].bringer.bring(checkpoint, mend=False)
             assert caught.value.extra["checkpoint_step"] == checkpoint.step
-        world.set_status("a", NodeStatus.LEFT, at=time.time() - LEFT_S)
-        with pytest.raises(CorruptCheckpoint):
+        now_s = begun_s + LEFT_S
+        with pytest.raises(CheckpointAway if "a" in voters else CorruptCheckpoint):
+            await world.nodes["b"].bringer.bring(checkpoint, mend=False)
+        world.set_status("a", NodeStatus.LEFT, at=now_s - 1)
+        with pytest.raises(CheckpointAway):
+            await world.nodes["b"].bringer.bring(checkpoint, mend=False)
+
+
+async def test_a_voter_that_the_log_does_not_know_yet_may_have_it(tmp_path: Path) -> None:
+    async with World(tmp_path) as world, within():
+        checkpoint, _ = saved_at(world, "a")
+        await world.stop("a")
+        world.forget("a")
+        with pytest.raises(CheckpointAway, match="may have it: a"):
+            await world.nodes["b"].bringer.bring(checkpoint, mend=False)
+
+
+@pytest.mark.parametrize("how", ["it is busy", "its lane is full", "it breaks off"])
+async def test_a_holder_that_did_not_answer_may_have_it_and_nothing_is_corrupt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(bringing, "COMPLETE_PATIENCE_S", 0.0)
+    async with World(tmp_path) as world, within():
+        checkpoint, (_, shard) = saved_at(world, "a", state=BIG, world_size=1)
+        links = world.network.links["b"]
+        send = links.send
+
+        def busy(sender: str, target: str, message: Message) -> Message | None:
+            return Failed(message.number, how) if isinstance(message, Holds) else message
+
+        def break_off(sender: str, target: str, message: Message) -> Message | None:
+            if isinstance(message, Read) and message.path == shard.path and message.offset:
+                asyncio.get_running_loop().call_soon(world.network.cut, "a")
+            return message
+
+        if how == "its lane is full":
+            monkeypatch.setattr(links, "send", lambda to, *what: to != "a" and send(to, *what))
+        else:
+            world.network.tamper = busy if how == "it is busy" else break_off
+        with pytest.raises(CheckpointAway, match=r"may have it: a\b"):
             await world.nodes["b"].bringer.bring(checkpoint, mend=False)
 
 
@@ -393,7 +513,7 @@ async def test_who_comes_back_while_the_others_are_asked_is_asked_too(
             monkeypatch.setattr(fetching.Fetcher, "fetch", fetch)
             await asyncio.sleep(bringing.COMPLETE_PATIENCE_S)
             world.start("a")
-            raise NoGoodCopy("b and c have nothing")
+            raise NoGoodCopy("b and c have nothing", "", "bc")
 
         monkeypatch.setattr(fetching.Fetcher, "fetch", asked_before)
         await world.nodes["b"].bringer.bring(checkpoint, mend=False)

@@ -72,10 +72,14 @@ def test_repairs_make_up_for_what_is_lost_and_for_no_more(
     targets = {one.target for one in found}
     assert len(targets) == len(found)
     assert targets <= staying - held_by
-    assert len(held_by & staying) + len(targets) <= max(copies, len(held_by & staying))
+    lack = placement.lacking(held_by, staying, copies, central)
+    assert lack >= copies - len(held_by & staying)
+    assert len(targets) <= lack <= max(1, copies - len(held_by & staying))
     for one in found:
         assert set(one.sources) == held_by
         assert one.target in central or held_by & central, "nobody it can reach has the file"
     if held_by & central:
         wanted = min(copies, len(staying))
         assert len(held_by & staying) + len(targets) >= wanted, "a copy is missing for good"
+    if held_by and staying & central:
+        assert (held_by & staying | targets) & central, "some nodes can reach none of its holders"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import msgspec
@@ -124,6 +125,22 @@ async def test_files_between_learners_go_by_way_of_a_voter(tmp_path: Path) -> No
         care = Care(world, "l")
         await care.round()
         assert all("a" in holders for holders in care.holders)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+async def test_what_only_learners_have_is_copied_to_a_voter(tmp_path: Path, replicas: int) -> None:
+    async with World(tmp_path, "ab", "lm", replicas=replicas) as world:
+        care = Care(world, "l")
+        for file in care.files:
+            store = world.store("m")
+            await asyncio.to_thread(
+                store.put_if_absent, file.path, [world.store("l").read(file.path)]
+            )
+        await care.round()
+        assert care.upkeep.lacking == 0
+        for holders in care.holders:
+            assert len(holders) == 3
+            assert {"a", "b"} & set(holders)
 
 
 async def test_a_file_that_nobody_has_is_told_and_the_rest_is_saved(

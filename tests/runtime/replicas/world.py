@@ -157,6 +157,11 @@ class World:
         nodes = {**self.state.nodes, name: node}
         self.state = msgspec.structs.replace(self.state, nodes=nodes)
 
+    def forget(self, name: str) -> None:
+        """The log knows it no more."""
+        nodes = {one: node for one, node in self.state.nodes.items() if one != name}
+        self.state = msgspec.structs.replace(self.state, nodes=nodes)
+
     def commit(self, *checkpoints: Checkpoint) -> None:
         job = msgspec.structs.replace(self.state.jobs[JOB], checkpoints=checkpoints)
         self.state = msgspec.structs.replace(self.state, jobs={JOB: job})

@@ -15,6 +15,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from distroml.runtime.checkpoint.priority import give_way
@@ -38,8 +39,8 @@ class LoopThread:
         self._thread: threading.Thread | None = None
         self._clients: dict[Any, _Client] = {}
         self._retired: set[asyncio.Task[None]] = set()
-        self._making = asyncio.Lock()
-        """So that many first requests make one client."""
+        self._making: dict[Any, asyncio.Task[Any]] = {}
+        """So that many first requests make one client; one task per key, since one that hangs is only its own trouble."""
         self.upload_slots = threading.BoundedSemaphore(MAX_IN_FLIGHT)
         """One for each part whose bytes are held for sending."""
         self.download_slots = asyncio.Semaphore(MAX_IN_FLIGHT)
@@ -61,18 +62,34 @@ class LoopThread:
     async def client(self, key: Any, make: Callable[[AsyncExitStack], Awaitable[_T]]) -> _T:
         """The client called ``key``; made where there is none. In the loop.
 
+        Whoever gives up waiting for it does not end its making: others wait for it too.
+
         Args:
             make: enters what has to be closed into the stack.
         """
-        async with self._making:
-            if key not in self._clients:
-                async with AsyncExitStack() as stack:
-                    made = await make(stack)
-                    while len(self._clients) >= MAX_CLIENTS:
-                        self.forget(next(iter(self._clients)))
-                    self._clients[key] = _Client(made, stack.pop_all(), time.monotonic())
-            found: _T = self._clients[key].made
+        found: _T
+        if (known := self._clients.get(key)) is not None:
+            found = known.made
             return found
+        if (making := self._making.get(key)) is None:
+            making = asyncio.get_running_loop().create_task(self._make(key, make))
+            self._making[key] = making
+            making.add_done_callback(partial(self._on_made, key))
+        found = await asyncio.shield(making)
+        return found
+
+    async def _make(self, key: Any, make: Callable[[AsyncExitStack], Awaitable[_T]]) -> _T:
+        async with AsyncExitStack() as stack:
+            made = await make(stack)
+            while len(self._clients) >= MAX_CLIENTS:
+                self.forget(next(iter(self._clients)))
+            self._clients[key] = _Client(made, stack.pop_all(), time.monotonic())
+            return made
+
+    def _on_made(self, key: Any, making: asyncio.Task[Any]) -> None:
+        del self._making[key]
+        if not making.cancelled():
+            making.exception()  # told to whoever waits; nobody may any more
 
     def forget(self, key: Any, min_age_s: float = 0.0) -> None:
         """The next call makes another client, if this one is so old; what uses it now may finish. In the loop."""
@@ -99,9 +116,10 @@ class LoopThread:
         for key in list(self._clients):
             self.forget(key)
         await asyncio.sleep(0)  # each has begun, and closes when it is cancelled
-        for task in self._retired:
+        ending = [*self._retired, *self._making.values()]
+        for task in ending:
             task.cancel()
-        await asyncio.gather(*self._retired, return_exceptions=True)
+        await asyncio.gather(*ending, return_exceptions=True)
 
     def _running(self) -> asyncio.AbstractEventLoop:
         with self._lock:
@@ -139,6 +157,7 @@ def _main(loop: asyncio.AbstractEventLoop) -> None:
     give_way()
     asyncio.set_event_loop(loop)
     loop.run_forever()
+    loop.close()
 
 
 def _begin_anew() -> None:

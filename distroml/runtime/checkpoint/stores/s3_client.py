@@ -23,7 +23,7 @@ from distroml.errors import ConfigError, StoreError
 from distroml.runtime.checkpoint.stores.interface import MissingFile
 from distroml.runtime.checkpoint.stores.loop_thread import loop_thread
 from distroml.runtime.checkpoint.stores.redaction import redacted
-from distroml.runtime.checkpoint.stores.retrying import attempt_timeout_s, pause_s
+from distroml.runtime.checkpoint.stores.retrying import ATTEMPT_S, attempt_timeout_s, pause_s
 from distroml.runtime.checkpoint.stores.s3_errors import Failure, Kind, understand
 from distroml.store_urls import StoreSettings, StoreUrl
 
@@ -111,8 +111,8 @@ class Requests:
         while True:
             attempt += 1
             try:
-                client = await thread.client(self.place, self._connect)
                 async with asyncio.timeout(attempt_timeout_s(size_bytes)):
+                    client = await thread.client(self.place, self._connect)
                     return await request(client)
             except Exception as error:
                 if isinstance(error, StoreError):
@@ -143,16 +143,14 @@ class Requests:
     async def _connect(self, stack: AsyncExitStack) -> Any:
         # in another thread: it takes a second, and other stores' requests go on meanwhile
         session, config = await asyncio.to_thread(_session, self.place)
-        return await stack.enter_async_context(
-            session.create_client(
-                "s3",
-                region_name=self.place.region
-                or session.get_config_variable("region")
-                or DEFAULT_REGION,
-                endpoint_url=self.place.endpoint or None,
-                config=config,
-            )
+        region = self.place.region or session.get_config_variable("region") or DEFAULT_REGION
+        endpoint = self.place.endpoint or None
+        client = session.create_client(
+            "s3", region_name=region, endpoint_url=endpoint, config=config
         )
+        # credentials may come from a program or another host
+        async with asyncio.timeout(ATTEMPT_S):
+            return await stack.enter_async_context(client)
 
 
 def library() -> tuple[Any, Any]:
