@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from distroml import commands as c
 from distroml.checkpoint_files import CheckpointFiles
 from distroml.client import AsyncClient
-from distroml.errors import Conflict, CorruptCheckpoint, NotFound
+from distroml.errors import Conflict, CorruptCheckpoint, NotFound, StoreError
 from distroml.http import patience
 from distroml.http.checkpoint_views import CheckpointDetail
 from distroml.http.routes import checkpoints as routes
@@ -173,6 +173,24 @@ async def test_what_is_retired_while_it_is_read_is_not_called_broken(
             other.close()
         with pytest.raises(NotFound, match="may have been retired"):
             await read
+
+
+async def test_verifying_what_is_retired_meanwhile_is_no_failure_of_the_store(
+    api: Api, node: MemoryNode, saved: list[Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files may go between two looks at them, also while a broken one is being replaced."""
+
+    async def hears_of_it(timeout_s: float) -> None:
+        node.apply(c.RetireCheckpoints(job_id=JOB, steps=(100,), reason="not kept"))
+
+    async def finds_it_gone(*_: object) -> None:
+        raise StoreError("The checkpoint store has no file 'manifest.json'.")
+
+    monkeypatch.setattr(node, "read_barrier", hears_of_it)
+    monkeypatch.setattr(node.files, "verify", finds_it_gone)
+    async with AsyncClient(api.base) as client:
+        with pytest.raises(NotFound, match="may have been retired"):
+            await client.verify_checkpoint(JOB, 100)
 
 
 class TestPatience:

@@ -145,7 +145,8 @@ async def verify(call: Call, query: Query) -> web.StreamResponse:
     one = _checkpoint_of(call, job)
 
     async def work() -> views.VerificationView:
-        checks = await call.services.files.verify(one, job.checkpoints)
+        async with _read_of(call, one):
+            checks = await call.services.files.verify(one, job.checkpoints)
         if any(check.problem for check in checks):
             await _refuse_if_retired(call, one)
         return views.VerificationView(

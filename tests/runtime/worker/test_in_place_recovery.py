@@ -63,7 +63,9 @@ class Run:
         self.everybody = list(self.ranks)
 
     def train_to(self, step: int) -> None:
-        self.agent.wait_step(self.ranks[0], step)
+        """Until each rank has told of it: one that is killed tells nothing more."""
+        for worker in self.ranks:
+            self.agent.wait_step(worker, step)
 
     def next(self, members: list[StubWorker | None], *, at_boundary: bool = False) -> None:
         self.generation += 1
@@ -163,7 +165,7 @@ def test_killed_ranks_are_replaced_and_nothing_changes(
     for number, victims in enumerate([(1,), (0,), (2, 3), (0, 1, 2)]):
         wanted = 8 + 10 * number + rng.randrange(5)
         # Not before the ranks have met again, however far they came before the loss was noticed here.
-        run.train_to(max(wanted, run.ranks[0].step + 1))
+        run.train_to(max(wanted, *(worker.step + 1 for worker in run.ranks)))
         run.lose(*victims)
     outcome = run.outcome()
     expected, losses = undisturbed[model]

@@ -69,7 +69,8 @@ def test_phases_metrics_and_outcome(agent: AgentStub) -> None:
     assert (outcome.step, outcome.epoch, outcome.stopped) == (22, 1, False)
     assert outcome.checkpoint_step == 22
     assert set(outcome.metrics) == {"loss", "accuracy", "eval_loss"}
-    assert [s.step for s in first.shards] == [7, 14, 21, 22]
+    # Those between are left out where the disk is still busy with that before.
+    assert {7, 22} <= {s.step for s in first.shards} <= {7, 14, 21, 22}
 
 
 def test_training_learns(agent: AgentStub) -> None:
@@ -293,10 +294,10 @@ def test_a_request_to_save_is_answered_once_at_one_boundary(agent: AgentStub) ->
 
 
 def test_a_run_begins_with_another_jobs_checkpoint(agent: AgentStub) -> None:
-    """30 steps in one job and the rest in another end in the same bits as all in one."""
+    """Some steps in one job and the rest in another end in the same bits as all in one."""
     spec = spec_of(2)
     whole = finished(agent.run(spec))
-    checkpoint = agent.commit(whole, 14)
+    checkpoint = agent.commit(whole, 7)
     other = agent.run(
         spec,
         checkpoint=msgspec.structs.replace(
@@ -309,8 +310,8 @@ def test_a_run_begins_with_another_jobs_checkpoint(agent: AgentStub) -> None:
     assert got is not None
     assert got.state_digest == expected.state_digest
     steps = [shard.step for shard in went_on[0].shards]
-    # The one of step 21 is left out where the disk is still busy with that before.
-    assert (steps[0], steps[-1]) == (14, 22), "its own copy of step 14 too"
+    # Those between are left out where the disk is still busy with that before.
+    assert (steps[0], steps[-1]) == (7, 22), "its own copy of step 7 too"
 
 
 def test_weights_alone_begin_at_step_0(agent: AgentStub) -> None:
