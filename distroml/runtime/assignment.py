@@ -187,7 +187,7 @@ def _share(job: Job, own: Node, processes: Sequence[Process], room: int) -> Duti
     lost = {m.rank for m in mine if m.incarnation != own.incarnation}
     ranks = {
         rank: worker
-        for rank, worker in _ranks(job, generation, mine, processes).items()
+        for rank, worker in _ranks(job, own, mine, processes).items()
         # What an earlier incarnation spawned and is gone: the ranks that it met do not wait for another.
         if worker is not None or rank not in lost
     }
@@ -210,7 +210,9 @@ def _between_generations(job: Job, own: Node, processes: Sequence[Process], room
     staying = [
         one.worker
         for one in sorted(processes, key=lambda one: (one.told == 0, one.rank, one.worker))
-        if one.usable and own.status is not NodeStatus.LOST and not _blamed(job, one)
+        if one.usable
+        and own.status is not NodeStatus.LOST
+        and not job.is_to_blame(own.name, one.worker)
     ][: max(0, room)]
     return Duties(
         aborted=tuple(staying),
@@ -218,13 +220,11 @@ def _between_generations(job: Job, own: Node, processes: Sequence[Process], room
     )
 
 
-def _blamed(job: Job, process: Process) -> bool:
-    return process.told > 0 and job.is_to_blame(process.told, process.rank)
-
-
 def _ranks(
-    job: Job, generation: Generation, mine: Iterable[Member], processes: Sequence[Process]
+    job: Job, own: Node, mine: Iterable[Member], processes: Sequence[Process]
 ) -> dict[int, int | None]:
+    generation = job.generation
+    assert generation is not None
     number = generation.number
     ranks: dict[int, int | None] = dict.fromkeys((member.rank for member in mine), None)
     # A dead process keeps its rank, and the one before a planned change too: the coordinator decides what follows.
@@ -242,7 +242,7 @@ def _ranks(
         staying = {rank: one for rank, one in ranks.items() if rank not in generation.joining}
         joining = {rank: one for rank, one in ranks.items() if rank in generation.joining}
         return _filled(staying, moving) | _filled(joining, new)
-    return _filled(ranks, [one for one in able if not _blamed(job, one)])
+    return _filled(ranks, [one for one in able if not job.is_to_blame(own.name, one.worker)])
 
 
 def _filled(ranks: Mapping[int, int | None], able: Sequence[Process]) -> dict[int, int | None]:

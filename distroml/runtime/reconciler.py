@@ -163,7 +163,7 @@ def _left_of(job: Job, facts: Facts, seen: Survey) -> _Left:
     return tuple(
         (Member(fact.rank, 0, name, view.node.incarnation), fact)
         for name, fact in workers_of(job, facts)
-        if (view := seen.views.get(name)) is not None and view.speaks and may_go_on(fact, job)
+        if (view := seen.views.get(name)) is not None and view.speaks and may_go_on(fact, name, job)
     )
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distroml import commands as c
-from distroml.model import JobStatus, Member
+from distroml.model import Culprit, JobStatus, Member
 from distroml.reports import WorkerPhase
 from distroml.runtime.assignment import Duties, Process, duties, next_join, ranks_here, saves_here
 from tests.builders import Log, fail, form, members, node, submit
@@ -60,8 +60,8 @@ def _logs(draw: st.DrawFn) -> Log:
             joining = tuple(m.rank for m in where if (m.node, m.rank) not in before)
             log.ok(form("job", number, where, planned=True, joining=joining))
             continue
-        blameless = draw(st.lists(st.integers(0, 4), unique=True))
-        log.ok(fail("job", number - 1, collateral=tuple(blameless)))
+        guilty = draw(st.lists(st.integers(1, 6), unique=True))
+        log.ok(fail("job", number - 1, culprits=tuple(Culprit("a", one) for one in guilty)))
         if how == "recovery":
             spares = tuple(Member(9, 0, name, 1) for name in draw(st.sampled_from(["", "a", "ab"])))
             log.ok(form("job", number, where, spares=spares))
@@ -107,6 +107,7 @@ def test_nobody_who_is_to_blame_or_past_use_is_told_to_join(
     by_worker = {one.worker: one for one in processes}
     given_out = share(log, processes)
     assert all(by_worker[worker].usable for worker in given_out.aborted)
+    assert not any(job.is_to_blame("a", worker) for worker in given_out.aborted)
     since = job.at_work.number if job.generation.planned else job.generation_number
     for rank, worker in given_out.ranks.items():
         if worker is None:
@@ -114,7 +115,7 @@ def test_nobody_who_is_to_blame_or_past_use_is_told_to_join(
         one = by_worker[worker]
         assert one.usable or one.told >= since, "a dead one keeps only the rank that it had"
         if not job.generation.planned and 0 < one.told < job.generation_number:
-            assert not job.is_to_blame(one.told, one.rank)
+            assert not job.is_to_blame("a", one.worker)
         if one.usable:
             join = next_join(job, rank, one)
             assert (join.generation, join.rank) == (job.generation_number, rank)

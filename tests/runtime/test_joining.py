@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from distroml import commands as c
-from distroml.model import Cause, FailureKind, Member, NodeStatus
+from distroml.model import Cause, Culprit, FailureKind, Member, NodeStatus
 from distroml.reports import (
     DataCursor,
     Marks,
@@ -138,7 +138,14 @@ class TestFailures:
 
     async def test_who_is_to_blame_is_killed_and_replaced(self, agent: Agent) -> None:
         hung, other = await training(agent, "a", "a")
-        agent.log.ok(fail("job", 1, cause=Cause(kind=FailureKind.HANG, rank=0), collateral=(1,)))
+        agent.log.ok(
+            fail(
+                "job",
+                1,
+                cause=Cause(kind=FailureKind.HANG, rank=0),
+                culprits=(Culprit("a", hung.worker[1]),),
+            )
+        )
         agent.converge()
         await until(lambda: agent.killed(hung.pid), "the hung one to be killed")
         assert not agent.killed(other.pid)
@@ -151,7 +158,14 @@ class TestFailures:
 
     async def test_an_agent_that_missed_the_failure_does_the_same(self, agent: Agent) -> None:
         hung, other = await training(agent, "a", "a")
-        agent.log.ok(fail("job", 1, cause=Cause(kind=FailureKind.HANG, rank=0), collateral=(1,)))
+        agent.log.ok(
+            fail(
+                "job",
+                1,
+                cause=Cause(kind=FailureKind.HANG, rank=0),
+                culprits=(Culprit("a", hung.worker[1]),),
+            )
+        )
         agent.assign("a", "a", generation=2)
         await until(lambda: agent.killed(hung.pid), "the hung one to be killed")
         await until(lambda: joins(other) == [(2, 1, 2, False)], "the other one to be told")
