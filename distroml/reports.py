@@ -181,8 +181,11 @@ class WorkerFact(Struct, frozen=True, gc=False, kw_only=True):
     """For how long its process has been stopped (SIGSTOP, a debugger), as its agent sees it."""
     ended_at: float | None = None
 
-    def as_former(self) -> Former:
-        """What is still to be known of its generation once it has left that by a planned change."""
+    def former_of(self, generation: int | None) -> Former | None:
+        """What is still to be known of what it saved in ``generation``, once it has left that by a planned change."""
+        if self.generation != generation:
+            known = self.former
+            return known if known is not None and known.generation == generation else None
         return Former(
             generation=self.generation,
             rank=self.rank,

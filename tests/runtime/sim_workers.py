@@ -62,6 +62,8 @@ class SimProcess(Struct):
     fact: WorkerFact
     told: Join | None
     spawned_tick: int
+    leaving: int | None = None
+    """The generation that its run leaves by the planned change for which it was told to join."""
     has_state: bool = False
     met: bool = False
     """Whether it met the other ranks of its generation."""
@@ -95,12 +97,12 @@ class SimProcess(Struct):
         )
 
     def enter(self, join: Join) -> None:
-        """It leaves for the generation that it was told to join."""
+        """It is in the generation now that it was told to join."""
         self.met = self.called_off = False
         self.update(
             generation=join.generation,
             rank=join.rank,
-            former=self.fact.as_former() if join.at_boundary else None,
+            former=self.fact.former_of(self.leaving),
             phase=_P.CONNECTING,
             marks=Marks(left_at=self.fact.parked_at),
             parked_at=None,
@@ -294,6 +296,7 @@ class Fleet:
         if join.at_boundary and not self._can_be_met(job, joining):
             return
         process.told = join
+        process.leaving = job.outgoing.number if job.outgoing else None
         if not join.at_boundary:
             process.enter(join)
 
@@ -448,11 +451,16 @@ class Fleet:
         for sim, process in places:
             self._step(sim, process, stopping=stopping)
             if leaving and process.fact.outcome is None:
-                told = process.told
-                if told and told.generation > process.fact.generation:
-                    process.enter(told)
-                else:
-                    self._park(process, "the others changed over")
+                self._change_over(sim, process)
+
+    def _change_over(self, sim: SimNode, process: SimProcess) -> None:
+        """It tells its agent, if there is one, that it has left, and joins what it has been told."""
+        self._park(process, "the others changed over")
+        if sim.agent_back_tick is None:
+            self._share_out(sim)
+        told = process.told
+        if told and told.generation > process.fact.generation:
+            process.enter(told)
 
     def _step(self, sim: SimNode, process: SimProcess, *, stopping: bool) -> None:
         fact = process.fact

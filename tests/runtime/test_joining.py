@@ -12,6 +12,7 @@ from distroml import commands as c
 from distroml.model import Cause, Culprit, FailureKind, Member, NodeStatus
 from distroml.reports import (
     DataCursor,
+    Former,
     Marks,
     NodeReport,
     ShardFact,
@@ -35,6 +36,7 @@ from distroml.runtime.control import (
 from tests.builders import checkpoint, fail, form, members
 from tests.consensus.live import until
 from tests.runtime.agents import Agent, FakeWorker
+from tests.runtime.scenes import shard
 
 
 @pytest.fixture
@@ -303,6 +305,21 @@ class TestPlannedChanges:
         zero = await self.planned(agent)
         zero.say(Parked(generation=1, step=7, at=1.0, reason="the others changed over"))
         await until(lambda: joins(zero) == [(2, 0, 3, False)], "it to be told")
+
+    async def test_what_a_rank_saved_is_still_known_when_it_has_changed_over(
+        self, agent: Agent
+    ) -> None:
+        zero = await self.planned(agent)
+        agent.supervisor.take_peer_report(peer(2, {"g2/0/2": b"two"}))
+        await until(lambda: joins(zero) == [(2, 0, 3, True)], "it to be told")
+        zero.say(ShardDurable(generation=1, shard=shard(0, 6)))
+        zero.say(Parked(generation=1, step=12, at=1.0, reason="moves to the next generation"))
+        zero.say(progress(2, 12, WorkerPhase.CONNECTING))
+        zero.say(ShardDurable(generation=1, shard=shard(0, 12)))
+        fact = await agent.until_fact(
+            lambda f: f.former and len(f.former.shards) == 2, "both shards", 0, 2
+        )
+        assert fact.former == Former(generation=1, rank=0, shards=(shard(0, 6), shard(0, 12)))
 
     async def test_who_is_done_before_the_change_keeps_its_outcome(self, agent: Agent) -> None:
         zero = await self.planned(agent)
