@@ -175,7 +175,10 @@ def late_start(turn: Turn, run: Running) -> Blame | None:
 
     Those furthest behind keep the others waiting.
     """
-    waited_s = turn.now.monotonic_s - sighting_of(run.job, turn.facts).since_s
+    sighting = sighting_of(run.job, turn.facts)
+    # While a planned change lasts, the others train, and the status tells of their checkpoints.
+    since_s = sighting.generation_since_s if run.job.outgoing else sighting.since_s
+    waited_s = turn.now.monotonic_s - since_s
     late = [
         member
         for member in run.generation.members

@@ -7,7 +7,7 @@ from typing import Any
 from distroml import commands as c
 from distroml.model import FailureKind, JobStatus, NodeStatus
 from distroml.reports import Former, WorkerPhase
-from distroml.runtime.decisions import WriteManifest
+from distroml.runtime.decisions import Decision, WriteManifest
 from distroml.spec import JobSpec, Resources
 from tests.builders import form, members
 from tests.runtime.scenes import Scene, commit, names, only, reasons, shard
@@ -71,6 +71,21 @@ def test_a_newcomer_that_fails_disturbs_nobody() -> None:
     assert names(scene.step()) == ["MarkRunning"]
     assert (scene.job().restarts, scene.job().incidents) == (0, ())
     assert scene.turn(after_s=10.0) == [], "it is not tried again at once"
+
+
+def test_a_newcomer_that_hangs_is_given_up_however_often_checkpoints_are_saved() -> None:
+    scene = growing()
+    decisions: list[Decision] = []
+    for turn in range(40):  # 1000 s, with a checkpoint every 50 s
+        scene.change(turn % 2, shards=(shard(turn % 2, 20 + turn // 2),))
+        decisions = scene.step(after_s=25.0)
+        if "FormGeneration" in names(decisions):
+            break
+        for decision in decisions:
+            if isinstance(decision.action, WriteManifest):
+                commit(scene, decision.action)
+    assert reasons(decisions)[-1].startswith("generation 3 stays as it was: not all workers train")
+    assert scene.job().at_work.number == 1
 
 
 def test_a_failure_during_a_change_fails_both_generations() -> None:
