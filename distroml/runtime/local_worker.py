@@ -132,6 +132,7 @@ class LocalWorker:
             told=self.told,
             rank=told.rank if told else fact.rank,
             joined=fact.generation,
+            ranks=dict(self._ranks),
             phase=fact.phase,
             alive=self.alive,
             usable=self.alive and not ending and fact.failure is None and fact.outcome is None,

@@ -64,6 +64,8 @@ class SimProcess(Struct):
     spawned_tick: int
     leaving: int | None = None
     """The generation that its run leaves by the planned change for which it was told to join."""
+    ranks: dict[int, int] = {}
+    """By generation, of all that it was in: its rank there."""
     has_state: bool = False
     met: bool = False
     """Whether it met the other ranks of its generation."""
@@ -91,6 +93,7 @@ class SimProcess(Struct):
             told=told.generation if told else 0,
             rank=told.rank if told else 0,
             joined=fact.generation,
+            ranks=self.ranks,
             phase=fact.phase,
             alive=fact.ended_at is None,
             usable=usable and fact.failure is None and fact.outcome is None,
@@ -99,6 +102,7 @@ class SimProcess(Struct):
     def enter(self, join: Join) -> None:
         """It is in the generation now that it was told to join."""
         self.met = self.called_off = False
+        self.ranks = {**self.ranks, join.generation: join.rank}
         self.update(
             generation=join.generation,
             rank=join.rank,
@@ -276,7 +280,12 @@ class Fleet:
             total_steps=job.spec.steps,
             started_at=self.wall_s,
         )
-        sim.workers[job.run_id, worker] = SimProcess(fact=fact, told=join, spawned_tick=self.ticks)
+        sim.workers[job.run_id, worker] = SimProcess(
+            fact=fact,
+            told=join,
+            spawned_tick=self.ticks,
+            ranks={fact.generation: fact.rank},
+        )
 
     def _direct(self, sim: SimNode, job: Job, rank: int, process: SimProcess) -> None:
         done = {c.step for c in job.checkpoints if c.status is CheckpointStatus.COMMITTED}
