@@ -252,6 +252,7 @@ class LocalWorker:
     def _on_parked(self, message: control.Parked) -> bool:
         fact = self.fact
         step = max(fact.step, message.step)
+        self.update(has_state=fact.has_state or message.has_state)
         if message.generation == fact.generation:
             self.update(
                 phase=WorkerPhase.PARKED,

@@ -406,7 +406,12 @@ class Fleet:
         return self.world_sizes[fact.run_id, fact.generation]
 
     def _park(self, process: SimProcess, reason: str) -> None:
-        process.update(phase=_P.PARKED, parked_at=self.wall_s, parked_reason=reason)
+        process.update(
+            phase=_P.PARKED,
+            parked_at=self.wall_s,
+            parked_reason=reason,
+            has_state=process.has_state,
+        )
         process.met = False
 
     def _break(self, there: list[SimProcess]) -> None:

@@ -123,6 +123,20 @@ def test_a_shard_is_stale_when_its_generation_failed_while_copies_were_made(
     assert (local.fact.shards, local.fact.copying, local.stale_frames) == ((), (), 1)
 
 
+def test_whether_it_holds_a_state_is_known_from_when_it_parked(tmp_path: Path) -> None:
+    local = training(tmp_path)
+    local.update(phase=WorkerPhase.CONNECTING)
+    local.take(
+        control.Parked(generation=1, step=13, at=50.0, reason="peers are gone", has_state=False)
+    )
+    assert not local.fact.has_state
+    local.tell(join(2, 0))
+    local.take(control.Parked(generation=2, step=14, at=51.0, reason="peers are gone"))
+    assert local.fact.has_state
+    local.tell(join(3, 0))
+    assert local.fact.has_state, "it takes it along"
+
+
 def test_it_is_asked_to_vacate_a_generation_once(tmp_path: Path) -> None:
     local = training(tmp_path)
     for _ in range(2):

@@ -8,9 +8,11 @@ from distroml import commands as c
 from distroml.model import FailureKind, JobStatus, NodeStatus
 from distroml.reports import Former, WorkerPhase
 from distroml.runtime.decisions import Decision, WriteManifest
+from distroml.runtime.facts import Now
+from distroml.runtime.look_ahead import with_next_generations
 from distroml.spec import JobSpec, Resources
 from tests.builders import form, members
-from tests.runtime.scenes import Scene, commit, names, only, reasons, shard
+from tests.runtime.scenes import Scene, commit, names, only, reasons, shard, why_waiting
 
 
 def elastic(*where: str, workers: int, formed_s: float = 0.0, **fields: Any) -> Scene:
@@ -158,6 +160,28 @@ def test_what_was_whole_before_a_change_that_failed_is_committed() -> None:
     assert names(decisions) == ["FailGeneration", "WriteManifest"]
     commit(scene, only(decisions, WriteManifest))
     assert [one.step for one in scene.job().checkpoints] == [12]
+
+
+def test_a_newcomer_that_has_no_state_yet_waits_for_what_was_whole_when_all_others_ended() -> None:
+    scene = growing()
+    for rank in (0, 1):
+        scene.change(rank, step=12, shards=(shard(rank, 12),))
+        scene.dies(rank)
+    decisions = scene.turn()
+    assert names(decisions) == ["FailGeneration", "WriteManifest"]
+    assert scene.facts is not None
+    now = Now(scene.wall_s, scene.monotonic_s)
+    ahead = with_next_generations(scene.log.state, scene.facts, now, scene.settings, decisions)
+    assert names(ahead) == names(decisions), "nor is the next one formed in the same breath"
+    scene.apply(decisions)
+    scene.writing.add(("job-1", 1, 12))
+    scene.change(2, phase=WorkerPhase.PARKED, step=10, parked_at=scene.wall_s)
+    assert scene.turn() == []
+    assert why_waiting(scene) == {"job-1": "checkpoint of step 12 is being committed"}
+    commit(scene, only(decisions, WriteManifest))
+    scene.writing.clear()
+    formed = only(scene.step(), c.FormGeneration).generation
+    assert (formed.checkpoint_step, formed.resume_step) == (12, 12)
 
 
 def test_a_run_that_ends_before_its_change_is_made_is_completed() -> None:
