@@ -10,7 +10,16 @@ from __future__ import annotations
 import msgspec
 from msgspec import Struct
 
-from distroml.model import Cause, Checkpoint, Generation, JobStatus, Member, NodeStatus, Result
+from distroml.model import (
+    Cause,
+    Checkpoint,
+    Culprit,
+    Generation,
+    JobStatus,
+    Member,
+    NodeStatus,
+    Result,
+)
 from distroml.spec import JobSpec
 
 MAX_ENTRY_BYTES = 32 * 1024
@@ -102,6 +111,7 @@ class Failure(Command, frozen=True, gc=False, kw_only=True):
 
     cause: Cause | None = None
     collateral: tuple[int, ...] = ()
+    culprits: tuple[Culprit, ...] = ()
     observed_at: float = 0.0
     highest_step: int = 0
 

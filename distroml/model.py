@@ -196,6 +196,13 @@ class Cause(Struct, frozen=True, gc=False, kw_only=True):
     last_lines: tuple[str, ...] = ()
 
 
+class Culprit(Struct, frozen=True, gc=False, array_like=True, order=True):
+    """A process that is why a generation failed: its name, which no other ever has, since ranks are renumbered."""
+
+    node: str
+    worker: int
+
+
 class Incident(Struct, frozen=True, gc=False, kw_only=True):
     """A failure and the recovery from it."""
 
@@ -206,6 +213,8 @@ class Incident(Struct, frozen=True, gc=False, kw_only=True):
     cause: Cause
     collateral: tuple[int, ...]
     """Ranks that ended because of the failure, not by their own fault."""
+    culprits: tuple[Culprit, ...] = ()
+    """Processes that no later generation gets."""
     observed_at: float
     """When an agent or the failure detector first saw it."""
     decided_at: float
@@ -361,12 +370,10 @@ class Job(Struct, frozen=True, gc=False, kw_only=True):
         committed = any(one.generation in self.generation_numbers for one in self.checkpoints)
         return committed or highest_step > self.highest_step
 
-    def is_to_blame(self, generation: int, rank: int) -> bool:
-        """Whether a rank of ``generation`` is why that one failed, or a planned one that it was to join."""
-        return any(
-            incident.generation >= generation and rank not in incident.collateral
-            for incident in self.incidents
-        )
+    def is_to_blame(self, node: str, worker: int) -> bool:
+        """Whether a process is why a generation failed."""
+        culprit = Culprit(node, worker)
+        return any(culprit in incident.culprits for incident in self.incidents)
 
     @property
     def terminal(self) -> bool:

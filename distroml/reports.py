@@ -25,7 +25,7 @@ class WorkerPhase(StrEnum):
     RESTORING = "RESTORING"
     TRAINING = "TRAINING"
     PARKED = "PARKED"
-    """It left a generation that is over, and holds its state for the next one."""
+    """It left a generation that is over, and holds its state, if it has one, for the next one."""
     FINISHING = "FINISHING"
     FINISHED = "FINISHED"
     FAILED = "FAILED"
@@ -171,6 +171,8 @@ class WorkerFact(Struct, frozen=True, gc=False, kw_only=True):
     timing: StepTiming | None = None
     parked_at: float | None = None
     parked_reason: str = ""
+    has_state: bool = False
+    """Whether it said, when it parked, that it holds a state of the run."""
     step_at: float = 0.0
     """When its last step was heard of (Unix seconds of its agent), or it began to train."""
     waiting_s: float = 0.0
@@ -181,8 +183,11 @@ class WorkerFact(Struct, frozen=True, gc=False, kw_only=True):
     """For how long its process has been stopped (SIGSTOP, a debugger), as its agent sees it."""
     ended_at: float | None = None
 
-    def as_former(self) -> Former:
-        """What is still to be known of its generation once it has left that by a planned change."""
+    def former_of(self, generation: int | None) -> Former | None:
+        """What is still to be known of what it saved in ``generation``, once it has left that by a planned change."""
+        if self.generation != generation:
+            known = self.former
+            return known if known is not None and known.generation == generation else None
         return Former(
             generation=self.generation,
             rank=self.rank,

@@ -57,10 +57,16 @@ class Process(Struct, frozen=True, kw_only=True):
     """Its rank there."""
     joined: int
     """Generation that it is in; behind ``told`` while a planned change lasts."""
+    ranks: Mapping[int, int] = {}
+    """By generation, of the last ones that it was in: its rank there."""
     phase: WorkerPhase
     alive: bool = True
     usable: bool = True
     """False once it has failed, finished or been killed: it will not join anything any more."""
+
+    def was_in(self, generation: int) -> bool:
+        """Whether it has, or had, a part in a generation."""
+        return generation in (self.told, self.joined) or generation in self.ranks
 
 
 class Duties(Struct, frozen=True, kw_only=True):
@@ -187,7 +193,7 @@ def _share(job: Job, own: Node, processes: Sequence[Process], room: int) -> Duti
     lost = {m.rank for m in mine if m.incarnation != own.incarnation}
     ranks = {
         rank: worker
-        for rank, worker in _ranks(job, generation, mine, processes).items()
+        for rank, worker in _ranks(job, own, mine, processes).items()
         # What an earlier incarnation spawned and is gone: the ranks that it met do not wait for another.
         if worker is not None or rank not in lost
     }
@@ -210,7 +216,9 @@ def _between_generations(job: Job, own: Node, processes: Sequence[Process], room
     staying = [
         one.worker
         for one in sorted(processes, key=lambda one: (one.told == 0, one.rank, one.worker))
-        if one.usable and own.status is not NodeStatus.LOST and not _blamed(job, one)
+        if one.usable
+        and own.status is not NodeStatus.LOST
+        and not job.is_to_blame(own.name, one.worker)
     ][: max(0, room)]
     return Duties(
         aborted=tuple(staying),
@@ -218,31 +226,35 @@ def _between_generations(job: Job, own: Node, processes: Sequence[Process], room
     )
 
 
-def _blamed(job: Job, process: Process) -> bool:
-    return process.told > 0 and job.is_to_blame(process.told, process.rank)
-
-
 def _ranks(
-    job: Job, generation: Generation, mine: Iterable[Member], processes: Sequence[Process]
+    job: Job, own: Node, mine: Iterable[Member], processes: Sequence[Process]
 ) -> dict[int, int | None]:
+    generation = job.generation
+    assert generation is not None
     number = generation.number
     ranks: dict[int, int | None] = dict.fromkeys((member.rank for member in mine), None)
     # A dead process keeps its rank, and the one before a planned change too: the coordinator decides what follows.
     since = job.outgoing.number if job.outgoing and generation.planned else number
+
+    def rank_of(one: Process) -> int:
+        # What it was told of a change that another one has replaced counts for nothing.
+        return one.rank if one.told == number else one.ranks.get(since, one.rank)
+
     for one in sorted(processes, key=lambda one: (one.told, one.usable, one.worker)):
-        joins_anew = one.rank in generation.joining and one.told < number
-        if one.told >= since and one.rank in ranks and not joins_anew:
-            ranks[one.rank] = one.worker
+        rank = rank_of(one)
+        joins_anew = rank in generation.joining and one.told < number
+        if one.told >= since and rank in ranks and not joins_anew:
+            ranks[rank] = one.worker
     able = [one for one in processes if one.usable and one.told < number]
     if generation.planned and job.outgoing:
-        before = job.outgoing.number
         # Who has to take another rank because there are fewer, and who was made for the change or for none.
-        moving = [one for one in able if one.told == before and one.rank >= len(generation.members)]
-        new = [one for one in able if one.told == 0 or one.told > before]
+        size = len(generation.members)
+        moving = [one for one in able if one.was_in(since) and rank_of(one) >= size]
+        new = [one for one in able if one.told == 0 or (one.told > since and not one.was_in(since))]
         staying = {rank: one for rank, one in ranks.items() if rank not in generation.joining}
         joining = {rank: one for rank, one in ranks.items() if rank in generation.joining}
         return _filled(staying, moving) | _filled(joining, new)
-    return _filled(ranks, [one for one in able if not _blamed(job, one)])
+    return _filled(ranks, [one for one in able if not job.is_to_blame(own.name, one.worker)])
 
 
 def _filled(ranks: Mapping[int, int | None], able: Sequence[Process]) -> dict[int, int | None]:
@@ -272,4 +284,4 @@ def _leaves_later(job: Job, process: Process) -> bool:
 
     It trains until all leave after the same step, and is kept until the others train again: it has the state.
     """
-    return job.outgoing is not None and process.told == job.outgoing.number
+    return job.outgoing is not None and process.was_in(job.outgoing.number)

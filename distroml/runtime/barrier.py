@@ -28,6 +28,8 @@ MAX_OPEN: Final = 16
 """Barriers of one generation at which one rank may stand at the same time."""
 MAX_GATHERED: Final = 64
 """Barriers of one generation that a leader gathers at the same time."""
+MAX_EARLY: Final = 1024
+"""Arrivals that an agent keeps of generations of which it has yet to learn."""
 MAX_KEPT: Final = 256
 """Released barriers that are remembered of one generation, the newest ones; see ``Standing``."""
 REPEAT_S: Final = 0.25
@@ -132,6 +134,15 @@ def is_present(job: Job | None, generation: RunGeneration) -> bool:
         and job.status not in TERMINAL
         and job.run_id == generation.run_id
         and generation.number in job.generation_numbers
+    )
+
+
+def is_to_come(job: Job | None, generation: RunGeneration) -> bool:
+    """Whether it is newer than what is known here, as with an agent that came back to its workers."""
+    return job is None or (
+        job.status not in TERMINAL
+        and job.run_id == generation.run_id
+        and generation.number > job.generation_number
     )
 
 

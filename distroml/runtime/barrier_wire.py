@@ -23,6 +23,7 @@ from distroml.consensus.state import ClusterState
 from distroml.errors import UNDECODABLE
 from distroml.runtime import control
 from distroml.runtime.barrier import (
+    MAX_EARLY,
     REPEAT_MOST_S,
     REPEAT_S,
     Arrived,
@@ -37,6 +38,7 @@ from distroml.runtime.barrier import (
     Rosters,
     RunGeneration,
     Standing,
+    is_to_come,
 )
 
 
@@ -73,6 +75,8 @@ class BarrierWire:
         self._standing = Standing()
         self._gatherings = Gatherings()
         self._rosters = Rosters()
+        self._early: dict[tuple[Barrier, int], int] = {}
+        """Values of ranks that arrived before the state told of their generation."""
         self._decoder: msgspec.msgpack.Decoder[BarrierMessage] = msgspec.msgpack.Decoder(
             BarrierMessage
         )
@@ -84,12 +88,20 @@ class BarrierWire:
     # --- what happens here ---
 
     def arrive(self, barrier: Barrier, rank: int, value: int) -> None:
-        """A rank of this node arrives. One of a generation that is over waits for its end, not for others.
+        """A rank of this node arrives. One of a generation that is over waits for its end, not for others; one of a
+        generation that is not known yet is kept until it is.
 
         Raises:
             NotTaken: it stands at ``barrier.MAX_OPEN`` others.
         """
-        roster = self._rosters.of(self._state(), barrier.generation)
+        state, of = self._state(), barrier.generation
+        roster = self._rosters.of(state, of)
+        if roster is None and is_to_come(state.jobs.get(of.job_id), of):
+            if len(self._early) < MAX_EARLY:
+                self._early.setdefault((barrier, rank), value)
+            else:
+                self._count("refused_too_many_early")
+            return
         if roster is None or rank not in roster.get(self._node, ()):
             self._count("refused_stale")
             return
@@ -123,7 +135,13 @@ class BarrierWire:
             self.on_leader_change()
 
     def on_applied(self) -> None:
-        """The replicated state has changed: what belongs to ended generations is dropped."""
+        """The replicated state has changed: what belongs to ended generations is dropped, who came early is let in."""
+        early, self._early = self._early, {}
+        for (barrier, rank), value in early.items():
+            try:
+                self.arrive(barrier, rank, value)
+            except NotTaken as error:
+                self._count(f"refused_{error.reason}")
         if not len(self._rosters):
             return
         over = self._rosters.forget(self._state())

@@ -51,6 +51,7 @@ def finish(
         result=result,
         cause=because.cause if because else None,
         collateral=because.collateral if because else (),
+        culprits=because.culprits if because else (),
         observed_at=because.observed_at if because else 0.0,
         highest_step=run.highest_step,
     )

@@ -131,6 +131,8 @@ class Parked(Struct, frozen=True, tag=True, kw_only=True):
     at: float
     reason: str
     """What broke, or that the agent asked."""
+    has_state: bool = True
+    """False where it never got one; ``step`` is what it was to begin with then."""
 
 
 class ShardDurable(Struct, frozen=True, tag=True, kw_only=True):

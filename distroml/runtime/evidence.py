@@ -13,14 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from msgspec import Struct
 from msgspec.structs import replace
 
-from distroml.model import Cause, FailureKind, Generation, Job, Member
+from distroml.model import Cause, Culprit, FailureKind, Generation, Job, Member
 from distroml.reports import CHECKPOINT_ERRORS, WorkerFact, WorkerPhase
 from distroml.runtime.facts import (
     Facts,
     ReconcilerSettings,
     is_out,
-    members_facts,
     ranks_of,
+    seats,
     sighting_of,
 )
 from distroml.runtime.node_survey import GoneNode, Survey
@@ -29,6 +29,8 @@ MAX_ERROR_BYTES = 1024
 MAX_TRACEBACK_BYTES = 8192
 MAX_LAST_LINES = 20
 MAX_LINE_BYTES = 400
+MAX_CULPRITS = 128
+"""Where more fail at once they are dead anyway, and nobody has to kill them."""
 STILL_S = 2.0
 """Ranks that advanced within this time train."""
 MAX_REASON_BYTES = 500
@@ -56,6 +58,8 @@ class Evidence(Struct, frozen=True, kw_only=True):
     """True where the node is to blame: all its ranks go with it."""
     joins: bool = False
     """True of a rank that a planned change would add: those that train do not need it."""
+    culprit: Culprit | None = None
+    """The process, where it is known."""
     fact: WorkerFact | None = None
 
 
@@ -64,6 +68,7 @@ class Blame(Struct, frozen=True, kw_only=True):
 
     cause: Cause
     collateral: tuple[int, ...]
+    culprits: tuple[Culprit, ...] = ()
     observed_at: float
     reason: str
     """Without the ``generation 4:`` in front."""
@@ -87,20 +92,17 @@ def gather(
         wall_s: the present (Unix seconds).
         may_move: whether ranks on nodes that shut down are about to be moved.
     """
-    known = members_facts(job, facts)
+    known = seats(job, generation, facts)
     before = ranks_of(job, job.outgoing, facts) if job.outgoing else {}
     scene = _Scene(job, generation, facts, survey, settings, wall_s, may_move)
     found: list[Evidence] = []
     for member in generation.members:
         joins = job.outgoing is not None and member.rank in generation.joining
-        fact = known.get(member.rank)
-        if fact is None and not joins:
-            fact = _before_change(job, member, before)
-        evidence = _against(scene, member, fact)
+        evidence = _against(scene, member, known.get(member.rank))
         if evidence is not None:
             found.append(replace(evidence, joins=joins))
     if found and all(one.echo for one in found):
-        found += _of_nodes_cut_off(scene, {one.rank for one in found})
+        found += _of_nodes_cut_off(scene, known, {one.rank for one in found})
     places = {(member.rank, member.node) for member in generation.members}
     for member in job.outgoing.members if job.outgoing else ():
         fact = before.get(member.rank)
@@ -123,15 +125,6 @@ class _Scene(Struct, frozen=True):
     may_move: bool
 
 
-def _before_change(job: Job, member: Member, before: Mapping[int, WorkerFact]) -> WorkerFact | None:
-    """The process that stays, in the generation that it has yet to leave; its rank there may be another one."""
-    places = {m.rank: m.node for m in job.outgoing.members} if job.outgoing else {}
-    if places.get(member.rank) == member.node:
-        return before.get(member.rank)
-    renumbered = [rank for rank, node in places.items() if node == member.node]
-    return next((before[rank] for rank in renumbered if rank in before), None)
-
-
 def _against(scene: _Scene, member: Member, fact: WorkerFact | None) -> Evidence | None:
     if fact is not None and fact.outcome is not None:
         return None  # its work is done and its last shard durable, whatever became of it since
@@ -146,7 +139,7 @@ def _against(scene: _Scene, member: Member, fact: WorkerFact | None) -> Evidence
     if node_gone is not None and node_gone.kind is FailureKind.NODE_LOST and _trains_on(scene):
         return None
     if node_gone is not None:
-        return _of_node(member, node_gone, scene.generation, scene.facts)
+        return _of_node(scene, member, node_gone, fact)
     if fact is None:
         return _of_absence(scene.job, member, scene.generation, scene.facts, scene.settings)
     return None
@@ -163,12 +156,14 @@ def blame(
     Genuine before echo, then the earliest, then the lowest rank.
     """
     root = min(evidence, key=lambda e: (e.echo, e.at, e.rank))
-    own_fault = {e.rank for e in evidence if not e.echo and not (e.joins and not root.joins)}
+    guilty = [e for e in evidence if e is root or not (e.echo or (e.joins and not root.joins))]
+    own_fault = {e.rank for e in guilty}
     together = [e.rank for e in evidence if root.of_node and e.of_node and e.node == root.node]
     ranks = all_ranks(generation, outgoing)
     return Blame(
         cause=_cause(root, alone=len(together) <= 1),
-        collateral=tuple(rank for rank in ranks if rank not in own_fault and rank != root.rank),
+        collateral=tuple(rank for rank in ranks if rank not in own_fault),
+        culprits=tuple(sorted({e.culprit for e in guilty if e.culprit})[:MAX_CULPRITS]),
         observed_at=min(root.at, wall_s),
         reason=clip(_sentence(root, together), MAX_REASON_BYTES),
         echoes_only=root.echo,
@@ -218,7 +213,9 @@ def ranks_text(ranks: Sequence[int]) -> str:
     return f"rank{'s'[: len(ranks) != 1]} {', '.join(map(str, ranks))}"
 
 
-def _of_nodes_cut_off(scene: _Scene, out: set[int]) -> Iterator[Evidence]:
+def _of_nodes_cut_off(
+    scene: _Scene, known: Mapping[int, WorkerFact], out: set[int]
+) -> Iterator[Evidence]:
     """Ranks of nodes whose connection closed while others lost their peers: one explains the other.
 
     The failure detector alone would have to wait, since a closed connection by itself says little.
@@ -227,7 +224,7 @@ def _of_nodes_cut_off(scene: _Scene, out: set[int]) -> Iterator[Evidence]:
         node = scene.facts.nodes.get(member.node)
         if node is not None and not node.connected and member.rank not in out:
             gone = GoneNode(FailureKind.NODE_LOST, "lost (connection closed, as by its ranks)")
-            yield _of_node(member, gone, scene.generation, scene.facts)
+            yield _of_node(scene, member, gone, known.get(member.rank))
 
 
 def _trains_on(scene: _Scene) -> bool:
@@ -269,6 +266,7 @@ def _of_worker(member: Member, fact: WorkerFact) -> Evidence:
         said=describe_end(fact),
         at=failure.at if failure else ended_at,
         echo=_is_echo(fact),
+        culprit=Culprit(member.node, fact.worker),
         fact=fact,
     )
 
@@ -286,17 +284,18 @@ def _is_echo(fact: WorkerFact) -> bool:
     return failure.collateral or _ECHO.search(failure.error) is not None
 
 
-def _of_node(member: Member, gone: GoneNode, generation: Generation, facts: Facts) -> Evidence:
+def _of_node(scene: _Scene, member: Member, gone: GoneNode, fact: WorkerFact | None) -> Evidence:
     # It was alive when it last spoke, and what its end did to others came later: this puts it first.
-    node = facts.nodes.get(member.node)
+    node = scene.facts.nodes.get(member.node)
     heard_at = node.heard_at if node else None
     return Evidence(
         rank=member.rank,
         node=member.node,
         kind=gone.kind,
         said=gone.said,
-        at=generation.formed_at if heard_at is None else heard_at,
+        at=scene.generation.formed_at if heard_at is None else heard_at,
         of_node=True,
+        culprit=Culprit(member.node, fact.worker) if fact else None,
     )
 
 

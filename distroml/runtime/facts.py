@@ -195,6 +195,35 @@ def _ranks_of(
     return dict(sorted(found.items()))
 
 
+def seats(job: Job, generation: Generation, facts: Facts) -> dict[int, WorkerFact]:
+    """By rank of ``generation``: the process that has it, or will once it has left the outgoing generation for it."""
+    seen = dict(ranks_of(job, generation, facts))
+    if job.outgoing is None or generation.number == job.outgoing.number:
+        return seen
+    before = ranks_of(job, job.outgoing, facts)
+    for rank, former in _former_ranks(job.outgoing, generation).items():
+        if rank not in seen and former in before:
+            seen[rank] = before[former]
+    return seen
+
+
+def _former_ranks(outgoing: Generation, generation: Generation) -> dict[int, int]:
+    """By rank of a planned generation that is not new there: the rank before, as the agents renumber them."""
+    former: dict[int, int] = {}
+    places = {member.rank: member.node for member in outgoing.members}
+    moving = {rank: node for rank, node in places.items() if rank >= len(generation.members)}
+    for member in sorted(generation.members, key=lambda member: member.rank):
+        if member.rank in generation.joining:
+            continue
+        rank: int | None = member.rank
+        if places.get(member.rank) != member.node:
+            rank = min((one for one, node in moving.items() if node == member.node), default=None)
+        if rank is not None:
+            former[member.rank] = rank
+            moving.pop(rank, None)
+    return former
+
+
 def workers_of(job: Job, facts: Facts) -> Iterator[tuple[str, WorkerFact]]:
     """Facts of all workers of a job, of whichever generation, with the node they are on."""
     for name in sorted(facts.nodes):

@@ -16,6 +16,7 @@ from distroml.model import (
     Cause,
     Checkpoint,
     CheckpointStatus,
+    Culprit,
     FailureKind,
     Job,
     JobStatus,
@@ -25,6 +26,7 @@ from distroml.reports import CHECKPOINT_ERRORS, WorkerFact, WorkerPhase
 from distroml.runtime.completion import finish
 from distroml.runtime.decisions import Decision, Running, Turn, at_work
 from distroml.runtime.evidence import (
+    MAX_CULPRITS,
     MAX_ERROR_BYTES,
     MAX_REASON_BYTES,
     Blame,
@@ -35,7 +37,7 @@ from distroml.runtime.evidence import (
     gather,
     ranks_text,
 )
-from distroml.runtime.facts import sighting_of
+from distroml.runtime.facts import seats, sighting_of
 from distroml.runtime.failure_detector import Health
 from distroml.runtime.hang import find_hang
 
@@ -96,6 +98,7 @@ def fail_generation(
         generation=number,
         cause=verdict.cause,
         collateral=verdict.collateral,
+        culprits=verdict.culprits,
         observed_at=verdict.observed_at,
         highest_step=highest_step,
         reason=reason,
@@ -172,7 +175,10 @@ def late_start(turn: Turn, run: Running) -> Blame | None:
 
     Those furthest behind keep the others waiting.
     """
-    waited_s = turn.now.monotonic_s - sighting_of(run.job, turn.facts).since_s
+    sighting = sighting_of(run.job, turn.facts)
+    # While a planned change lasts, the others train, and the status tells of their checkpoints.
+    since_s = sighting.generation_since_s if run.job.outgoing else sighting.since_s
+    waited_s = turn.now.monotonic_s - since_s
     late = [
         member
         for member in run.generation.members
@@ -232,17 +238,21 @@ def made_up(
     """A verdict without evidence against a single worker."""
     guilty = list(blamed)
     ranks = {member.rank for member in guilty}
+    seen = seats(run.job, run.generation, turn.facts)
     return Blame(
         cause=Cause(
             kind=kind,
             rank=guilty[0].rank,
             node=guilty[0].node,
-            pid=run.ranks[guilty[0].rank].pid if guilty[0].rank in run.ranks else None,
+            pid=seen[guilty[0].rank].pid if guilty[0].rank in seen else None,
             error=clip(reason, MAX_ERROR_BYTES),
         ),
         collateral=tuple(
             rank for rank in all_ranks(run.generation, run.job.outgoing) if rank not in ranks
         ),
+        culprits=tuple(
+            Culprit(m.node, fact.worker) for m in guilty if (fact := seen.get(m.rank)) is not None
+        )[:MAX_CULPRITS],
         observed_at=turn.now.wall_s,
         reason=reason,
         echoes_only=False,

@@ -80,6 +80,8 @@ class LocalWorker:
         self.stale_frames = 0
         """Frames of another generation than those that it may speak for."""
         self._told = join
+        self._leaving: int | None = None
+        """The generation that its run leaves by the planned change for which it was told to join."""
         self._told_committed = join.checkpoint if join else None
         self._ranks = {fact.generation: fact.rank}
         self._aborted = 0
@@ -130,6 +132,7 @@ class LocalWorker:
             told=self.told,
             rank=told.rank if told else fact.rank,
             joined=fact.generation,
+            ranks=dict(self._ranks),
             phase=fact.phase,
             alive=self.alive,
             usable=self.alive and not ending and fact.failure is None and fact.outcome is None,
@@ -249,6 +252,7 @@ class LocalWorker:
     def _on_parked(self, message: control.Parked) -> bool:
         fact = self.fact
         step = max(fact.step, message.step)
+        self.update(has_state=fact.has_state or message.has_state)
         if message.generation == fact.generation:
             self.update(
                 phase=WorkerPhase.PARKED,
@@ -273,7 +277,7 @@ class LocalWorker:
         self.update(
             generation=join.generation,
             rank=join.rank,
-            former=self.fact.as_former() if join.at_boundary else None,
+            former=self.fact.former_of(self._leaving),
             phase=WorkerPhase.CONNECTING,
             marks=Marks(left_at=self.fact.parked_at),
             timing=None,
@@ -287,10 +291,13 @@ class LocalWorker:
 
     # --- what it is told ---
 
-    def tell(self, join: Join) -> bool:
+    def tell(self, join: Join, *, leaving: int | None = None) -> bool:
         """Have it become that rank of that generation, unless it is so already; returns whether it was told now.
 
         One that has done its last step is told nothing: its outcome is that of the generation which it was in.
+
+        Args:
+            leaving: the generation that the run leaves by a planned change; what it saved there still counts.
         """
         told = self._told
         if self.fact.outcome is not None:
@@ -304,6 +311,7 @@ class LocalWorker:
             # It was to leave after a whole step, and has left for a generation that is over as well.
             self.link.send(control.Abort(generation=join.generation - 1))
         self._told, self._told_committed = join, join.checkpoint
+        self._leaving = leaving
         self.link.send(join)
         if not join.at_boundary:
             self._enter(join)

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from distroml.commands import Entry, FailGeneration, FormGeneration, MarkCheckpointCorrupt
 from distroml.consensus.machine import apply_entry
 from distroml.consensus.state import ClusterState
-from distroml.runtime.decisions import Decision
+from distroml.runtime.decisions import Decision, WriteManifest
 from distroml.runtime.facts import Facts, Now, ReconcilerSettings, look
 from distroml.runtime.reconciler import reconcile
 
@@ -42,12 +42,17 @@ def with_next_generations(
             return list(decisions)  # the log will say so too; the next turn knows why
         ahead = applied.state
     jobs = {action.job_id for action in failing}
+    writing = {
+        (effect.job_id, effect.generation, effect.step)
+        for effect in (decision.action for decision in decisions)
+        if isinstance(effect, WriteManifest)
+    }
     seen = look(
         facts,
         ahead,
         facts.nodes,
         now,
-        writing=facts.writing,
+        writing=facts.writing | writing,
         write_failures=facts.write_failures,
     )
     following = [

@@ -163,19 +163,19 @@ def _left_of(job: Job, facts: Facts, seen: Survey) -> _Left:
     return tuple(
         (Member(fact.rank, 0, name, view.node.incarnation), fact)
         for name, fact in workers_of(job, facts)
-        if (view := seen.views.get(name)) is not None and view.speaks and may_go_on(fact, job)
+        if (view := seen.views.get(name)) is not None and view.speaks and may_go_on(fact, name, job)
     )
 
 
 def _survivors_step(left: _Left) -> int | None:
     """Most steps that a survivor completed; None where none has a state."""
     return max(
-        (fact.step for _, fact in left if fact.generation > 0 and fact.phase in _HAS_STATE),
+        (fact.step for _, fact in left if fact.has_state or fact.phase in _HAS_STATE),
         default=None,
     )
 
 
-_HAS_STATE = frozenset({WorkerPhase.TRAINING, WorkerPhase.PARKED, WorkerPhase.FINISHING})
+_HAS_STATE = frozenset({WorkerPhase.TRAINING, WorkerPhase.FINISHING})
 
 
 def _held(job: Job, facts: Facts, now: Now, settings: ReconcilerSettings, left: _Left) -> str:
@@ -183,9 +183,9 @@ def _held(job: Job, facts: Facts, now: Now, settings: ReconcilerSettings, left: 
     waited_s = now.monotonic_s - sighting_of(job, facts).since_s
     if waited_s < job.backoff_s:
         return f"restart in {job.backoff_s - waited_s:.1f} s"
-    committing = [
-        step for j, g, step in facts.writing if (j, g) == (job.job_id, job.generation_number)
-    ]
+    # Also what the one before had whole: the one that failed now may never have begun.
+    numbers = (job.generation_number, job.generation_number - 1)
+    committing = [step for j, g, step in facts.writing if j == job.job_id and g in numbers]
     # Survivors go on from their own steps; the commit may come when they do (see the state machine).
     done = _survivors_step(left)
     awaited = [step for step in committing if done is None or done < step]

@@ -254,11 +254,10 @@ def is_alive(fact: WorkerFact) -> bool:
     return not never_spawned
 
 
-def may_go_on(fact: WorkerFact, job: Job) -> bool:
-    """Whether a process can be a rank of the job's next generation: it lives, and no failure was its own."""
+def may_go_on(fact: WorkerFact, node: str, job: Job) -> bool:
+    """Whether a process on ``node`` can be a rank of the job's next generation: it lives, and no failure was its own."""
     sound = is_alive(fact) and fact.failure is None and fact.outcome is None
-    blamed = fact.generation > 0 and job.is_to_blame(fact.generation, fact.rank)
-    return sound and fact.run_id == job.run_id and not blamed
+    return sound and fact.run_id == job.run_id and not job.is_to_blame(node, fact.worker)
 
 
 def _belongs(
@@ -273,13 +272,13 @@ def _belongs(
     if fact.generation == 0 and not job.terminal:
         return True
     if job.status is JobStatus.RECOVERING:
-        return may_go_on(fact, job)
+        return may_go_on(fact, report.node, job)
     if job.status not in ASSIGNED:
         return False
     if (report.node, fact.rank) in places.get(job.job_id, ()):
         numbers = {one.number for one in (job.generation, job.outgoing) if one is not None}
         # A survivor that its agent has yet to tell of its next generation is that rank already.
-        return fact.generation in numbers or may_go_on(fact, job)
+        return fact.generation in numbers or may_go_on(fact, report.node, job)
     return False
 
 

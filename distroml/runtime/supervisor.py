@@ -241,7 +241,7 @@ class Supervisor:
         # Nobody leaves a generation that trains for one whose other ranks are still starting.
         joining = job.generation.joining if job.generation else ()
         if not join.at_boundary or have_joined(keys, join.generation, joining):
-            self._tell(local, join, keys)
+            self._tell(local, job, join, keys)
         else:
             self._awaited.add((job.run_id, join.generation))
         if job.spec.checkpointing.delta:
@@ -257,10 +257,11 @@ class Supervisor:
                 {c.step for c in job.checkpoints if c.status is CheckpointStatus.COMMITTED}
             )
 
-    def _tell(self, local: LocalWorker, join: Join, keys: Mapping[str, bytes]) -> None:
+    def _tell(self, local: LocalWorker, job: Job, join: Join, keys: Mapping[str, bytes]) -> None:
         if local.told != join.generation:
             self._output.ship_log(local)  # what it wrote so far is of the generation before
-        if local.tell(join):
+        leaving = job.outgoing.number if job.outgoing else None
+        if local.tell(join, leaving=leaving):
             local.send_keys(keys)
             self._changed()
 

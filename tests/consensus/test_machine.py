@@ -219,6 +219,15 @@ def test_the_commit_of_a_failed_generation_may_come_when_its_survivors_went_on()
     assert log.job().newest_checkpoint().step == 12
 
 
+def test_the_commit_of_a_failed_generation_may_come_when_its_survivors_are_gone_too() -> None:
+    log = running(Log())
+    log.ok(fail("job-1", 1))
+    log.ok(form("job-1", 2, members("a", "b"), resume_step=12))
+    log.ok(fail("job-1", 2))
+    log.ok(c.CommitCheckpoint(job_id="job-1", generation=1, checkpoint=checkpoint(12)))
+    assert log.job().newest_checkpoint().step == 12
+
+
 def test_a_corrupt_checkpoint_is_skipped_and_not_counted_as_a_restart() -> None:
     log = running(Log())
     for step in (10, 20):

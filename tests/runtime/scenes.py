@@ -102,6 +102,7 @@ class Scene:
             "run_id": job.run_id,
             "generation": job.generation_number,
             "rank": rank,
+            "worker": 1 + rank,
             "phase": WorkerPhase.TRAINING,
             "pid": 100 + rank,
             "total_steps": 100,

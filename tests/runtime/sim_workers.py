@@ -62,6 +62,10 @@ class SimProcess(Struct):
     fact: WorkerFact
     told: Join | None
     spawned_tick: int
+    leaving: int | None = None
+    """The generation that its run leaves by the planned change for which it was told to join."""
+    ranks: dict[int, int] = {}
+    """By generation, of all that it was in: its rank there."""
     has_state: bool = False
     met: bool = False
     """Whether it met the other ranks of its generation."""
@@ -89,18 +93,20 @@ class SimProcess(Struct):
             told=told.generation if told else 0,
             rank=told.rank if told else 0,
             joined=fact.generation,
+            ranks=self.ranks,
             phase=fact.phase,
             alive=fact.ended_at is None,
             usable=usable and fact.failure is None and fact.outcome is None,
         )
 
     def enter(self, join: Join) -> None:
-        """It leaves for the generation that it was told to join."""
+        """It is in the generation now that it was told to join."""
         self.met = self.called_off = False
+        self.ranks = {**self.ranks, join.generation: join.rank}
         self.update(
             generation=join.generation,
             rank=join.rank,
-            former=self.fact.as_former() if join.at_boundary else None,
+            former=self.fact.former_of(self.leaving),
             phase=_P.CONNECTING,
             marks=Marks(left_at=self.fact.parked_at),
             parked_at=None,
@@ -274,7 +280,12 @@ class Fleet:
             total_steps=job.spec.steps,
             started_at=self.wall_s,
         )
-        sim.workers[job.run_id, worker] = SimProcess(fact=fact, told=join, spawned_tick=self.ticks)
+        sim.workers[job.run_id, worker] = SimProcess(
+            fact=fact,
+            told=join,
+            spawned_tick=self.ticks,
+            ranks={fact.generation: fact.rank},
+        )
 
     def _direct(self, sim: SimNode, job: Job, rank: int, process: SimProcess) -> None:
         done = {c.step for c in job.checkpoints if c.status is CheckpointStatus.COMMITTED}
@@ -294,6 +305,7 @@ class Fleet:
         if join.at_boundary and not self._can_be_met(job, joining):
             return
         process.told = join
+        process.leaving = job.outgoing.number if job.outgoing else None
         if not join.at_boundary:
             process.enter(join)
 
@@ -394,7 +406,12 @@ class Fleet:
         return self.world_sizes[fact.run_id, fact.generation]
 
     def _park(self, process: SimProcess, reason: str) -> None:
-        process.update(phase=_P.PARKED, parked_at=self.wall_s, parked_reason=reason)
+        process.update(
+            phase=_P.PARKED,
+            parked_at=self.wall_s,
+            parked_reason=reason,
+            has_state=process.has_state,
+        )
         process.met = False
 
     def _break(self, there: list[SimProcess]) -> None:
@@ -448,11 +465,16 @@ class Fleet:
         for sim, process in places:
             self._step(sim, process, stopping=stopping)
             if leaving and process.fact.outcome is None:
-                told = process.told
-                if told and told.generation > process.fact.generation:
-                    process.enter(told)
-                else:
-                    self._park(process, "the others changed over")
+                self._change_over(sim, process)
+
+    def _change_over(self, sim: SimNode, process: SimProcess) -> None:
+        """It tells its agent, if there is one, that it has left, and joins what it has been told."""
+        self._park(process, "the others changed over")
+        if sim.agent_back_tick is None:
+            self._share_out(sim)
+        told = process.told
+        if told and told.generation > process.fact.generation:
+            process.enter(told)
 
     def _step(self, sim: SimNode, process: SimProcess, *, stopping: bool) -> None:
         fact = process.fact

@@ -388,14 +388,14 @@ class World(Fleet):
             strays = [
                 key
                 for key in sim.alive()
-                if sim.up and _is_stray(sim.workers[key].fact, going_on.get(key[0]))
+                if sim.up and _is_stray(sim.workers[key].fact, name, going_on.get(key[0]))
             ]
             assert used.get(name, 0) + len(strays) <= sim.slots, (name, used, strays, decisions)
 
 
-def _is_stray(fact: WorkerFact, job: Job | None) -> bool:
+def _is_stray(fact: WorkerFact, node: str, job: Job | None) -> bool:
     """Whether a process holds a slot that no assignment counts, and will not make room by itself."""
     if job is None:
         return True
     assigned = job.status in ASSIGNED and fact.generation in job.generation_numbers
-    return not assigned and not may_go_on(fact, job)
+    return not assigned and not may_go_on(fact, node, job)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distroml.consensus.state import ClusterState
 from distroml.runtime import barrier as module
 from distroml.runtime import barrier_wire as wire_module
 from distroml.runtime.barrier import ASK_S, MAX_GATHERED, MAX_OPEN, Arrived, NotTaken, Released
@@ -107,6 +108,67 @@ async def test_a_link_to_the_leader_that_came_back_is_used_at_once(world: World)
     assert world.frames == []
     world.ends["y"].wire.on_link("v")
     assert [(sender, to) for sender, to, _ in world.frames] == [("y", "v")]
+
+
+async def test_who_arrives_before_its_agent_knows_the_generation_is_told_of_once_it_does(
+    world: World,
+) -> None:
+    """An agent that came back is greeted before it has learned what the log says."""
+    back = world.ends["y"] = world.make("y")
+    world.follow("y", "v")
+    for state in (ClusterState(), world.states[0]):
+        assert world.frames == []
+        back.state = state
+        back.wire.on_applied()
+        if state is not world.states[0]:
+            world.arrive(2, 6)
+    assert [(sender, to) for sender, to, _ in world.frames] == [("y", "v")]
+    for rank in (0, 1):
+        world.arrive(rank, rank)
+    world.settle()
+    assert world.released == {(1, rank, "step/1"): 6 for rank in range(3)}
+    assert "refused_stale" not in back.wire.counters
+
+
+async def test_an_agent_that_came_back_tells_again_of_a_release(world: World) -> None:
+    for rank in range(3):
+        world.arrive(rank, rank)
+    world.deliver()
+    world.deliver()
+    world.frames = [frame for frame in world.frames if frame[1] != "y"]  # y crashed before
+    world.deliver()
+    back = world.ends["y"] = world.make("y")
+    back.state = ClusterState()
+    world.follow("y", "v")
+    world.arrive(2, 2)
+    world.follow("v", "x")
+    world.ends["v"] = world.make("v")
+    world.follow("v", "v")
+    back.state = world.states[0]
+    back.wire.on_applied()
+    world.settle()
+    assert world.released == {(1, rank, "step/1"): 2 for rank in range(3)}
+
+
+async def test_an_agent_that_is_a_generation_behind_keeps_who_arrives(world: World) -> None:
+    wire = world.ends["y"].wire
+    wire.arrive(barrier(number=2), 0, 1)
+    world.ends["y"].state = world.states[1]
+    wire.arrive(barrier(number=1), 2, 1)
+    assert wire.counters == {"refused_stale": 1}
+    wire.on_applied()
+    assert [(sender, to) for sender, to, _ in world.frames] == [("y", "v")]
+
+
+async def test_early_arrivals_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire_module, "MAX_EARLY", 2)
+    world.ends["y"].state = ClusterState()
+    for name in ("one", "two", "three"):
+        world.arrive(2, name=name)
+    world.ends["y"].state = world.states[0]
+    world.ends["y"].wire.on_applied()
+    assert len(world.frames) == 2
+    assert world.ends["y"].wire.counters == {"refused_too_many_early": 1}
 
 
 async def test_a_lost_release_is_told_again(world: World) -> None:

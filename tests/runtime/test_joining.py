@@ -9,9 +9,10 @@ import msgspec
 import pytest
 
 from distroml import commands as c
-from distroml.model import Cause, FailureKind, Member, NodeStatus
+from distroml.model import Cause, Culprit, FailureKind, Member, NodeStatus
 from distroml.reports import (
     DataCursor,
+    Former,
     Marks,
     NodeReport,
     ShardFact,
@@ -35,6 +36,7 @@ from distroml.runtime.control import (
 from tests.builders import checkpoint, fail, form, members
 from tests.consensus.live import until
 from tests.runtime.agents import Agent, FakeWorker
+from tests.runtime.scenes import shard
 
 
 @pytest.fixture
@@ -138,7 +140,14 @@ class TestFailures:
 
     async def test_who_is_to_blame_is_killed_and_replaced(self, agent: Agent) -> None:
         hung, other = await training(agent, "a", "a")
-        agent.log.ok(fail("job", 1, cause=Cause(kind=FailureKind.HANG, rank=0), collateral=(1,)))
+        agent.log.ok(
+            fail(
+                "job",
+                1,
+                cause=Cause(kind=FailureKind.HANG, rank=0),
+                culprits=(Culprit("a", hung.worker[1]),),
+            )
+        )
         agent.converge()
         await until(lambda: agent.killed(hung.pid), "the hung one to be killed")
         assert not agent.killed(other.pid)
@@ -151,7 +160,14 @@ class TestFailures:
 
     async def test_an_agent_that_missed_the_failure_does_the_same(self, agent: Agent) -> None:
         hung, other = await training(agent, "a", "a")
-        agent.log.ok(fail("job", 1, cause=Cause(kind=FailureKind.HANG, rank=0), collateral=(1,)))
+        agent.log.ok(
+            fail(
+                "job",
+                1,
+                cause=Cause(kind=FailureKind.HANG, rank=0),
+                culprits=(Culprit("a", hung.worker[1]),),
+            )
+        )
         agent.assign("a", "a", generation=2)
         await until(lambda: agent.killed(hung.pid), "the hung one to be killed")
         await until(lambda: joins(other) == [(2, 1, 2, False)], "the other one to be told")
@@ -289,6 +305,21 @@ class TestPlannedChanges:
         zero = await self.planned(agent)
         zero.say(Parked(generation=1, step=7, at=1.0, reason="the others changed over"))
         await until(lambda: joins(zero) == [(2, 0, 3, False)], "it to be told")
+
+    async def test_what_a_rank_saved_is_still_known_when_it_has_changed_over(
+        self, agent: Agent
+    ) -> None:
+        zero = await self.planned(agent)
+        agent.supervisor.take_peer_report(peer(2, {"g2/0/2": b"two"}))
+        await until(lambda: joins(zero) == [(2, 0, 3, True)], "it to be told")
+        zero.say(ShardDurable(generation=1, shard=shard(0, 6)))
+        zero.say(Parked(generation=1, step=12, at=1.0, reason="moves to the next generation"))
+        zero.say(progress(2, 12, WorkerPhase.CONNECTING))
+        zero.say(ShardDurable(generation=1, shard=shard(0, 12)))
+        fact = await agent.until_fact(
+            lambda f: f.former and len(f.former.shards) == 2, "both shards", 0, 2
+        )
+        assert fact.former == Former(generation=1, rank=0, shards=(shard(0, 6), shard(0, 12)))
 
     async def test_who_is_done_before_the_change_keeps_its_outcome(self, agent: Agent) -> None:
         zero = await self.planned(agent)

@@ -7,10 +7,12 @@ from typing import Any
 from distroml import commands as c
 from distroml.model import FailureKind, JobStatus, NodeStatus
 from distroml.reports import Former, WorkerPhase
-from distroml.runtime.decisions import WriteManifest
+from distroml.runtime.decisions import Decision, WriteManifest
+from distroml.runtime.facts import Now
+from distroml.runtime.look_ahead import with_next_generations
 from distroml.spec import JobSpec, Resources
 from tests.builders import form, members
-from tests.runtime.scenes import Scene, commit, names, only, reasons, shard
+from tests.runtime.scenes import Scene, commit, names, only, reasons, shard, why_waiting
 
 
 def elastic(*where: str, workers: int, formed_s: float = 0.0, **fields: Any) -> Scene:
@@ -71,6 +73,21 @@ def test_a_newcomer_that_fails_disturbs_nobody() -> None:
     assert names(scene.step()) == ["MarkRunning"]
     assert (scene.job().restarts, scene.job().incidents) == (0, ())
     assert scene.turn(after_s=10.0) == [], "it is not tried again at once"
+
+
+def test_a_newcomer_that_hangs_is_given_up_however_often_checkpoints_are_saved() -> None:
+    scene = growing()
+    decisions: list[Decision] = []
+    for turn in range(40):  # 1000 s, with a checkpoint every 50 s
+        scene.change(turn % 2, shards=(shard(turn % 2, 20 + turn // 2),))
+        decisions = scene.step(after_s=25.0)
+        if "FormGeneration" in names(decisions):
+            break
+        for decision in decisions:
+            if isinstance(decision.action, WriteManifest):
+                commit(scene, decision.action)
+    assert reasons(decisions)[-1].startswith("generation 3 stays as it was: not all workers train")
+    assert scene.job().at_work.number == 1
 
 
 def test_a_failure_during_a_change_fails_both_generations() -> None:
@@ -143,6 +160,28 @@ def test_what_was_whole_before_a_change_that_failed_is_committed() -> None:
     assert names(decisions) == ["FailGeneration", "WriteManifest"]
     commit(scene, only(decisions, WriteManifest))
     assert [one.step for one in scene.job().checkpoints] == [12]
+
+
+def test_a_newcomer_that_has_no_state_yet_waits_for_what_was_whole_when_all_others_ended() -> None:
+    scene = growing()
+    for rank in (0, 1):
+        scene.change(rank, step=12, shards=(shard(rank, 12),))
+        scene.dies(rank)
+    decisions = scene.turn()
+    assert names(decisions) == ["FailGeneration", "WriteManifest"]
+    assert scene.facts is not None
+    now = Now(scene.wall_s, scene.monotonic_s)
+    ahead = with_next_generations(scene.log.state, scene.facts, now, scene.settings, decisions)
+    assert names(ahead) == names(decisions), "nor is the next one formed in the same breath"
+    scene.apply(decisions)
+    scene.writing.add(("job-1", 1, 12))
+    scene.change(2, phase=WorkerPhase.PARKED, step=10, parked_at=scene.wall_s)
+    assert scene.turn() == []
+    assert why_waiting(scene) == {"job-1": "checkpoint of step 12 is being committed"}
+    commit(scene, only(decisions, WriteManifest))
+    scene.writing.clear()
+    formed = only(scene.step(), c.FormGeneration).generation
+    assert (formed.checkpoint_step, formed.resume_step) == (12, 12)
 
 
 def test_a_run_that_ends_before_its_change_is_made_is_completed() -> None:

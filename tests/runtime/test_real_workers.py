@@ -208,6 +208,7 @@ class TestMeeting:
         for rank in (1, 2, 3):
             fact = await agent.until_phase(WorkerPhase.PARKED, rank)
             assert fact.failure is None
+            assert not fact.has_state, "they met before they settled on one"
             assert "generation 1" in fact.parked_reason
         agent.assign("meet", "a", "a", "a", "a", generation=2)
         await self.until_missing(agent, 2, 0)

@@ -9,10 +9,12 @@ from distroml import commands as c
 from distroml.model import FailureKind, JobStatus, NodeStatus
 from distroml.reports import WorkerPhase
 from distroml.runtime import reconciler
+from distroml.runtime.decisions import WriteManifest
 from distroml.runtime.failure_detector import Health
 from tests.builders import checkpoint, node
 from tests.runtime.scenes import (
     Scene,
+    commit,
     names,
     only,
     reasons,
@@ -207,7 +209,7 @@ def test_survivors_go_on_at_once_with_their_ranks_and_their_steps() -> None:
     scene.dies(1)
     failed = only(scene.step(), c.FailGeneration)
     assert (failed.backoff_s, failed.collateral) == (0.0, (0, 2))
-    scene.change(2, phase=WorkerPhase.PARKED, step=11)
+    scene.change(2, phase=WorkerPhase.PARKED, step=11, has_state=True)
     decisions = scene.step(after_s=0.0)
     assert reasons(decisions) == [
         "generation 2: 3 workers on a(2), b(1) from the 11 steps that its survivors have"
@@ -215,6 +217,46 @@ def test_survivors_go_on_at_once_with_their_ranks_and_their_steps() -> None:
     formed = only(decisions, c.FormGeneration).generation
     assert [(m.rank, m.node) for m in formed.members] == [(0, "a"), (1, "a"), (2, "b")]
     assert (formed.joining, formed.resume_step, formed.planned) == ((1,), 11, False)
+
+
+def test_a_replacement_that_has_no_state_yet_is_no_survivor() -> None:
+    """The last one with the state ends before it could pass it on, and a checkpoint is still being committed."""
+    scene = Scene("a", "b").running("a", "b")
+    scene.train(step=100)
+    for rank in (0, 1):
+        scene.saves(rank, 90)
+    scene.dies(1)
+    decisions = scene.step()
+    assert names(decisions) == ["FailGeneration", "WriteManifest"]
+    scene.writing.add(("job-1", 1, 90))
+    assert only(scene.step(), c.FormGeneration).generation.resume_step == 100
+    scene.hears("a", scene.worker(0, step=100, phase=WorkerPhase.CONNECTING))
+    scene.hears("b", scene.worker(1, worker=9, step=100, phase=WorkerPhase.CONNECTING))
+    scene.dies(0)
+    scene.step()
+    scene.change(1, phase=WorkerPhase.PARKED, parked_at=scene.wall_s)
+    scene.turn()
+    assert scene.turn(after_s=1.0) == []
+    assert why_waiting(scene) == {"job-1": "checkpoint of step 90 is being committed"}
+    commit(scene, only(decisions, WriteManifest))
+    scene.writing.clear()
+    formed = only(scene.turn(), c.FormGeneration).generation
+    assert (formed.checkpoint_step, formed.resume_step) == (90, 90)
+
+
+def test_one_that_was_about_to_pass_its_state_on_is_a_survivor() -> None:
+    scene = Scene("a", "b").running("a", "b")
+    scene.dies(1)
+    scene.step()
+    assert names(scene.step()) == ["FormGeneration"]
+    moved = scene.worker(0, step=10, phase=WorkerPhase.CONNECTING, has_state=True)
+    scene.hears("a", moved)
+    scene.hears("b", scene.worker(1, worker=9, phase=WorkerPhase.CONNECTING))
+    scene.dies(1)
+    scene.step()
+    scene.turn()
+    formed = only(scene.turn(after_s=1.0), c.FormGeneration).generation
+    assert "from the 10 steps that its survivors have" in formed.reason
 
 
 def test_a_hung_worker_holds_its_slot_until_it_is_gone() -> None:

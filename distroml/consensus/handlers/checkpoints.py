@@ -139,8 +139,8 @@ def _bounded(state: ClusterState, job: Job) -> tuple[tuple[Checkpoint, ...], lis
 def _generation_of(state: ClusterState, command: c.CommitCheckpoint) -> int:
     """The generation to judge a commit by: that of its shards, or the next one that went on from beyond its step.
 
-    Survivors do not wait for the commit of what was whole when their generation failed; nor does the end of a planned
-    change that failed, which began with all that was done before it.
+    Survivors do not wait for the commit of what was whole when their generation failed, and may be gone too when it
+    comes; nor does the end of a planned change that failed, which began with all that was done before it.
     """
     job = find_job(state, command.job_id)
     now = job.generation
@@ -149,7 +149,7 @@ def _generation_of(state: ClusterState, command: c.CommitCheckpoint) -> int:
     if now.planned:
         went_on = job.status is S.RECOVERING
     else:
-        went_on = job.status in ASSIGNED and now.resume_step >= command.checkpoint.step
+        went_on = now.resume_step >= command.checkpoint.step
     return now.number if went_on else command.generation
 
 

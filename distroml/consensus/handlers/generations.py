@@ -242,6 +242,7 @@ def _with_incident(
         reason=reason,
         cause=failure.cause,
         collateral=failure.collateral,
+        culprits=failure.culprits,
         observed_at=failure.observed_at,
         decided_at=context.at,
         highest_step=failure.highest_step,

@@ -120,7 +120,15 @@ class Worker:
             f"parked at step {self.step} after generation {group.generation}: {reason}", flush=True
         )
         prepared.left_at = at
-        self.link.send(Parked(generation=group.generation, step=self.step, at=at, reason=reason))
+        self.link.send(
+            Parked(
+                generation=group.generation,
+                step=self.step,
+                at=at,
+                reason=reason,
+                has_state=prepared.run is not None,
+            )
+        )
         return False
 
     def failure(self, error: BaseException) -> WorkerFailure:

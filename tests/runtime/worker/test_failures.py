@@ -61,7 +61,7 @@ def test_the_rank_with_the_bug_is_told_from_its_echoes(agent: AgentStub) -> None
     assert "the user's own bug" in agent.log(workers[2])
     agent.pump(lambda: all(w.parked for w in workers[:2]), "the others to be parked")
     for worker in workers[:2]:
-        assert [one.step for one in worker.parked] == [3]
+        assert [(one.step, one.has_state) for one in worker.parked] == [(3, True)]
         assert worker.exit_status is None
         agent.kill(worker)
 
