@@ -215,8 +215,9 @@ class Membership:
             told = f"rank {holder}"
             furthest = standings[holder].position
             behind = [rank for rank, one in enumerate(standings) if one.position != furthest]
-            has_done = [one.position // 2 for one in standings if one.position != NO_STATE]
-            self._share(Transfer(group, holder, behind), holder, behind, min(has_done))
+            # Who has no state gets all records: those who told of them may have died before they were heard.
+            least_done = min(one.position // 2 for one in standings)
+            self._share(Transfer(group, holder, behind), holder, behind, least_done)
         elif checkpoint is not None:
             told = f"checkpoint of step {checkpoint.step}"
             self._read(checkpoint)

@@ -280,6 +280,18 @@ def test_a_spare_is_prepared_and_waits(agent: AgentStub, undisturbed: Any) -> No
     same(run.outcome(), undisturbed["mlp"][0])
 
 
+def test_who_came_last_can_tell_of_the_whole_run(agent: AgentStub, undisturbed: Any) -> None:
+    """Whoever was there before may have died before its last words were heard."""
+    run = Run(agent, spec("mlp"), world_size=2)
+    run.train_to(10)
+    run.lose(0)
+    newcomer = run.ranks[0]
+    run.train_to(max(20, *(worker.step + 1 for worker in run.ranks)))
+    run.lose(1)
+    run.outcome()
+    assert series([newcomer]) == undisturbed["mlp"][1]
+
+
 def test_without_survivors_the_checkpoint_is_read(agent: AgentStub, undisturbed: Any) -> None:
     run = Run(agent, spec_of(4, **spec_document("mlp", every_n_steps=10)))
     run.train_to(10)
