@@ -112,7 +112,8 @@ class FrameworkAdapter:
 
         Call ``dist.backward`` and change parameters only after it: on a rank with several shards, what follows runs
         once, with the gradients of all. ``batch`` is never empty: where the shard is, it is a stand-in that
-        ``dist.backward`` weighs zero (``dist.samples`` is then 0).
+        ``dist.backward`` weighs zero (``dist.samples`` is then 0). Each step begins without gradients, whatever the one
+        before has left: they cannot be gathered over several steps.
 
         Returns:
             The state and further means over the shard's samples. Means that are to be exact on any number of ranks

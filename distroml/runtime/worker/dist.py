@@ -223,6 +223,8 @@ class Dist:
             save_request: what this rank has been asked to save and could save after the step; it takes all ranks.
         """
         self.step = state.step
+        # Autograd would add to those of a step that was cut short.
+        state.model.zero_grad(set_to_none=True)
         self._current = _Step(parts, flags, save_request, copy.deepcopy(state.values))
         if self._statistics is not None:
             self._statistics.remember()
