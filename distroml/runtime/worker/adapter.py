@@ -111,9 +111,9 @@ class FrameworkAdapter:
         """Train on one logical shard of one global batch.
 
         Call ``dist.backward`` and change parameters only after it: on a rank with several shards, what follows runs
-        once, with the gradients of all. ``batch`` is never empty: where the shard is, it is a stand-in that
-        ``dist.backward`` weighs zero (``dist.samples`` is then 0). Each step begins without gradients, whatever the one
-        before has left: they cannot be gathered over several steps.
+        once, with the gradients of all. Nothing that follows may wait for other ranks. Each step begins without
+        gradients, whatever the one before has left: they cannot be gathered over several steps. ``batch`` is never
+        empty: where the shard is, it is a stand-in that ``dist.backward`` weighs zero (``dist.samples`` is then 0).
 
         Returns:
             The state and further means over the shard's samples. Means that are to be exact on any number of ranks

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from distroml.errors import DistroMLError
 from distroml.reports import WorkerPhase
 from distroml.runtime.checkpoint.manifest import LEDGER_VALUE, METRICS_VALUE
 from distroml.runtime.control import MetricRecord
@@ -264,6 +265,7 @@ def take_step(
 
     Raises:
         CollectiveBroken: another rank is gone; the state is as it was.
+        DistroMLError: ``train_step`` did what it must not; the state may be that of no step.
     """
     dist.begin_step(state, parts, flags, save_request)
     further: dict[str, Any] = {}
@@ -276,7 +278,12 @@ def take_step(
             except ShardDone:
                 continue
             dist.end_shard(further.get("loss"))
-    except CollectiveBroken:
+    except CollectiveBroken as error:
+        if dist.is_concluded:
+            raise DistroMLError(
+                "train_step used a collective after dist.backward, when parameters may have moved, and it broke: "
+                f"{error}"
+            ) from error
         dist.roll_back(state)
         raise
     return state, dist.end_step(), further

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from distroml.errors import DistroMLError
 from distroml.runtime.worker.adapter import FrameworkAdapter
 from distroml.runtime.worker.batches import LocalBatch
 from distroml.runtime.worker.dist import Dist
@@ -22,7 +23,7 @@ from tests.runtime.worker.rank_threads import run_ranks
 
 torch.manual_seed(0)
 MODEL = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
-Trouble = Callable[[Dist], None]
+Trouble = Callable[[Dist], object]
 
 
 def undisturbed(dist: Dist) -> None:
@@ -70,9 +71,10 @@ def parts_of(dist: Dist, step: int) -> list[LocalBatch]:
 
 
 class Ranks:
-    """Some ranks, a logical shard each, and their states."""
+    """Some ranks, by default with a logical shard each, and their states."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, shards: int | None = None) -> None:
+        self.shards = shards
         self.adapters = [ZeroesLast() for _ in range(world_size)]
         self.states = [adapter.new_state() for adapter in self.adapters]
 
@@ -82,7 +84,7 @@ class Ranks:
 
     def _live(self, group: RankGroup, until: int) -> dict[str, Tensor]:
         adapter, state = self.adapters[group.rank], self.states[group.rank]
-        dist = Dist(group)
+        dist = Dist(group, self.shards)
         dist.attach(state.model, "deterministic", unused_allowed=False)
         try:
             while state.step < until:
@@ -113,3 +115,53 @@ def test_gradients_of_a_step_that_is_cut_short_are_not_added_to_the_next(
     for weights in ranks.train(until=3):
         for name, value in weights.items():
             assert torch.equal(value, expected[name]), name
+
+
+EXCHANGES: dict[str, Trouble] = {
+    "barrier": lambda dist: dist.barrier("saved"),
+    "agree": lambda dist: dist.agree("rows", 1),
+    "all_gather": lambda dist: dist.all_gather([1.0]),
+    "weighted_mean": lambda dist: dist.weighted_mean([1.0], 1.0),
+    "group": lambda dist: dist.group.barrier(),
+}
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_step_that_moved_the_parameters_can_wait_for_nobody(
+    world_size: int, exchange: str
+) -> None:
+    ranks = Ranks(world_size)
+    for adapter in ranks.adapters:
+        adapter.after = EXCHANGES[exchange]
+    with pytest.raises(DistroMLError, match=rf"dist\.{exchange} .* after dist\.backward"):
+        ranks.train(until=1)
+
+
+def test_a_rank_that_has_one_shard_may_exchange_before_backward() -> None:
+    ranks = Ranks(2)
+    for adapter in ranks.adapters:
+        adapter.before = EXCHANGES["all_gather"]
+    ranks.train(until=2)
+
+
+def test_ranks_that_have_several_shards_may_not_exchange_in_a_step() -> None:
+    ranks = Ranks(1, shards=2)
+    ranks.adapters[0].before = EXCHANGES["all_gather"]
+    with pytest.raises(DistroMLError, match=r"dist\.all_gather .* several logical shards"):
+        ranks.train(until=1)
+
+
+def test_a_state_between_two_steps_is_passed_off_as_neither() -> None:
+    """A group that an adapter kept is not refused to it."""
+    ranks, kept = Ranks(1), []
+    adapter = ranks.adapters[0]
+    adapter.before = lambda dist: kept.append(dist.group)
+
+    def exchange(dist: Dist) -> None:
+        kept[0].abort("a rank is gone")
+        kept[0].barrier()
+
+    adapter.after = exchange
+    with pytest.raises(DistroMLError, match=r"after dist\.backward.*a rank is gone"):
+        ranks.train(until=1)
