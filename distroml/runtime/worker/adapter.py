@@ -117,7 +117,8 @@ class FrameworkAdapter:
 
         Returns:
             The state and further means over the shard's samples. Means that are to be exact on any number of ranks
-            are given to ``dist.backward(loss, name=value)`` instead.
+            are given to ``dist.backward(loss, name=value)`` instead. A value is one number of any kind (Python, numpy,
+            torch); of more than 60 names in all the first ones in name order are kept.
         """
         state.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(self.forward(state.module, batch), batch)
@@ -146,7 +147,8 @@ class FrameworkAdapter:
     def evaluate(self, state: TrainState, dist: Dist) -> dict[str, float]:
         """Metrics of the held-out samples, equal on all ranks and independent of their number.
 
-        By default "eval_loss" and what ``measure`` adds; nothing without ``build_holdout``.
+        By default "eval_loss" and what ``measure`` adds; nothing without ``build_holdout``. A value is one number of any
+        kind; of more than 64 names the first ones in name order are kept.
         """
         return evaluate(self, state, dist)
 

@@ -23,6 +23,7 @@ from distroml.errors import DistroMLError
 from distroml.runtime.worker.gradient_sync import GradientSync
 from distroml.runtime.worker.logical_shards import LogicalShards
 from distroml.runtime.worker.meetings import NotMet
+from distroml.runtime.worker.metrics import as_metrics
 from distroml.runtime.worker.process_group import COLLECTIVE_TIMEOUT_S, RankGroup
 from distroml.runtime.worker.reduction import ALIGNMENT
 from distroml.runtime.worker.statistics import RunningStatistics
@@ -140,7 +141,7 @@ class Dist:
             CollectiveBroken: another rank is gone.
         """
         step = self._step()
-        self._take_note(loss.detach(), metrics)
+        self._take_note(loss.detach(), as_metrics(metrics, "dist.backward"))
         if self._sync is None:
             loss.backward()
             self._conclude(self._packed)
@@ -306,7 +307,7 @@ class Dist:
             raise RuntimeError("no step is under way")
         return self._current
 
-    def _take_note(self, loss: Tensor, metrics: dict[str, Tensor | float]) -> None:
+    def _take_note(self, loss: Tensor, metrics: dict[str, float]) -> None:
         """Pack what the other ranks should know of this shard: its note, then its running statistics."""
         step = self._step()
         names = tuple(sorted(metrics))
@@ -325,7 +326,7 @@ class Dist:
             self.waited_s,
             *part.ids_digest,
             float(step.save_request),
-            *(float(metrics[name]) * weight if weight else 0.0 for name in names),
+            *(metrics[name] * weight if weight else 0.0 for name in names),
         ]
         statistics_bytes = self._statistics.size_bytes if self._statistics else 0
         note_bytes = 8 * len(note)

@@ -10,7 +10,7 @@ import pytest
 
 from distroml.model import Checkpoint
 from distroml.reports import WorkerPhase
-from distroml.runtime.control import Committed, Save
+from distroml.runtime.control import MAX_METRIC_NAMES, Committed, Save
 from distroml.runtime.worker.snapshot import read_checkpoint
 from distroml.spec import JobSpec, convert_spec
 from tests.runtime.worker.agent_stub import AgentStub, StubWorker
@@ -70,6 +70,15 @@ def test_phases_metrics_and_outcome(agent: AgentStub) -> None:
     assert outcome.checkpoint_step == 22
     assert set(outcome.metrics) == {"loss", "accuracy", "eval_loss"}
     assert [s.step for s in first.shards] == [7, 14, 21, 22]
+
+
+def test_numbers_of_any_kind_are_metrics(agent: AgentStub) -> None:
+    (first, _) = finished(agent.run(user_spec("EvaluatesInNumpy", 2, steps=3)))
+    assert first.series("score") == {3: 0.5}
+    assert first.series("worst") == {3: 2.0}
+    assert first.series("norm_000") == dict.fromkeys((1, 2, 3), 0.25)
+    assert set(first.series("throughput")) == {1, 2, 3}
+    assert {len(record.values) for record in first.metrics} == {MAX_METRIC_NAMES, 2}
 
 
 def test_training_learns(agent: AgentStub) -> None:
