@@ -161,6 +161,7 @@ class ControlLink:
     def phase(self, position: Position, marks: Marks | None = None) -> None:
         """Tell a change of phase now."""
         with self._wake:
+            self._gather_progress()  # or else it would become the last word
             if self._last is None or self._last.generation != position.generation:
                 self._told.clear()
                 self._gathered.clear()

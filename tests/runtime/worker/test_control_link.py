@@ -102,6 +102,18 @@ def test_a_pulse_tells_how_long_the_loop_has_been_waiting(agent: Agent) -> None:
     assert (pulse.generation, pulse.step, pulse.waiting_s) == (2, 3, 1.5)
 
 
+def test_pending_progress_does_not_undo_a_phase(agent: Agent) -> None:
+    with agent.link._wake:  # as if both came within one interval
+        agent.link.progress(training(9, 10), [record(9)])
+        agent.link.phase(Position(1, WorkerPhase.FINISHING, 10, 0, 10))
+    told = [agent.next() for _ in range(3)]
+    assert [(one.phase, one.step) for one in told] == [
+        (WorkerPhase.TRAINING, 9),
+        (WorkerPhase.FINISHING, 10),
+        (WorkerPhase.FINISHING, 10),
+    ]
+
+
 def test_metrics_are_batched_and_stay_in_front_of_what_follows(agent: Agent) -> None:
     note = ShardAbandoned(generation=1, step=5, reason="test")
     with agent.link._wake:  # as if all came within one interval
