@@ -124,6 +124,8 @@ class Progress(Struct, frozen=True, tag=True, kw_only=True):
     timing: StepTiming | None = None
     waiting_s: float = 0.0
     """For how long it has been in its present collective; 0 outside of one."""
+    evaluating: bool = False
+    """Between two steps, in the adapter's ``evaluate``."""
 
 
 class Parked(Struct, frozen=True, tag=True, kw_only=True):

@@ -76,6 +76,7 @@ class Position(NamedTuple):
     epoch: int
     total_steps: int | None = None
     timing: StepTiming | None = None
+    evaluating: bool = False
 
 
 class ControlLink:
@@ -352,6 +353,7 @@ def _progress(
         metrics=metrics,
         marks=marks,
         waiting_s=round(waiting_s, 3),
+        evaluating=position.evaluating,
     )
 
 

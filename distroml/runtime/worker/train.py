@@ -148,15 +148,16 @@ class Training:
             self.answered,
         )
 
-    def position(self, phase: WorkerPhase) -> Position:
+    def position(self, *, evaluating: bool = False) -> Position:
         """Where the loop is."""
         return Position(
             self.dist.group.generation,
-            phase,
+            WorkerPhase.TRAINING,
             self.state.step,
             self.state.epoch,
             self.total_steps,
             self.clock.timing(),
+            evaluating,
         )
 
     # --- one step ----------------------------------------------------------------------------------------------
@@ -229,16 +230,19 @@ class Training:
         run, step = self.run, self.state.step
         if run.evaluated >= step:
             return
+        self.link.progress(self.position(evaluating=True))
         seed_all(self.adapter.spec.seed, "evaluate", step)
         found = as_metrics(self.adapter.evaluate(self.state, self.dist), "evaluate")
         values = first_of(found, MAX_METRIC_NAMES)
         self.state.model.train()
         run.evaluated = step
-        if values:
-            run.metrics.update(values)
-            record = MetricRecord(step, self.state.epoch, time.time(), values)
-            run.records.append(record)
-            self._report(record)
+        if not values:
+            self.link.progress(self.position())
+            return
+        run.metrics.update(values)
+        record = MetricRecord(step, self.state.epoch, time.time(), values)
+        run.records.append(record)
+        self._report(record)
 
     def _can_answer(self) -> int:
         """The request that this rank could answer after the step that begins; 0 while its last shard is written."""
@@ -255,7 +259,7 @@ class Training:
 
     def _report(self, record: MetricRecord) -> None:
         records = (record,) if self.dist.rank == 0 else ()
-        self.link.progress(self.position(WorkerPhase.TRAINING), records)
+        self.link.progress(self.position(), records)
 
 
 def take_step(
