@@ -177,6 +177,8 @@ class WorkerFact(Struct, frozen=True, gc=False, kw_only=True):
     """When its last step was heard of (Unix seconds of its agent), or it began to train."""
     waiting_s: float = 0.0
     """For how long it has been in its present collective, as it said last."""
+    evaluating: bool = False
+    """It evaluates between two steps, which may take far longer than a step."""
     silent_s: float = 0.0
     """Since when its control thread has said nothing."""
     stopped_s: float = 0.0

@@ -167,7 +167,8 @@ class NodeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Meta(
             ge=1000,
             le=86_400_000,
-            description="most of that time, ms; counts also until a step was timed",
+            description="most of that time, ms; counts also until a step was timed, and for an "
+            "evaluation",
         ),
     ] = 600_000
     orphan_grace_s: Annotated[

@@ -25,6 +25,9 @@ AGENT_GRACE_S = 10.0
 """How long workers and their forkserver live on without an agent: one that crashed may come back to them."""
 PULSE_S = 0.5
 """A worker whose control thread lives says so at least this often."""
+MAX_METRIC_NAMES = 64
+"""Of one metric record; with more, the first in name order are kept."""
+MAX_METRIC_NAME_CHARS = 128
 
 
 class Join(Struct, frozen=True, tag=True, kw_only=True):
@@ -121,6 +124,8 @@ class Progress(Struct, frozen=True, tag=True, kw_only=True):
     timing: StepTiming | None = None
     waiting_s: float = 0.0
     """For how long it has been in its present collective; 0 outside of one."""
+    evaluating: bool = False
+    """Between two steps, in the adapter's ``evaluate``."""
 
 
 class Parked(Struct, frozen=True, tag=True, kw_only=True):

@@ -105,8 +105,10 @@ class Sighting(Struct, frozen=True, gc=False, kw_only=True):
     """First sight of outcomes of all its ranks."""
     steps: int = 0
     """Sum of the steps of all ranks; grows while they train."""
+    evaluating: int = 0
+    """Ranks that evaluate."""
     still_since_s: float = 0.0
-    """First sight of ``steps`` as they are."""
+    """First sight of ``steps`` and ``evaluating`` as they are."""
     shards_since_s: dict[int, float] = {}
     """First sight of a durable shard, by checkpoint step."""
     abandoned_since_s: dict[int, float] = {}
@@ -270,7 +272,8 @@ def _sighting(before: Sighting | None, job: Job, facts: Facts, now_s: float) -> 
     saved: list[WorkerFact | Former] = [*seen, *left]
     durable = {shard.step for one in saved for shard in one.shards}
     abandoned = {step for one in saved for step, _ in one.abandoned}
-    steps = sum(fact.step for fact in seen)
+    steps, evaluating = sum(fact.step for fact in seen), sum(fact.evaluating for fact in seen)
+    still = same and (steps, evaluating) == (before.steps, before.evaluating)
     abandoned |= {
         step
         for job_id, number, step in facts.write_failures
@@ -282,7 +285,8 @@ def _sighting(before: Sighting | None, job: Job, facts: Facts, now_s: float) -> 
         since_s=before.since_s if same else now_s,
         failing_since_s=_first(before.failing_since_s, failing, now_s),
         steps=steps,
-        still_since_s=before.still_since_s if same and steps == before.steps else now_s,
+        evaluating=evaluating,
+        still_since_s=before.still_since_s if still else now_s,
         finished_since_s=_first(before.finished_since_s, finished, now_s),
         shards_since_s=_firsts(before.shards_since_s, durable, now_s),
         abandoned_since_s=_firsts(before.abandoned_since_s, abandoned, now_s),

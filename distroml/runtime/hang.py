@@ -3,7 +3,7 @@
 Pure; used by ``runtime.reconciler``. A rank that stands still stops all others within a step, since they wait for it
 in a collective. So there is nothing to see but that nobody advances, and the culprit is the one that does not wait:
 its process is stopped, or its control thread says nothing, or it is busy outside of collectives, or it came to the
-collective last. How long is too long is learnt from the steps of the job itself.
+collective last. How long is too long is learnt from the steps of the job itself; of an evaluation nothing is known.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class HangSettings(Struct, frozen=True, gc=False, kw_only=True):
     """Deadline in slowest steps of the job."""
     floor_s: float = 10.0
     ceiling_s: float = 600.0
-    """Also the deadline while no step has been timed."""
+    """Also the deadline while no step has been timed, and of an evaluation."""
 
 
 class Hang(Struct, frozen=True, kw_only=True):
@@ -48,13 +48,15 @@ def find_hang(
 
     Args:
         ranks: what is known of each rank, as of reports that are not old.
-        still_s: for how long none of them has advanced.
+        still_s: for how long none of them has advanced, or begun or ended an evaluation.
     """
     return _stopped(ranks, settings) or _without_progress(ranks, still_s, settings)
 
 
 def deadline_s(ranks: Mapping[int, WorkerFact], settings: HangSettings) -> float:
-    """How long a step may take at most before somebody is said to hang."""
+    """How long a step, or an evaluation, may take at most before somebody is said to hang."""
+    if any(fact.evaluating for fact in ranks.values()):
+        return settings.ceiling_s
     slowest_s = max((fact.timing.slowest_s for fact in ranks.values() if fact.timing), default=0.0)
     if slowest_s <= 0:
         return settings.ceiling_s

@@ -245,6 +245,7 @@ class LocalWorker:
             marks=message.marks or fact.marks,
             timing=message.timing or fact.timing,
             waiting_s=message.waiting_s,
+            evaluating=message.evaluating,
             step_at=time.time() if stepped else fact.step_at,
         )
         return entered or message.marks is not None

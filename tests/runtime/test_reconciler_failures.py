@@ -299,6 +299,38 @@ def test_a_step_starts_the_clock_again_and_so_does_a_new_leader() -> None:
     assert names(scene.turn(after_s=10.0)) == ["FailGeneration"]
 
 
+def test_an_evaluation_may_take_far_longer_than_a_step() -> None:
+    scene = Scene("a", "b").running("a", "b")
+    timing = StepTiming(
+        step_s=0.1, data_s=0.0, compute_s=0.1, communication_s=0.0, idle_s=0.0, slowest_s=0.1
+    )
+    for rank, waiting_s in ((0, 25.0), (1, 0.0)):
+        scene.change(rank, timing=timing, waiting_s=waiting_s)
+    assert scene.turn(after_s=9.0) == []
+    for rank in (0, 1):
+        scene.change(rank, evaluating=True)
+    assert scene.turn() == []
+    assert scene.turn(after_s=30.0) == []
+    for rank in (0, 1):
+        scene.change(rank, evaluating=False)
+    assert scene.turn() == []
+    assert scene.turn(after_s=9.0) == [], "the next step has a deadline of its own"
+    assert "worker 1 on node b hangs: no rank completed a step for 10.5 s" in (
+        failure(scene, after_s=1.5).reason
+    )
+
+
+def test_an_evaluation_that_never_ends_is_named() -> None:
+    scene = Scene("a", "b").running("a", "b")
+    for rank, waiting_s in ((0, 25.0), (1, 0.0)):
+        scene.change(rank, waiting_s=waiting_s, evaluating=True)
+    assert scene.turn() == []
+    assert scene.turn(after_s=599.0) == []
+    assert "worker 1 on node b hangs: no rank completed a step for 600.5 s" in (
+        failure(scene, after_s=1.5).reason
+    )
+
+
 def test_silence_of_a_node_is_for_the_failure_detector_to_judge() -> None:
     scene = Scene("a", "b").running("a", "b")
     scene.settings = replace(scene.settings, hang=HangSettings(floor_s=10.0, ceiling_s=10.0))

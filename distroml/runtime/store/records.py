@@ -13,14 +13,11 @@ import msgspec
 from msgspec import Meta, Struct
 
 from distroml.errors import UNDECODABLE
-from distroml.runtime.control import MetricRecord
+from distroml.runtime.control import MAX_METRIC_NAME_CHARS, MAX_METRIC_NAMES, MetricRecord
 
 MAX_RECORD_BYTES = 64 * 1024
 """Limit of one encoded record; ``HistoryStore.append`` refuses larger ones."""
 MAX_LINE_CHARACTERS = 4096
-MAX_METRIC_NAMES = 64
-"""Names kept of one metric record (the first in name order)."""
-MAX_NAME_CHARACTERS = 128
 
 Kind = Literal["metrics", "logs"]
 KINDS: tuple[Kind, ...] = ("logs", "metrics")
@@ -100,9 +97,9 @@ def check_key(key: StreamKey) -> None:
 def encode_metric(record: MetricRecord) -> bytes:
     """A metric record as stored; with too many names, the first ``MAX_METRIC_NAMES`` are kept."""
     values = record.values
-    if len(values) > MAX_METRIC_NAMES or any(len(name) > MAX_NAME_CHARACTERS for name in values):
+    if len(values) > MAX_METRIC_NAMES or any(len(name) > MAX_METRIC_NAME_CHARS for name in values):
         kept = sorted(values)[:MAX_METRIC_NAMES]
-        values = {name[:MAX_NAME_CHARACTERS]: values[name] for name in kept}
+        values = {name[:MAX_METRIC_NAME_CHARS]: values[name] for name in kept}
         record = MetricRecord(step=record.step, epoch=record.epoch, at=record.at, values=values)
     return _encoder.encode(record)
 

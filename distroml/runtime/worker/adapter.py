@@ -111,12 +111,14 @@ class FrameworkAdapter:
         """Train on one logical shard of one global batch.
 
         Call ``dist.backward`` and change parameters only after it: on a rank with several shards, what follows runs
-        once, with the gradients of all. ``batch`` is never empty: where the shard is, it is a stand-in that
-        ``dist.backward`` weighs zero (``dist.samples`` is then 0).
+        once, with the gradients of all. Nothing that follows may wait for other ranks. Each step begins without
+        gradients, whatever the one before has left: they cannot be gathered over several steps. ``batch`` is never
+        empty: where the shard is, it is a stand-in that ``dist.backward`` weighs zero (``dist.samples`` is then 0).
 
         Returns:
             The state and further means over the shard's samples. Means that are to be exact on any number of ranks
-            are given to ``dist.backward(loss, name=value)`` instead.
+            are given to ``dist.backward(loss, name=value)`` instead. A value is one number of any kind (Python, numpy,
+            torch); of more than 60 names in all the first ones in name order are kept.
         """
         state.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(self.forward(state.module, batch), batch)
@@ -145,7 +147,8 @@ class FrameworkAdapter:
     def evaluate(self, state: TrainState, dist: Dist) -> dict[str, float]:
         """Metrics of the held-out samples, equal on all ranks and independent of their number.
 
-        By default "eval_loss" and what ``measure`` adds; nothing without ``build_holdout``.
+        By default "eval_loss" and what ``measure`` adds; nothing without ``build_holdout``. A value is one number of any
+        kind; of more than 64 names the first ones in name order are kept.
         """
         return evaluate(self, state, dist)
 

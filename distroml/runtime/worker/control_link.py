@@ -18,9 +18,12 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
+
+import msgspec
 
 from distroml.reports import Marks, StepTiming, WorkerPhase
 from distroml.runtime.control import (
@@ -73,6 +76,7 @@ class Position(NamedTuple):
     epoch: int
     total_steps: int | None = None
     timing: StepTiming | None = None
+    evaluating: bool = False
 
 
 class ControlLink:
@@ -83,7 +87,8 @@ class ControlLink:
         on_message: called in the reading thread with each message of the agent.
         waiting_s: for how long the step loop has been in its present collective; 0 outside of one.
         hello: what the agent is greeted with on each connection; None: the test says it.
-        on_agent_gone: called with the reason in whichever thread sees it; never returns.
+        on_agent_gone: called with the reason in whichever thread sees it; never returns. Also where the line is of no use
+            for another reason: a worker that is mute or deaf would be taken for one that hangs.
 
     Raises:
         OSError: the agent cannot be reached within ``CONNECT_TIMEOUT_S``.
@@ -128,7 +133,7 @@ class ControlLink:
         if hello is not None:
             self._lifecycle.append(hello())
         for work, name in ((self._write, "control-write"), (self._read, "control-read")):
-            threading.Thread(target=work, name=name, daemon=True).start()
+            threading.Thread(target=self._live, args=(work,), name=name, daemon=True).start()
 
     # --- the step loop's side ----------------------------------------------------------------------------------
 
@@ -157,6 +162,7 @@ class ControlLink:
     def phase(self, position: Position, marks: Marks | None = None) -> None:
         """Tell a change of phase now."""
         with self._wake:
+            self._gather_progress()  # or else it would become the last word
             if self._last is None or self._last.generation != position.generation:
                 self._told.clear()
                 self._gathered.clear()
@@ -191,11 +197,18 @@ class ControlLink:
         if self._last is not None:
             self._lifecycle.append(_progress(self._last, waiting_s=self._waiting_s()))
 
+    def _live(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:
+            traceback.print_exc()
+            self._on_agent_gone(f"its line to the agent failed ({type(error).__name__}: {error})")
+
     def _write(self) -> None:
         while True:
             messages = self._next_messages()
             try:
-                self._socket.sendall(b"".join(encode_frame(message) for message in messages))
+                self._socket.sendall(b"".join(_frames(message) for message in messages))
             except OSError:
                 self._keep_for_the_next(messages)
             with self._wake:
@@ -306,6 +319,23 @@ class ControlLink:
         return tuple(self._gathered)[: max(0, len(self._gathered) - waiting)]
 
 
+def _frames(message: FromWorker) -> bytes:
+    """One frame, or several where one would be too large for all the metrics.
+
+    Raises:
+        ValueError: a part that cannot be cut is too large.
+    """
+    try:
+        return encode_frame(message)
+    except ValueError:
+        if not isinstance(message, Progress) or len(message.metrics) <= 1:
+            raise
+    half = len(message.metrics) // 2
+    first = msgspec.structs.replace(message, metrics=message.metrics[:half])
+    rest = msgspec.structs.replace(message, metrics=message.metrics[half:])
+    return _frames(first) + _frames(rest)
+
+
 def _progress(
     position: Position,
     *,
@@ -323,6 +353,7 @@ def _progress(
         metrics=metrics,
         marks=marks,
         waiting_s=round(waiting_s, 3),
+        evaluating=position.evaluating,
     )
 
 

@@ -23,6 +23,7 @@ from distroml.errors import DistroMLError
 from distroml.runtime.worker.gradient_sync import GradientSync
 from distroml.runtime.worker.logical_shards import LogicalShards
 from distroml.runtime.worker.meetings import NotMet
+from distroml.runtime.worker.metrics import as_metrics
 from distroml.runtime.worker.process_group import COLLECTIVE_TIMEOUT_S, RankGroup
 from distroml.runtime.worker.reduction import ALIGNMENT
 from distroml.runtime.worker.statistics import RunningStatistics
@@ -76,7 +77,10 @@ class Dist:
 
     Attributes that a train step may read: ``rank``, ``world_size``, ``local_rank`` (among the ranks of its node), ``shard`` (the logical shard that it computes now),
     ``step`` (steps completed before this one), ``epoch``, ``samples`` (of this shard in this batch; 0 for a stand-in batch
-    that must not count), ``batch_samples`` (of the global batch), and ``group`` for collectives of its own.
+    that must not count), and ``batch_samples`` (of the global batch).
+
+    Ranks exchange what they like in ``set_up`` and ``evaluate``. ``train_step`` may do so before ``backward``, on ranks that
+    have one logical shard, and not after it: a rank that is lost then would leave states between two steps.
     """
 
     def __init__(
@@ -87,7 +91,7 @@ class Dist:
         meetings: Meetings | None = None,
         local_rank: int = 0,
     ) -> None:
-        self.group = group
+        self._group = group
         self.local_rank = local_rank
         self.rank, self.world_size = group.rank, group.world_size
         self.shards = LogicalShards(
@@ -114,7 +118,7 @@ class Dist:
         self._statistics = RunningStatistics(model)
         if self.shards.count > 1:
             self._sync = GradientSync(
-                model, self.group, self.shards, reduction, unused_allowed=unused_allowed
+                model, self._group, self.shards, reduction, unused_allowed=unused_allowed
             )
 
     def close(self) -> None:
@@ -137,14 +141,14 @@ class Dist:
             CollectiveBroken: another rank is gone.
         """
         step = self._step()
-        self._take_note(loss.detach(), metrics)
+        self._take_note(loss.detach(), as_metrics(metrics, "dist.backward"))
         if self._sync is None:
             loss.backward()
             self._conclude(self._packed)
             return
         last = step.place == len(step.parts) - 1
         riding = last and self._sync.carries_notes
-        pending = self.group.all_gather_async(self._packed) if last and not riding else None
+        pending = self._group.all_gather_async(self._packed) if last and not riding else None
         weighted = loss * (self.samples / self.batch_samples)
         rows = self._sync.backward(
             weighted, step.place, silent=self.samples == 0, notes=self._packed if riding else None
@@ -156,15 +160,23 @@ class Dist:
         assert rows is not None
         self._conclude(rows)
 
+    @property
+    def group(self) -> RankGroup:
+        """For collectives of the adapter's own."""
+        self._may_exchange("group")
+        return self._group
+
     def all_gather(self, values: Sequence[float]) -> list[list[float]]:
         """The ``values`` (as many on each rank) of all ranks, in rank order, as float64."""
-        gathered: list[list[float]] = self.group.all_gather(
+        self._may_exchange("all_gather")
+        gathered: list[list[float]] = self._group.all_gather(
             torch.tensor(values, dtype=torch.float64)
         ).tolist()
         return gathered
 
     def weighted_mean(self, means: Sequence[float], weight: float) -> list[float]:
         """Means over all ranks of per-rank ``means``, each weighing ``weight``; summed in rank order."""
+        self._may_exchange("weighted_mean")
         rows = self.all_gather([weight, *(0.0 if weight == 0 else m * weight for m in means)])
         total = sum(row[0] for row in rows)
         return [
@@ -173,14 +185,15 @@ class Dist:
 
     def barrier(self, name: str, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> None:
         """Return once each rank has called this; ``agree`` without a value."""
+        self._may_exchange("barrier")
         self.agree(name, 0, timeout_s)
 
     def agree(self, name: str, value: int, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> int:
         """The largest ``value`` of all ranks, once each of them has called this.
 
         It goes through the control plane and needs no collective, so it costs milliseconds and may last for minutes.
-        All ranks call the same ones in the same order; in ``train_step`` only after ``backward``, since what is before
-        that runs once per logical shard. After a timeout it may be called again: the first value then counts.
+        All ranks call the same ones in the same order. After a timeout it may be called again: the first value then
+        counts.
 
         Args:
             name: says in errors what is waited for, 1 to ``MAX_BARRIER_NAME_CHARS``.
@@ -190,26 +203,44 @@ class Dist:
             CollectiveBroken: another rank is gone, or the agent ended the generation.
             BarrierTimeout: some rank did not come in ``timeout_s``; says which, where that is known.
             ValueError, TypeError: the name or the value cannot be.
+            DistroMLError: called in ``train_step`` where that cannot be.
         """
+        self._may_exchange("agree")
         value = operator.index(value)
         if not 1 <= len(name) <= MAX_BARRIER_NAME_CHARS:
             raise ValueError(
                 f"a barrier's name has 1 to {MAX_BARRIER_NAME_CHARS} characters, not {len(name)}: {name[:32]!r}"
             )
-        self.group.check()
+        self._group.check()
         if self.world_size == 1:
             return value
         if self._meetings is None:
             raise RuntimeError("this process has no agent, and so no control plane to meet in")
         place = f"{name}#{self._met + 1}"
         try:
-            with self.group.waiting():
+            with self._group.waiting():
                 agreed = self._meetings.meet(place, timeout_s, value)
         except NotMet:
-            self.group.check()
+            self._group.check()
             raise
         self._met += 1
         return agreed
+
+    def _may_exchange(self, call: str) -> None:
+        """Refuse what would be right only as long as nothing fails."""
+        if self._current is None:
+            return
+        if self.is_concluded:
+            raise DistroMLError(
+                f"dist.{call} cannot be used in train_step after dist.backward: parameters may have moved, and a rank "
+                "that is lost now would leave states between two steps. Use it in set_up or evaluate; give means to "
+                "dist.backward(loss, name=value), or return them from train_step."
+            )
+        if self.shards.most > 1:
+            raise DistroMLError(
+                f"dist.{call} cannot be used in train_step on ranks that have several logical shards: train_step runs "
+                "once for each of them, and not equally often on all ranks."
+            )
 
     # --- for the step loop -------------------------------------------------------------------------------------
 
@@ -223,6 +254,8 @@ class Dist:
             save_request: what this rank has been asked to save and could save after the step; it takes all ranks.
         """
         self.step = state.step
+        # Autograd would add to those of a step that was cut short.
+        state.model.zero_grad(set_to_none=True)
         self._current = _Step(parts, flags, save_request, copy.deepcopy(state.values))
         if self._statistics is not None:
             self._statistics.remember()
@@ -243,8 +276,13 @@ class Dist:
             return
         self._take_note(torch.as_tensor(0.0 if loss is None else loss), {})
         if step.place == len(step.parts) - 1:
-            rows = self._by_shard(self.group.all_gather(self._packed))
+            rows = self._by_shard(self._group.all_gather(self._packed))
             self._conclude(rows)
+
+    @property
+    def is_concluded(self) -> bool:
+        """Whether the present step needs no other rank any more, and its parameters may have moved."""
+        return self._current is not None and self._current.totals is not None
 
     def end_step(self) -> StepTotals:
         """What the step was, after its last shard."""
@@ -269,7 +307,7 @@ class Dist:
             raise RuntimeError("no step is under way")
         return self._current
 
-    def _take_note(self, loss: Tensor, metrics: dict[str, Tensor | float]) -> None:
+    def _take_note(self, loss: Tensor, metrics: dict[str, float]) -> None:
         """Pack what the other ranks should know of this shard: its note, then its running statistics."""
         step = self._step()
         names = tuple(sorted(metrics))
@@ -288,7 +326,7 @@ class Dist:
             self.waited_s,
             *part.ids_digest,
             float(step.save_request),
-            *(float(metrics[name]) * weight if weight else 0.0 for name in names),
+            *(metrics[name] * weight if weight else 0.0 for name in names),
         ]
         statistics_bytes = self._statistics.size_bytes if self._statistics else 0
         note_bytes = 8 * len(note)
@@ -309,7 +347,7 @@ class Dist:
     def _conclude(self, rows: Tensor) -> None:
         """All is known: from the notes of all shards to the step's totals, and statistics for the model."""
         step = self._step()
-        self.group.check()
+        self._group.check()
         width = 8 * (len(_FIXED) + len(step.names))
         notes: list[list[float]] = (
             rows[:, :width].contiguous().view(torch.float64).view(self.shards.count, -1).tolist()

@@ -7,8 +7,13 @@ the whole batch would have added. A step that is cut short puts back what it beg
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
+
+from distroml.errors import DistroMLError
 
 
 class RunningStatistics:
@@ -19,13 +24,8 @@ class RunningStatistics:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        buffers = [
-            tensor
-            for tensor in model.state_dict(keep_vars=True).values()
-            if not isinstance(tensor, nn.Parameter)
-        ]
         # widest first, so that each lies at a multiple of its own size among the packed bytes
-        self._buffers = sorted(buffers, key=lambda buffer: -buffer.element_size())
+        self._buffers = sorted(_buffers_of(model), key=lambda one: -one.first.element_size())
         self.size_bytes = sum(buffer.nbytes for buffer in self._buffers)
         """Of one shard's statistics, packed."""
         self._before = torch.empty(self.size_bytes, dtype=torch.uint8)
@@ -42,7 +42,8 @@ class RunningStatistics:
         """Copy the present values to the bytes of ``target``."""
         at = 0
         for buffer in self._buffers:
-            target[at : at + buffer.nbytes].copy_(_bytes_of(buffer))
+            present = buffer.present()
+            target[at : at + buffer.nbytes].copy_(present.detach().reshape(-1).view(torch.uint8))
             at += buffer.nbytes
 
     def combine(self, packed: Tensor, samples: list[float]) -> None:
@@ -59,7 +60,7 @@ class RunningStatistics:
         shares /= shares.sum()
         packed, at = packed[holders].contiguous(), 0
         for buffer in self._buffers:
-            rows = packed[:, at : at + buffer.nbytes].contiguous().view(buffer.dtype)
+            rows = packed[:, at : at + buffer.nbytes].contiguous().view(buffer.first.dtype)
             at += buffer.nbytes
             combined = rows[0]
             if rows.is_floating_point() and len(holders) > 1:
@@ -67,16 +68,51 @@ class RunningStatistics:
                 for row, share in zip(rows[1:], shares[1:], strict=True):
                     mean += row.double() * share
                 same = (rows == rows[0]).all(dim=0)
-                combined = torch.where(same, combined, mean.to(buffer.dtype))
-            buffer.data.copy_(combined.view(buffer.shape))
+                combined = torch.where(same, combined, mean.to(combined.dtype))
+            buffer.put(combined)
 
     def _write(self, packed: Tensor) -> None:
         at = 0
         for buffer in self._buffers:
-            values = packed[at : at + buffer.nbytes].clone().view(buffer.dtype)
-            buffer.data.copy_(values.view(buffer.shape))
+            buffer.put(packed[at : at + buffer.nbytes].clone().view(buffer.first.dtype))
             at += buffer.nbytes
 
 
-def _bytes_of(buffer: Tensor) -> Tensor:
-    return buffer.detach().reshape(-1).view(torch.uint8)
+@dataclass(frozen=True)
+class _Buffer:
+    """A place in the model. Its module may put another tensor there in any forward pass."""
+
+    module: nn.Module
+    name: str
+    path: str
+    first: Tensor
+    """What was there first. Values are put into this one: the memory of another may belong to something else."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.first.nbytes
+
+    def present(self) -> Tensor:
+        """What is there now."""
+        tensor = self.module._buffers[self.name]
+        if tensor is None or (tensor.dtype, tensor.shape) != (self.first.dtype, self.first.shape):
+            raise DistroMLError(
+                f"The buffer '{self.path}' was {_form_of(self.first)} and became {_form_of(tensor)}; "
+                "register it as it is to be in the end."
+            )
+        return tensor
+
+    def put(self, values: Tensor) -> None:
+        self.first.data.copy_(values.view(self.first.shape))
+        self.module._buffers[self.name] = self.first
+
+
+def _buffers_of(model: nn.Module) -> Iterator[_Buffer]:
+    for prefix, module in model.named_modules():
+        for name, tensor in module._buffers.items():
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                yield _Buffer(module, name, f"{prefix}.{name}" if prefix else name, tensor)
+
+
+def _form_of(tensor: Tensor | None) -> str:
+    return "None" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"

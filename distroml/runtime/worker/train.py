@@ -13,15 +13,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from distroml.errors import DistroMLError
 from distroml.reports import WorkerPhase
 from distroml.runtime.checkpoint.manifest import LEDGER_VALUE, METRICS_VALUE
-from distroml.runtime.control import MetricRecord
+from distroml.runtime.control import MAX_METRIC_NAMES, MetricRecord
 from distroml.runtime.worker import lr_schedule
 from distroml.runtime.worker.adapter import FrameworkAdapter
 from distroml.runtime.worker.batches import BatchSource, LocalBatch
 from distroml.runtime.worker.control_link import ControlLink, Position
 from distroml.runtime.worker.dist import Dist, ShardDone, StepTotals
 from distroml.runtime.worker.ledger import EMPTY_LEDGER, advance
+from distroml.runtime.worker.metrics import as_metrics, first_of
 from distroml.runtime.worker.rendezvous import CollectiveBroken
 from distroml.runtime.worker.seeding import seed_all
 from distroml.runtime.worker.snapshot import Checkpointer
@@ -30,6 +32,8 @@ from distroml.runtime.worker.timing import StepClock
 
 EVALUATED_VALUE = "evaluated"
 """Where a blob's values keep when the model was last evaluated; like the ledger it is the run's, not the user's."""
+MAX_METRICS_OF_STEP = MAX_METRIC_NAMES - 4
+"""The user's, beside loss, lr, step_time and throughput."""
 MAX_KEPT_RECORDS = 2048
 """Records that each rank keeps, since those that rank 0 reported last may have died with its node."""
 
@@ -144,15 +148,16 @@ class Training:
             self.answered,
         )
 
-    def position(self, phase: WorkerPhase) -> Position:
+    def position(self, *, evaluating: bool = False) -> Position:
         """Where the loop is."""
         return Position(
             self.dist.group.generation,
-            phase,
+            WorkerPhase.TRAINING,
             self.state.step,
             self.state.epoch,
             self.total_steps,
             self.clock.timing(),
+            evaluating,
         )
 
     # --- one step ----------------------------------------------------------------------------------------------
@@ -173,7 +178,7 @@ class Training:
         lr_schedule.advance(state.scheduler, totals.loss)
         if self.source.has_ids:
             run.ledger = advance(run.ledger, state.step, totals.ids)
-        values = {"loss": totals.loss, **totals.metrics}
+        values = {"loss": totals.loss, **first_of(totals.metrics, MAX_METRICS_OF_STEP)}
         run.metrics.update(values)
         step_time = time.perf_counter() - began_s
         self.clock.add(step_time, data_s, dist.waited_s, totals.least_waited_s)
@@ -198,10 +203,14 @@ class Training:
 
     def _add_further(self, values: dict[str, float], further: dict[str, Any], samples: int) -> None:
         """The means that ``train_step`` returned, over what each rank knows of them."""
-        names = sorted(set(further) - {"loss"})
-        if names:
-            own = [float(further[name]) for name in names]
-            means = dict(zip(names, self.dist.weighted_mean(own, samples), strict=True))
+        own = as_metrics(
+            {name: value for name, value in further.items() if name != "loss"}, "train_step"
+        )
+        own = first_of(own, MAX_METRIC_NAMES - len(values))
+        if own:
+            names = sorted(own)
+            found = self.dist.weighted_mean([own[name] for name in names], samples)
+            means = dict(zip(names, found, strict=True))
             values.update(means)
             self.run.metrics.update(means)
 
@@ -221,15 +230,19 @@ class Training:
         run, step = self.run, self.state.step
         if run.evaluated >= step:
             return
+        self.link.progress(self.position(evaluating=True))
         seed_all(self.adapter.spec.seed, "evaluate", step)
-        values = self.adapter.evaluate(self.state, self.dist)
+        found = as_metrics(self.adapter.evaluate(self.state, self.dist), "evaluate")
+        values = first_of(found, MAX_METRIC_NAMES)
         self.state.model.train()
         run.evaluated = step
-        if values:
-            run.metrics.update(values)
-            record = MetricRecord(step, self.state.epoch, time.time(), values)
-            run.records.append(record)
-            self._report(record)
+        if not values:
+            self.link.progress(self.position())
+            return
+        run.metrics.update(values)
+        record = MetricRecord(step, self.state.epoch, time.time(), values)
+        run.records.append(record)
+        self._report(record)
 
     def _can_answer(self) -> int:
         """The request that this rank could answer after the step that begins; 0 while its last shard is written."""
@@ -246,7 +259,7 @@ class Training:
 
     def _report(self, record: MetricRecord) -> None:
         records = (record,) if self.dist.rank == 0 else ()
-        self.link.progress(self.position(WorkerPhase.TRAINING), records)
+        self.link.progress(self.position(), records)
 
 
 def take_step(
@@ -264,6 +277,7 @@ def take_step(
 
     Raises:
         CollectiveBroken: another rank is gone; the state is as it was.
+        DistroMLError: ``train_step`` did what it must not; the state may be that of no step.
     """
     dist.begin_step(state, parts, flags, save_request)
     further: dict[str, Any] = {}
@@ -276,7 +290,12 @@ def take_step(
             except ShardDone:
                 continue
             dist.end_shard(further.get("loss"))
-    except CollectiveBroken:
+    except CollectiveBroken as error:
+        if dist.is_concluded:
+            raise DistroMLError(
+                "train_step used a collective after dist.backward, when parameters may have moved, and it broke: "
+                f"{error}"
+            ) from error
         dist.roll_back(state)
         raise
     return state, dist.end_step(), further

@@ -87,6 +87,7 @@ class StubWorker:
     marks: dict[int, Marks] = field(default_factory=dict)
     """By generation."""
     waiting_s: float = 0.0
+    evaluating: bool = False
     needs: list[NeedCheckpoint] = field(default_factory=list)
 
     def series(self, name: str) -> dict[int, float]:
@@ -443,6 +444,7 @@ class AgentStub:
                 worker.link.sendall(encode_frame(here))
         elif isinstance(message, Progress):
             worker.waiting_s = message.waiting_s
+            worker.evaluating = message.evaluating
             if message.marks is not None:
                 worker.marks[message.generation] = message.marks
             if not worker.phases or worker.phases[-1][0] is not message.phase:

@@ -187,6 +187,32 @@ class Endless(Regression):
         return Lines(8)
 
 
+class EvaluatesInNumpy(Regression):
+    """Its metrics are numbers, and no floats."""
+
+    def train_step(self, state, batch, dist):  # type: ignore[no-untyped-def]
+        state, _ = super().train_step(state, batch, dist)
+        return state, {f"norm_{number:03}": np.float32(0.25) for number in range(100)}
+
+    def evaluate(self, state, dist):  # type: ignore[no-untyped-def]
+        return {"score": np.float64(0.5), "worst": torch.tensor(2.0)}
+
+
+class EvaluatesForLong(Regression):
+    """Until the file ``GO`` is there."""
+
+    def evaluate(self, state, dist):  # type: ignore[no-untyped-def]
+        while not os.path.exists(os.environ["GO"]):
+            dist.group.check()
+            time.sleep(0.01)
+        return {}
+
+
+class EvaluatesToText(Regression):
+    def evaluate(self, state, dist):  # type: ignore[no-untyped-def]
+        return {"score": 0.5, "grade": "good"}
+
+
 class NoModel(distroml.FrameworkAdapter):
     def build_dataset(self, spec: distroml.JobSpec) -> Lines:
         return Lines(8)

@@ -14,12 +14,16 @@ import pytest
 
 from distroml.reports import Marks, WorkerPhase
 from distroml.runtime.control import (
+    MAX_FRAME_BYTES,
+    MAX_METRIC_NAME_CHARS,
+    MAX_METRIC_NAMES,
     Abort,
     Arrive,
     FrameReader,
     FromWorker,
     Hello,
     MetricRecord,
+    Progress,
     Released,
     RendezvousKeys,
     ShardAbandoned,
@@ -27,7 +31,13 @@ from distroml.runtime.control import (
     ToWorker,
     encode_frame,
 )
-from distroml.runtime.worker.control_link import MAX_PENDING_METRICS, ControlLink, Position
+from distroml.runtime.worker.control_link import (
+    MAX_PENDING_METRICS,
+    MAX_REPEATED_METRICS,
+    ControlLink,
+    Position,
+)
+from distroml.runtime.worker.train import MAX_KEPT_RECORDS
 
 WAIT_S = 20.0
 
@@ -42,6 +52,7 @@ class Agent:
         self.listener.listen(1)
         self.messages: queue.SimpleQueue[ToWorker] = queue.SimpleQueue()
         self.gone = threading.Event()
+        self.reason = ""
         self.link = ControlLink(self.path, self.messages.put, lambda: 1.5, self._end)
         self.socket, _ = self.listener.accept()
         self.socket.settimeout(WAIT_S)
@@ -50,6 +61,7 @@ class Agent:
 
     def _end(self, reason: str) -> NoReturn:
         """In place of the end of the process."""
+        self.reason = reason
         self.gone.set()
         _stand_still(reason)
 
@@ -90,6 +102,18 @@ def test_a_pulse_tells_how_long_the_loop_has_been_waiting(agent: Agent) -> None:
     assert (pulse.generation, pulse.step, pulse.waiting_s) == (2, 3, 1.5)
 
 
+def test_pending_progress_does_not_undo_a_phase(agent: Agent) -> None:
+    with agent.link._wake:  # as if both came within one interval
+        agent.link.progress(training(9, 10), [record(9)])
+        agent.link.phase(Position(1, WorkerPhase.FINISHING, 10, 0, 10))
+    told = [agent.next() for _ in range(3)]
+    assert [(one.phase, one.step) for one in told] == [
+        (WorkerPhase.TRAINING, 9),
+        (WorkerPhase.FINISHING, 10),
+        (WorkerPhase.FINISHING, 10),
+    ]
+
+
 def test_metrics_are_batched_and_stay_in_front_of_what_follows(agent: Agent) -> None:
     note = ShardAbandoned(generation=1, step=5, reason="test")
     with agent.link._wake:  # as if all came within one interval
@@ -119,6 +143,28 @@ def test_the_oldest_metrics_are_dropped_and_counted(agent: Agent) -> None:
     while len(seen) < MAX_PENDING_METRICS:
         seen += [m.step for m in agent.next().metrics]
     assert seen == list(range(extra, MAX_PENDING_METRICS + extra))
+
+
+def rich(step: int) -> MetricRecord:
+    """As many metrics as a record may have, with names as long as they may be."""
+    names = (f"{number:02}".ljust(MAX_METRIC_NAME_CHARS, "x") for number in range(MAX_METRIC_NAMES))
+    return MetricRecord(step, 0, 0.0, dict.fromkeys(names, 0.5))
+
+
+def test_what_a_holder_tells_again_arrives_however_much_it_is(agent: Agent) -> None:
+    agent.link.progress(
+        training(MAX_KEPT_RECORDS, None), [rich(step) for step in range(MAX_KEPT_RECORDS)]
+    )
+    seen: list[int] = []
+    while len(seen) < MAX_KEPT_RECORDS:
+        seen += [m.step for m in agent.next().metrics]
+    assert seen == list(range(MAX_KEPT_RECORDS))
+
+
+def test_a_link_that_cannot_tell_ends_the_process(agent: Agent) -> None:
+    agent.link.send(ShardAbandoned(generation=1, step=1, reason=object()))  # type: ignore[arg-type]
+    assert agent.gone.wait(WAIT_S), "it went on mute"
+    assert "TypeError" in agent.reason
 
 
 def test_flush_waits_for_the_reader(agent: Agent) -> None:
@@ -223,6 +269,37 @@ def test_an_agent_that_comes_back_hears_the_newest_metrics_again_and_each_once(
     third, _ = listener.accept()
     train(6)
     assert steps_until(third, 6) == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_agent_that_comes_back_hears_metrics_again_that_no_single_frame_holds(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "agent.sock"
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(path))
+    listener.listen(1)
+    hello = Hello(run_id="run", worker=1, generation=2, rank=0, pid=7)
+    link = ControlLink(
+        str(path), lambda message: None, on_agent_gone=_stand_still, hello=lambda: hello
+    )
+    link.phase(Position(2, WorkerPhase.TRAINING, 0, 0))
+    count = MAX_REPEATED_METRICS
+    assert count * len(encode_frame(_told(rich(0)))) > MAX_FRAME_BYTES
+    link.progress(Position(2, WorkerPhase.TRAINING, count, 0), [rich(s) for s in range(count)])
+    for _ in ("the first agent", "the next"):
+        connection, _ = listener.accept()
+        connection.settimeout(WAIT_S)
+        frames: FrameReader[Any] = FrameReader(FromWorker)
+        steps: list[int] = []
+        while len(steps) < count:
+            for message in frames.feed(connection.recv(65_536)):
+                steps += [record.step for record in getattr(message, "metrics", ())]
+        assert steps == list(range(count))
+        connection.close()
+
+
+def _told(record: MetricRecord) -> Progress:
+    return Progress(generation=2, phase=WorkerPhase.TRAINING, step=0, epoch=0, metrics=(record,))
 
 
 def _stand_still(reason: str) -> NoReturn:

@@ -71,6 +71,11 @@ def test_backward_without_dist_is_refused(agent: AgentStub) -> None:
         assert "must call dist.backward(loss)" in failed(worker).error
 
 
+def test_a_metric_that_is_no_number_is_named(agent: AgentStub) -> None:
+    (worker,) = agent.run(user_spec("EvaluatesToText"))
+    assert "evaluate gave 'grade' = 'good'; a metric is one number" in failed(worker).error
+
+
 def test_ranks_that_see_other_data_are_named(agent: AgentStub) -> None:
     for worker in agent.run(user_spec("Disagreeing", 2)):
         assert "The dataset of ranks [1] differs from rank 0's" in failed(worker).error

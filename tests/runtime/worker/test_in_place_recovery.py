@@ -63,9 +63,18 @@ class Run:
         self.everybody = list(self.ranks)
 
     def train_to(self, step: int) -> None:
-        """Until each rank has told of it: one that is killed tells nothing more."""
-        for worker in self.ranks:
-            self.agent.wait_step(worker, step)
+        self.agent.wait_step(self.ranks[0], step)
+
+    def meet(self) -> None:
+        """Until each rank has told that it has the state: one that is killed tells nothing more."""
+        marks = [worker.marks for worker in self.ranks]
+        self.agent.pump(
+            lambda: all(
+                (own := one.get(self.generation)) is not None and own.resume_step is not None
+                for one in marks
+            ),
+            "all ranks to have met",
+        )
 
     def next(self, members: list[StubWorker | None], *, at_boundary: bool = False) -> None:
         self.generation += 1
@@ -164,8 +173,9 @@ def test_killed_ranks_are_replaced_and_nothing_changes(
     run = Run(agent, spec(model))
     for number, victims in enumerate([(1,), (0,), (2, 3), (0, 1, 2)]):
         wanted = 8 + 10 * number + rng.randrange(5)
-        # Not before the ranks have met again, however far they came before the loss was noticed here.
-        run.train_to(max(wanted, *(worker.step + 1 for worker in run.ranks)))
+        # However far they came before the loss was noticed here.
+        run.train_to(max(wanted, run.ranks[0].step + 1))
+        run.meet()
         run.lose(*victims)
     outcome = run.outcome()
     expected, losses = undisturbed[model]
@@ -286,7 +296,7 @@ def test_who_came_last_can_tell_of_the_whole_run(agent: AgentStub, undisturbed: 
     run.train_to(10)
     run.lose(0)
     newcomer = run.ranks[0]
-    run.train_to(max(20, *(worker.step + 1 for worker in run.ranks)))
+    run.meet()
     run.lose(1)
     run.outcome()
     assert series([newcomer]) == undisturbed["mlp"][1]

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
+from distroml.errors import DistroMLError
 from distroml.runtime.worker.statistics import RunningStatistics
 
 
@@ -43,3 +45,53 @@ def test_a_step_that_is_cut_short_leaves_no_trace() -> None:
     statistics.restore()
     for name, value in untouched.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
+
+
+class Reassigning(nn.Module):
+    """Puts new tensors in the place of its buffers, as many modules do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(2))
+        self.register_buffer("latest", torch.zeros(2))
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.center = self.center * 0.5 + inputs.mean(0)
+        self.latest = self.weight.detach()
+        return inputs * self.weight
+
+
+def test_a_buffer_that_was_reassigned_is_put_back_and_nothing_else() -> None:
+    model = nn.Sequential(Reassigning())
+    statistics = RunningStatistics(model)
+    statistics.remember()
+    for _ in range(2):
+        model(torch.ones(3, 2))
+        statistics.restore()
+        assert model[0].center.tolist() == model[0].latest.tolist() == [0.0, 0.0]
+        assert model[0].weight.tolist() == [1.0, 1.0], "one buffer was the same memory"
+
+
+def test_a_buffer_that_was_reassigned_takes_the_mean_over_the_shards() -> None:
+    rows = []
+    for shard in range(2):
+        other = Reassigning()
+        statistics = RunningStatistics(other)
+        other(torch.full((3, 2), float(shard)))
+        rows.append(packed(statistics))
+    model = Reassigning()
+    statistics = RunningStatistics(model)
+    model(torch.full((3, 2), 7.0))
+    statistics.combine(torch.stack(rows), [3.0, 1.0])
+    assert model.center.tolist() == [0.25, 0.25]
+    assert packed(statistics).equal(packed(RunningStatistics(model)))
+
+
+def test_a_buffer_that_changed_its_shape_is_named() -> None:
+    model = nn.Sequential(Reassigning())
+    statistics = RunningStatistics(model)
+    model[0].center = torch.zeros(3)
+    with pytest.raises(DistroMLError, match=r"buffer '0\.center' .* torch\.float32 \[3\]"):
+        statistics.remember()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -10,7 +11,7 @@ import pytest
 
 from distroml.model import Checkpoint
 from distroml.reports import WorkerPhase
-from distroml.runtime.control import Committed, Save
+from distroml.runtime.control import MAX_METRIC_NAMES, Committed, Save
 from distroml.runtime.worker.snapshot import read_checkpoint
 from distroml.spec import JobSpec, convert_spec
 from tests.runtime.worker.agent_stub import AgentStub, StubWorker
@@ -71,6 +72,29 @@ def test_phases_metrics_and_outcome(agent: AgentStub) -> None:
     assert set(outcome.metrics) == {"loss", "accuracy", "eval_loss"}
     # Those between are left out where the disk is still busy with that before.
     assert {7, 22} <= {s.step for s in first.shards} <= {7, 14, 21, 22}
+
+
+def test_numbers_of_any_kind_are_metrics(agent: AgentStub) -> None:
+    (first, _) = finished(agent.run(user_spec("EvaluatesInNumpy", 2, steps=3)))
+    assert first.series("score") == {3: 0.5}
+    assert first.series("worst") == {3: 2.0}
+    assert first.series("norm_000") == dict.fromkeys((1, 2, 3), 0.25)
+    assert set(first.series("throughput")) == {1, 2, 3}
+    assert {len(record.values) for record in first.metrics} == {MAX_METRIC_NAMES, 2}
+
+
+def test_the_agent_is_told_of_an_evaluation_while_it_lasts(
+    agent: AgentStub, tmp_path: Path
+) -> None:
+    agent.env = {"GO": str(tmp_path / "go")}
+    spec = user_spec("EvaluatesForLong", 2, steps=5)  # of three in an epoch
+    workers = agent.start(spec, agent.new_run())
+    agent.pump(lambda: all(w.evaluating for w in workers), "the ranks to evaluate")
+    assert {w.step for w in workers} == {3}
+    (tmp_path / "go").touch()
+    agent.wait_exit(workers)
+    finished(workers)
+    assert not any(w.evaluating for w in workers)
 
 
 def test_training_learns(agent: AgentStub) -> None:
