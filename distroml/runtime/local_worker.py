@@ -16,7 +16,12 @@ from distroml.model import Checkpoint, FailureKind
 from distroml.reports import Former, Marks, WorkerFact, WorkerFailure, WorkerOutcome, WorkerPhase
 from distroml.runtime import control
 from distroml.runtime.assignment import Process
-from distroml.runtime.control import FromWorker, Join
+from distroml.runtime.control import (
+    MAX_METRIC_NAME_CHARS,
+    MAX_METRIC_NAMES,
+    FromWorker,
+    Join,
+)
 from distroml.runtime.key_exchange import generation_of
 from distroml.runtime.log_tail import LogTail
 from distroml.runtime.worker_server import WorkerLink
@@ -30,8 +35,6 @@ KEPT_RANKS = 4
 """Generations whose rank is remembered: a worker's last metrics of one may come late."""
 MAX_RENDEZVOUS_BYTES = 1024 * 1024
 """Keys and values that one rank may publish; Gloo's take about 150 bytes per other rank."""
-MAX_OUTCOME_METRICS = 64
-MAX_METRIC_NAME_CHARS = 128
 
 
 class Misbehaved(Exception):
@@ -432,6 +435,6 @@ def _bounded(outcome: WorkerOutcome) -> WorkerOutcome:
     """The outcome enters the log, and its metrics come from the user's code."""
     metrics = {
         name[:MAX_METRIC_NAME_CHARS]: outcome.metrics[name]
-        for name in sorted(outcome.metrics)[:MAX_OUTCOME_METRICS]
+        for name in sorted(outcome.metrics)[:MAX_METRIC_NAMES]
     }
     return msgspec.structs.replace(outcome, metrics=metrics)
