@@ -7,7 +7,8 @@ that it is about, and the state machine refuses it if another one was formed mea
 
 The story of a job is the ``_HANDLERS`` table: one function per status. The parts live beside this module:
 ``node_survey`` (who is gone, who may get work), ``evidence`` (why a generation failed), ``failing`` (what follows),
-``checkpoint_progress`` (which checkpoints are whole), ``completion`` (how a run ends), ``scheduler`` (who runs where).
+``checkpoint_progress`` (which checkpoints are whole), ``completion`` (how a run ends), ``forming`` (the next generation),
+``scheduler`` (who runs where).
 """
 
 from __future__ import annotations
@@ -23,12 +24,11 @@ from distroml.commands import (
     FormGeneration,
     MarkRunning,
     MarkStepped,
-    PlaceSpares,
     RetireCheckpoints,
 )
 from distroml.consensus.state import ClusterState
-from distroml.model import Generation, Job, JobStatus, Member
-from distroml.reports import WorkerFact, WorkerOutcome, WorkerPhase
+from distroml.model import Job, JobStatus
+from distroml.reports import WorkerOutcome
 from distroml.runtime.checkpoint_progress import (
     Progress,
     checkpoint_decisions,
@@ -38,14 +38,13 @@ from distroml.runtime.checkpoint_progress import (
 )
 from distroml.runtime.completion import (
     conclude,
-    finish,
     have_diverged,
     outcomes_of,
     stopped_by_failure,
 )
 from distroml.runtime.decisions import Decision, Running, Turn, WriteManifest, at_work, running
-from distroml.runtime.evidence import MAX_REASON_BYTES, Evidence, clip
-from distroml.runtime.facts import Facts, Now, ReconcilerSettings, sighting_of, workers_of
+from distroml.runtime.evidence import Evidence
+from distroml.runtime.facts import Facts, Now, ReconcilerSettings, sighting_of
 from distroml.runtime.failing import (
     evidence_of,
     fail_generation,
@@ -56,10 +55,18 @@ from distroml.runtime.failing import (
     unasked_stop,
     verdict_on,
 )
-from distroml.runtime.node_survey import Survey, survey
+from distroml.runtime.forming import (
+    WAITING,
+    change,
+    on_recovering,
+    on_waiting,
+    request_of,
+    undo,
+)
+from distroml.runtime.node_survey import survey
 from distroml.runtime.resizing import changes
 from distroml.runtime.retention import describe_policy, surplus
-from distroml.runtime.scheduler import Placement, Request, Schedule, describe, may_go_on, schedule
+from distroml.runtime.scheduler import Schedule, schedule
 from distroml.runtime.vacating import must_vacate, vacate, vacated
 
 __all__ = [
@@ -118,8 +125,8 @@ def waiting_reasons(
 def _turn(state: ClusterState, facts: Facts, now: Now, settings: ReconcilerSettings) -> Turn:
     seen = survey(state, facts, now, settings)
     active = tuple(state.active_jobs())
-    waiting = [job for job in active if job.status in _WAITING]
-    requests = [_request(job, facts, now, settings, seen) for job in waiting]
+    waiting = [job for job in active if job.status in WAITING]
+    requests = [request_of(job, facts, now, settings, seen) for job in waiting]
     if seen.unheard:
         missing = ", ".join(seen.unheard)
         reason = f"waiting for the first report of node{'s'[: len(seen.unheard) != 1]} {missing}"
@@ -128,176 +135,6 @@ def _turn(state: ClusterState, facts: Facts, now: Now, settings: ReconcilerSetti
         plan = schedule(requests, seen.hosts, returning_slots=seen.returning_slots)
     turn = Turn(active=active, facts=facts, now=now, settings=settings, survey=seen, schedule=plan)
     return replace(turn, changes={} if seen.unheard else changes(turn))
-
-
-# --- waiting for slots -----------------------------------------------------------------------------------------
-
-_WAITING = frozenset({JobStatus.QUEUED, JobStatus.RECOVERING})
-
-
-def _request(
-    job: Job, facts: Facts, now: Now, settings: ReconcilerSettings, seen: Survey
-) -> Request:
-    recovering = job.status is JobStatus.RECOVERING
-    resources = job.spec.resources
-    left = _left_of(job, facts, seen) if recovering else ()
-    return Request(
-        job_id=job.job_id,
-        workers=resources.workers,
-        fewest=resources.fewest,
-        spares=resources.spares,
-        priority=job.spec.priority,
-        submit_index=job.submit_index,
-        recovering=recovering,
-        survivors=tuple(member for member, fact in left if fact.generation > 0),
-        prepared=tuple(member.node for member, fact in left if fact.generation == 0),
-        held=_held(job, facts, now, settings, left) if recovering else "",
-    )
-
-
-_Left = tuple[tuple[Member, WorkerFact], ...]
-
-
-def _left_of(job: Job, facts: Facts, seen: Survey) -> _Left:
-    """What a failed generation left on nodes that can tell: survivors with their former ranks, and spares."""
-    return tuple(
-        (Member(fact.rank, 0, name, view.node.incarnation), fact)
-        for name, fact in workers_of(job, facts)
-        if (view := seen.views.get(name)) is not None and view.speaks and may_go_on(fact, name, job)
-    )
-
-
-def _survivors_step(left: _Left) -> int | None:
-    """Most steps that a survivor completed; None where none has a state."""
-    return max(
-        (fact.step for _, fact in left if fact.has_state or fact.phase in _HAS_STATE),
-        default=None,
-    )
-
-
-_HAS_STATE = frozenset({WorkerPhase.TRAINING, WorkerPhase.FINISHING})
-
-
-def _held(job: Job, facts: Facts, now: Now, settings: ReconcilerSettings, left: _Left) -> str:
-    """Why a recovering job may not start yet although there may be slots; empty if it may."""
-    waited_s = now.monotonic_s - sighting_of(job, facts).since_s
-    if waited_s < job.backoff_s:
-        return f"restart in {job.backoff_s - waited_s:.1f} s"
-    # Also what the one before had whole: the one that failed now may never have begun.
-    numbers = (job.generation_number, job.generation_number - 1)
-    committing = [step for j, g, step in facts.writing if j == job.job_id and g in numbers]
-    # Survivors go on from their own steps; the commit may come when they do (see the state machine).
-    done = _survivors_step(left)
-    awaited = [step for step in committing if done is None or done < step]
-    if awaited and waited_s < settings.commit_wait_s:
-        return f"checkpoint of step {max(awaited)} is being committed"
-    return ""
-
-
-def _on_waiting(turn: Turn, job: Job) -> list[Decision]:
-    """QUEUED and RECOVERING: form the next generation once the scheduler found slots for its ranks."""
-    placement = turn.schedule.placements.get(job.job_id)
-    return [_form(turn, job, placement)] if placement else []
-
-
-def _on_recovering(turn: Turn, job: Job) -> list[Decision]:
-    """RECOVERING: what was whole when the generation failed is still committed."""
-    run = running(job, turn.facts)
-    initial = job.origin()
-    if initial is not None and initial is job.initial and initial.reason:
-        why = f"it cannot begin with {_initial_text(job)}: {initial.reason}"
-        return [finish(run, JobStatus.FAILED, why)]
-    writing = write_decisions(turn, run, progress(turn, run).whole)
-    forming = _on_waiting(turn, job)
-    if writing and _survivors_step(_left_of(job, turn.facts, turn.survey)) is None:
-        return writing  # and then resumed from
-    return [*writing, *forming]
-
-
-def _form(turn: Turn, job: Job, placement: Placement) -> Decision:
-    newest = job.origin()
-    number = job.generation_number + 1
-    saved = job.steps_in(newest)
-    done = _survivors_step(_left_of(job, turn.facts, turn.survey)) if number > 1 else None
-    source = ""
-    if done is not None and done >= saved:
-        source = f" from the {done} steps that its survivors have"
-    elif newest is not None and newest is job.initial:
-        source = f" from {_initial_text(job)}"
-    elif number > 1:
-        source = f" from the checkpoint of step {saved}" if newest else " from scratch"
-    reason = f"generation {number}: {describe(placement.members)}{source}"
-    generation = Generation(
-        number=number,
-        members=placement.members,
-        joining=placement.joining if number > 1 else (),
-        spares=placement.spares,
-        formed_at=turn.now.wall_s,
-        reason=reason,
-        resume_step=max(saved, done or 0),
-        checkpoint_step=newest.step if newest else None,
-        from_initial=newest is not None and newest is job.initial,
-    )
-    return Decision(action=FormGeneration(job_id=job.job_id, generation=generation), reason=reason)
-
-
-def _initial_text(job: Job) -> str:
-    wanted, initial = job.spec.init_from, job.initial
-    assert wanted is not None
-    assert initial is not None  # the one follows from the other
-    what = "the model in " if wanted.weights_only else ""
-    return f"{what}the checkpoint of step {initial.step} of job {wanted.job}"
-
-
-# --- planned changes -------------------------------------------------------------------------------------------
-
-
-def _change(turn: Turn, run: Running) -> list[Decision]:
-    """Ranks or spares of a run at work are to be elsewhere, and there is room for it."""
-    job, placement = run.job, turn.changes.get(run.job.job_id)
-    if placement is None:
-        return []
-    if placement.members == run.generation.members:
-        reason = f"{describe(placement.spares)} as spares" if placement.spares else "no spares"
-        command = PlaceSpares(
-            job_id=job.job_id,
-            generation=run.generation.number,
-            spares=placement.spares,
-            reason=reason,
-        )
-        return [Decision(action=command, reason=reason)]
-    before, after = len(run.generation.members), len(placement.members)
-    verb = "moves to" if after == before else "grows to" if after > before else "shrinks to"
-    return [_plan(turn, run, placement, f"{verb} {describe(placement.members)}")]
-
-
-def _undo(turn: Turn, run: Running, why: str) -> list[Decision]:
-    """A planned change that nobody has made yet fails: those that train go on as they are."""
-    outgoing = run.job.outgoing
-    if outgoing is None:
-        return []
-    placement = Placement(outgoing.members, spares=outgoing.spares)
-    return [_plan(turn, run, placement, clip(f"stays as it was: {why}", MAX_REASON_BYTES))]
-
-
-def _plan(turn: Turn, run: Running, placement: Placement, what: str) -> Decision:
-    newest = run.job.origin()
-    number = run.job.generation_number + 1
-    reason = f"generation {number} {what}"
-    generation = Generation(
-        number=number,
-        members=placement.members,
-        joining=placement.joining,
-        spares=placement.spares,
-        planned=True,
-        formed_at=turn.now.wall_s,
-        reason=reason,
-        resume_step=at_work(run.job, turn.facts).highest_step,
-        checkpoint_step=newest.step if newest else None,
-        from_initial=newest is not None and newest is run.job.initial,
-    )
-    command = FormGeneration(job_id=run.job.job_id, generation=generation)
-    return Decision(action=command, reason=reason)
 
 
 def _nobody_changed_over(run: Running) -> bool:
@@ -331,7 +168,7 @@ def _on_running(turn: Turn, job: Job) -> list[Decision]:
     may_move = leaves or job.outgoing is not None or job.job_id in turn.changes
     evidence = evidence_of(turn, run, may_move=may_move)
     if evidence and _only_joining(evidence) and _nobody_changed_over(run):
-        return _undo(turn, run, f"worker {evidence[0].rank} {evidence[0].said}")
+        return undo(turn, run, f"worker {evidence[0].rank} {evidence[0].said}")
     failing = fail_when_known(turn, run, evidence) if evidence else []
     if failing:
         recovers = isinstance(failing[-1].action, FailGeneration)
@@ -371,7 +208,7 @@ def _go_on(turn: Turn, run: Running, work: Running, at: Progress) -> list[Decisi
     if blamed is None and job.outgoing is not None:
         blamed = late_start(turn, run)
         if blamed is not None and _nobody_changed_over(run):
-            return _undo(turn, run, blamed.reason)
+            return undo(turn, run, blamed.reason)
         if not _nobody_changed_over(run):
             blamed = blamed or hanging(turn, run)
     if blamed is not None:
@@ -381,7 +218,7 @@ def _go_on(turn: Turn, run: Running, work: Running, at: Progress) -> list[Decisi
     if _steps_are_due(run):
         return _mark_stepped(run)
     settled = job.status is JobStatus.RUNNING and not at.open
-    return vacate(turn, run) or (_change(turn, run) if settled else [])
+    return vacate(turn, run) or (change(turn, run) if settled else [])
 
 
 def _on_stopping(turn: Turn, job: Job) -> list[Decision]:
@@ -467,11 +304,11 @@ def _on_ended(turn: Turn, job: Job) -> list[Decision]:
 
 
 _HANDLERS: Final[dict[JobStatus, Callable[[Turn, Job], list[Decision]]]] = {
-    JobStatus.QUEUED: _on_waiting,
+    JobStatus.QUEUED: on_waiting,
     JobStatus.STARTING: _on_starting,
     JobStatus.RUNNING: _on_running,
     JobStatus.CHECKPOINTING: _on_running,
-    JobStatus.RECOVERING: _on_recovering,
+    JobStatus.RECOVERING: on_recovering,
     JobStatus.STOPPING: _on_stopping,
     JobStatus.COMPLETED: _on_ended,
     JobStatus.FAILED: _on_ended,
