@@ -54,8 +54,9 @@ FLUSH_TIMEOUT_S = 10.0
 PROGRESS_INTERVAL_S = 0.1
 MAX_PENDING_METRICS = 4096
 MAX_METRICS_PER_FRAME = 1024
-MAX_REPEATED_METRICS = 512
-"""The newest ones, which an agent that crashed may have taken and not yet written (it takes some 50 ms for that)."""
+MAX_REPEATED_METRICS = MAX_PENDING_METRICS
+"""The newest ones, which an agent that crashed may have taken and not yet written (it takes some 50 ms for that, but one that
+comes back is told at once what has gathered)."""
 MAX_LIFECYCLE_FRAMES = 4096
 """An agent that leaves this many unread is taken for dead."""
 READ_BYTES = 65_536
@@ -117,8 +118,8 @@ class ControlLink:
         self._wake = threading.Condition(threading.RLock())
         self._lifecycle: deque[FromWorker] = deque()
         self._metrics: deque[MetricRecord] = deque(maxlen=MAX_PENDING_METRICS)
-        self._gathered: deque[MetricRecord] = deque(maxlen=MAX_REPEATED_METRICS)
-        """The newest of the present generation that were made into frames."""
+        self._sent: deque[MetricRecord] = deque(maxlen=MAX_REPEATED_METRICS)
+        """The newest of the present generation that an agent was sent."""
         self._position: Position | None = None
         """News of the step loop that are not yet queued."""
         self._last: Position | None = None
@@ -165,7 +166,7 @@ class ControlLink:
             self._gather_progress()  # or else it would become the last word
             if self._last is None or self._last.generation != position.generation:
                 self._told.clear()
-                self._gathered.clear()
+                self._sent.clear()
             self._last, self._marks = position, marks
             self.send(_progress(position, marks=marks))
 
@@ -187,7 +188,6 @@ class ControlLink:
         self._last, self._position = self._position, None
         records = list(self._metrics)
         self._metrics.clear()
-        self._gathered.extend(records)
         for begin in range(0, max(1, len(records)), MAX_METRICS_PER_FRAME):
             part = tuple(records[begin : begin + MAX_METRICS_PER_FRAME])
             self._lifecycle.append(_progress(self._last, metrics=part, waiting_s=self._waiting_s()))
@@ -207,11 +207,14 @@ class ControlLink:
     def _write(self) -> None:
         while True:
             messages = self._next_messages()
+            data = b"".join(_frames(message) for message in messages)
             try:
-                self._socket.sendall(b"".join(_frames(message) for message in messages))
+                self._socket.sendall(data)
+                settle = self._note_sent
             except OSError:
-                self._keep_for_the_next(messages)
+                settle = self._keep_for_the_next
             with self._wake:
+                settle(messages)
                 self._writing = False
                 self._wake.notify_all()
 
@@ -237,13 +240,19 @@ class ControlLink:
             self._writing = True
             return messages
 
+    def _note_sent(self, messages: list[FromWorker]) -> None:
+        """The lock is held."""
+        present = self._last.generation if self._last is not None else 0
+        for message in messages:
+            if isinstance(message, Progress) and message.generation == present:
+                self._sent.extend(message.metrics)
+
     def _keep_for_the_next(self, messages: list[FromWorker]) -> None:
-        """The agent is gone; what it has not read waits for its successor. The reading thread looks for that."""
-        with self._wake:
-            self._connected = False
-            self._lifecycle.extendleft(reversed(messages))
-            with contextlib.suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)  # wakes the reading thread
+        """The agent is gone; what it has not read waits for its successor. The reading thread looks for that; the lock is held."""
+        self._connected = False
+        self._lifecycle.extendleft(reversed([m for m in messages if not isinstance(m, Hello)]))
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the reading thread
 
     def _read(self) -> None:
         while True:
@@ -295,6 +304,10 @@ class ControlLink:
             except OSError:
                 continue
             with self._wake:
+                with contextlib.suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
+                # What is being written is either sent or kept by then, so the greeting stays in front of all.
+                self._wake.wait_for(lambda: not self._writing)
                 self._socket.close()
                 self._socket = agent
                 self._lifecycle.extendleft(reversed(self._greeting(self._hello())))
@@ -315,8 +328,9 @@ class ControlLink:
 
     def _metrics_again(self) -> tuple[MetricRecord, ...]:
         """The newest metrics that the former agent was sent; those that wait in frames come behind."""
-        waiting = sum(len(one.metrics) for one in self._lifecycle if isinstance(one, Progress))
-        return tuple(self._gathered)[: max(0, len(self._gathered) - waiting)]
+        again = tuple(self._sent)
+        self._sent.clear()  # they are sent again
+        return again
 
 
 def _frames(message: FromWorker) -> bytes:

@@ -271,6 +271,47 @@ def test_an_agent_that_comes_back_hears_the_newest_metrics_again_and_each_once(
     assert steps_until(third, 6) == [1, 2, 3, 4, 5, 6]
 
 
+def test_however_much_is_to_be_told_after_an_absence_the_last_words_before_it_come_first(
+    tmp_path: Path,
+) -> None:
+    """What an agent was told right before it died is not pushed out by what happens until its successor comes."""
+    path = tmp_path / "agent.sock"
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(path))
+    listener.listen(1)
+    hello = Hello(run_id="run", worker=1, generation=2, rank=0, pid=7)
+    link = ControlLink(
+        str(path), lambda message: None, on_agent_gone=_stand_still, hello=lambda: hello
+    )
+
+    def train(steps: range) -> None:
+        for step in steps:
+            position = Position(2, WorkerPhase.TRAINING, step, 0)
+            link.progress(position, [MetricRecord(step, 0, float(step), {"loss": 0.5})])
+            if step % 40 == 0:  # as a checkpoint does
+                link.send(ShardAbandoned(generation=2, step=step, reason="no room"))
+
+    def steps_until(connection: socket.socket, last: int) -> list[int]:
+        frames: FrameReader[Any] = FrameReader(FromWorker)
+        told: list[int] = []
+        connection.settimeout(WAIT_S)
+        while last not in told:
+            for message in frames.feed(connection.recv(65_536)):
+                told += [record.step for record in getattr(message, "metrics", ())]
+        return told
+
+    first, _ = listener.accept()
+    link.phase(Position(2, WorkerPhase.TRAINING, 0, 0))
+    train(range(1, 70))
+    assert steps_until(first, 69) == list(range(1, 70))
+    first.close()
+    train(range(70, 2000))
+    for _ in ("the next agent", "and one that comes soon after it"):
+        connection, _ = listener.accept()
+        assert steps_until(connection, 1999) == list(range(1, 2000))
+        connection.close()
+
+
 def test_an_agent_that_comes_back_hears_metrics_again_that_no_single_frame_holds(
     tmp_path: Path,
 ) -> None:
