@@ -220,7 +220,7 @@ class Cluster:
         """Why there is no object store; empty where there is."""
         self.objects: ObjectStore | None = None
         self.lost_directories: set[str] = set()
-        """Nodes that lost their data directory in this run; never more than a minority."""
+        """Nodes that lost files of their data directory in this run; never more than a minority."""
         self._mark = own_mark()
         self._names = [chr(ord("a") + number) for number in range(nodes)]
         self._slots = slots

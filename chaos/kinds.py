@@ -274,7 +274,7 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         name="directory-stale",
         family=_D,
-        does="power failure of a node that comes back with an older copy of all its data but the Raft log",
+        does="power failure of a node that comes back with an older copy of all its data but the Raft log; likewise",
         lasts_s=(0.5, 6.0),
         choices={"node": _NODE, "age_s": (2.5, 5.0)},
     ),

@@ -135,21 +135,36 @@ async def _workers_of(strike: Strike, job_id: str) -> list[Process]:
 
 
 async def lose_directory(strike: Strike) -> Inflicted:
-    """Power failure, and the data directory is gone; never those of more than a minority in one run."""
-    node, lost = await strike.node(), strike.cluster.lost_directories
-    if node.name not in lost and len(lost) >= minority(len(strike.cluster.nodes)):
-        raise Unfit(f"the directories of {', '.join(sorted(lost))} were lost already: a minority")
-    lost.add(node.name)
+    """Power failure, and the data directory is gone; of a minority in one run (see ``who_may_forget``)."""
+    node = await who_may_forget(strike)
     await _off(strike, node)
     shutil.rmtree(node.data_dir)
-    return Inflicted(
-        nodes=(node.name,), detail={"lost": sorted(lost)}, take_back=_return(strike, node)
-    )
+    lost = sorted(strike.cluster.lost_directories)
+    return Inflicted(nodes=(node.name,), detail={"lost": lost}, take_back=_return(strike, node))
+
+
+async def who_may_forget(strike: Strike) -> ChaosNode:
+    """A node whose files may be lost, all or the newest: one that was drawn, or another one that lost some before.
+
+    Never more than a minority in one run. With two copies of each checkpoint, and no time in which they are made up for, the
+    loss of a second node's files takes checkpoints with it.
+
+    Raises:
+        Unfit: none of those that may runs now.
+    """
+    node, lost = await strike.node(), strike.cluster.lost_directories
+    if node.name not in lost and len(lost) >= minority(len(strike.cluster.nodes)):
+        running = [strike.cluster.nodes[name] for name in sorted(lost)]
+        node = strike.one_of(
+            [one for one in running if one.running], "node that lost files before, and runs"
+        )
+    lost.add(node.name)
+    return node
 
 
 async def stale_directory(strike: Strike) -> Inflicted:
-    """Power failure, and all but the Raft log is as it was before the agent's last restart."""
-    node, age_s = await strike.node(), float(strike.choice("age_s"))
+    """Power failure, and all but the Raft log is as it was before the agent's last restart; of a minority in one run."""
+    node, age_s = await who_may_forget(strike), float(strike.choice("age_s"))
     copy = node.disk.path / "older"
     shutil.rmtree(copy, ignore_errors=True)
     try:

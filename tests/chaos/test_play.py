@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from chaos import play
 from chaos.cluster import Cluster
+from chaos.faults.disk import who_may_forget
 from chaos.faults.strike import Inflicted, Strike, Unfit
 from chaos.play import Player
 from chaos.records import FaultBegan, FaultEnded, Record
@@ -25,6 +27,7 @@ class StubCluster:
         self.objects = self
         self.healed: list[int] = []
         self.nodes: dict[str, Any] = {}
+        self.lost_directories: set[str] = set()
         self.records: list[Record] = []
         self.history = self
         self._began_s = time.monotonic()
@@ -143,3 +146,19 @@ async def test_a_fault_that_cannot_be_taken_back_ends_the_run(faults: Faults) ->
         await player.play()
 
     assert ended.group_contains(OSError, match="it stays broken")
+
+
+async def test_files_of_a_minority_only_are_lost_whatever_is_drawn() -> None:
+    cluster = StubCluster()
+    cluster.nodes = {name: SimpleNamespace(name=name, running=True) for name in "abc"}
+
+    async def strikes(kind: str, pick: float) -> str:
+        planned = Planned(at_s=0.0, kind=kind, lasts_s=1.0, pick=pick, choices={"node": "any"})
+        node = await who_may_forget(Strike(cast(Cluster, cluster), planned, 0))
+        return node.name
+
+    first = await strikes("directory-stale", 0.0)
+    assert {await strikes("directory-lost", pick / 20) for pick in range(20)} == {first}
+    cluster.nodes[first].running = False
+    with pytest.raises(Unfit, match="lost files before"):
+        await strikes("directory-lost", 0.0)
