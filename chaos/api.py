@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from chaos.records import Outcome
+from distroml.client_transport import note_sent
 
 INDEX_HEADER = "X-DistroML-Index"
 CONNECT_TIMEOUT_S = 1.0
@@ -44,7 +45,9 @@ class Api:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Api:
-        self._session = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
+        self._session = aiohttp.ClientSession(
+            cookie_jar=aiohttp.DummyCookieJar(), trace_configs=[note_sent()]
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -81,14 +84,22 @@ class Api:
             data = msgspec.json.encode(body)
         query = {name: str(value) for name, value in (params or {}).items() if value is not None}
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
+        sent: set[str] = set()
         try:
             async with self._session.request(
-                method, url + path, params=query, data=data, headers=headers, timeout=timeout
+                method,
+                url + path,
+                params=query,
+                data=data,
+                headers=headers,
+                timeout=timeout,
+                trace_request_ctx=sent,
             ) as response:
                 raw = await response.read()
                 return _answer(response.status, response.headers.get(INDEX_HEADER), raw)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            return Answer(outcome=Outcome.FAILED, error=_told(error))
+            outcome = Outcome.UNKNOWN if sent else Outcome.FAILED
+            return Answer(outcome=outcome, error=_told(error))
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             return Answer(outcome=Outcome.UNKNOWN, error=_told(error))
 

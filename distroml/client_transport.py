@@ -96,12 +96,19 @@ class Transport:
         failover = self._failover(timeout_s=timeout_s)
         while (attempt := failover.next(_now())) is not None:
             await asyncio.sleep(attempt.wait_s)
+            sent: set[str] = set()
             try:
                 status, retry_after_s, answer = await self._ask(
-                    attempt, method, path, params=query, data=body, headers=headers
+                    attempt,
+                    method,
+                    path,
+                    params=query,
+                    data=body,
+                    headers=headers,
+                    trace_request_ctx=sent,
                 )
             except (_aiohttp().ConnectionTimeoutError, _aiohttp().ClientConnectorError) as error:
-                failover.failed(_why(error), reached=False)
+                failover.failed(_why(error), reached=bool(sent), maybe_done=bool(sent))
                 continue
             except (_aiohttp().ClientError, OSError) as error:
                 failover.failed(_why(error), reached=True, maybe_done=True)
@@ -266,9 +273,27 @@ class Transport:
         if self._session is None:
             aiohttp = _aiohttp()
             self._session = aiohttp.ClientSession(
-                cookie_jar=aiohttp.DummyCookieJar(), headers={"Accept": "application/json"}
+                cookie_jar=aiohttp.DummyCookieJar(),
+                headers={"Accept": "application/json"},
+                trace_configs=[note_sent()],
             )
         return self._session
+
+
+def note_sent() -> aiohttp.TraceConfig:
+    """Has each request add its method to its ``trace_request_ctx``, a set, once it was sent to anybody.
+
+    aiohttp sends what is idempotent anew where a kept connection turns out to be closed. So a connection that is refused does
+    not mean that nothing was done: the node may have died of the first one.
+    """
+
+    async def sent(_: Any, context: Any, request: Any) -> None:
+        if context.trace_request_ctx is not None:
+            context.trace_request_ctx.add(request.method)
+
+    config: aiohttp.TraceConfig = _aiohttp().TraceConfig()
+    config.on_request_headers_sent.append(sent)
+    return config
 
 
 def _query(params: Params | None) -> dict[str, str]:

@@ -15,7 +15,7 @@ from distroml.client_transport import error_from_problem
 from distroml.errors import DistroMLError, all_kinds
 from distroml.failover import DEFAULT_URL
 from distroml.spec import JobSpec
-from tests.fake_nodes import Answer, FakeNode, dies, fake_nodes, problem, says
+from tests.fake_nodes import Answer, FakeNode, dies, dying_node, fake_nodes, problem, says
 
 REFUSED = "http://127.0.0.1:1"
 """Port 1: nothing listens there."""
@@ -42,6 +42,14 @@ async def test_a_write_keeps_its_key_when_a_node_dies_in_the_middle() -> None:
         await client.submit({"name": "n"})
         assert b.keys[1] != b.keys[0]
         assert b.asked[1][4] == b'{"name":"n"}'
+
+
+async def test_a_write_that_was_sent_before_the_node_died_may_have_happened() -> None:
+    """The library sends it anew by itself, and is refused then."""
+    async with dying_node() as url, client_of(url, timeout_s=1.0) as client:
+        await client.jobs()
+        with pytest.raises(errors.OutcomeUnknown):
+            await client.remove_checkpoint("job-1", 10)
 
 
 @pytest.mark.parametrize("status", [502, 503, 504])

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from chaos.api import Api
 from chaos.records import Outcome
+from tests.fake_nodes import dying_node
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -85,4 +86,12 @@ async def test_no_answer_in_time_says_nothing(url: str) -> None:
         async with Api() as api:
             silent = f"http://127.0.0.1:{deaf.getsockname()[1]}"
             answer = await api.ask("POST", silent, "/", key="k", timeout_s=0.2)
+    assert answer.outcome is Outcome.UNKNOWN
+
+
+async def test_a_write_that_was_sent_before_the_node_died_may_have_had_an_effect() -> None:
+    """What is idempotent is sent anew by the library where a kept connection was closed; that one is refused then."""
+    async with dying_node() as url, Api() as api:
+        assert (await api.ask("GET", url, "/")).ok
+        answer = await api.ask("DELETE", url, "/", key="k")
     assert answer.outcome is Outcome.UNKNOWN
