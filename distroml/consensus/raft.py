@@ -121,7 +121,8 @@ class RaftNode:
         Raises UnsafeLibrary, StorageCorrupt, StorageInUse or OSError; the node then has neither
         voted nor sent anything.
         """
-        identity = Identity(self._links.cluster_id, self.name)
+        voters = tuple(sorted(self._voters)) if self.name in self._voters else ()
+        identity = Identity(self._links.cluster_id, self.name, voters)
         try:
             recovered = await self._sync.open(self._directory, identity, self._disk)
             self.notes = recovered.notes

@@ -426,6 +426,20 @@ class Victim:
         await self._reading
 
 
+@pytest.mark.parametrize("others", ["a", "abcde", "abd"])
+async def test_a_voter_does_not_start_under_other_voters(tmp_path: Path, others: str) -> None:
+    founded = LiveCluster(tmp_path, *"abc")
+    await founded.start_all()
+    await founded.commit(b"acknowledged")
+    await founded.close()
+    changed = LiveCluster(tmp_path, *others)
+    with pytest.raises(StorageCorrupt, match="voters a, b, c, but this node was given"):
+        await changed.make("a").node.start()
+    await founded.start_all()
+    await founded.commit(b"later")
+    await founded.close()
+
+
 async def test_sigkill_of_all_nodes_at_once_loses_nothing_acknowledged(tmp_path: Path) -> None:
     rng = random.Random(5)
     voters = [f"{name}={address.port}" for name, address in free_addresses(*"abc").items()]

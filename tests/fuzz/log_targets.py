@@ -146,9 +146,9 @@ def log_header(data: bytes) -> None:
     lengths = struct.pack("<II", len(data), zlib.crc32(data))
     result = _replayed(b"DMLWAL\x00\x01" + lengths + data + body)
     if result is not None:
-        header = msgspec.msgpack.decode(data)
-        assert header["identity"] == {"cluster_id": "test", "name": "a"}
-        assert header["format"] == wal.FORMAT
+        header = msgspec.msgpack.decode(data, type=wal._Header)
+        assert (header.identity.cluster_id, header.identity.name) == ("test", "a")
+        assert header.format == wal.FORMAT
 
 
 def _records() -> list[bytes]:
