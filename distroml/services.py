@@ -373,6 +373,11 @@ class NodeServices:
             parts.proposer.forwarded_dropped,
             "Entries of other nodes that this one could not take; they are offered again.",
         )
+        yield _counter(
+            "proposals_unreadable_total",
+            parts.proposer.forwarded_unreadable,
+            "Entries of other nodes that this leader could not read, perhaps of a newer version, and refused.",
+        )
 
 
 def _nobody_took_over(target: str | None, voters: Sequence[str]) -> str:

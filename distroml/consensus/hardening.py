@@ -72,6 +72,7 @@ from distroml.consensus.raft_log import LogImage
 from distroml.consensus.raft_types import (
     RaftSettings,
     StateMachine,
+    UnreadableEntry,
     check_voters,
 )
 from distroml.consensus.replication import Progress, Replication
@@ -265,7 +266,7 @@ class HardenedRaft(Elections, Following, Replication, syncobj.SyncObj):  # type:
 
     def _SyncObj__applyLogEntries(self) -> bool:  # noqa: N802
         # Hazards S10, L2: the index moves on whatever apply does, and an entry that raises is an
-        # empty entry on every node alike. Running out of memory is not deterministic: that stops us.
+        # empty entry on every node alike. What is not alike on all, such as no memory, stops us.
         if self.commit_index == self.applied_index:
             return False
         end = min(self.commit_index, self.applied_index + APPLY_PER_TURN)
@@ -282,7 +283,7 @@ class HardenedRaft(Elections, Following, Replication, syncobj.SyncObj):  # type:
             return
         try:
             self.machine.apply(self.applied_index, command[1:])
-        except (MemoryError, RecursionError):
+        except (MemoryError, RecursionError, UnreadableEntry):
             raise
         except Exception:
             self.apply_failures += 1

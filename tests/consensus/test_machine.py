@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from distroml import commands as c
-from distroml.consensus import machine, state
+from distroml.consensus import state
 from distroml.consensus.handlers import checkpoints, jobs, nodes
 from distroml.consensus.state import ClusterState, decode_state, encode_state
 from distroml.model import (
@@ -675,15 +675,6 @@ class TestImport:
         log.ok(imports("job-9", 10))
         other = imports("job-9", 10, digest="cd" * 32)
         assert log(other).outcome.error == "conflict"
-
-
-@settings(max_examples=200)
-@given(st.binary(max_size=200))
-def test_any_bytes_are_refused_alike_and_never_raise(data: bytes) -> None:
-    applied = machine.apply(ClusterState(), 1, data)
-    assert applied.outcome.error
-    assert applied.state.index == 1
-    assert applied.state.jobs == {}
 
 
 _STATUSES = st.sampled_from(list(JobStatus))

@@ -20,6 +20,7 @@ from distroml.consensus.raft_types import (
     RaftStatus,
     Role,
     StorageCorrupt,
+    UnreadableEntry,
     check_voters,
 )
 from tests.consensus.faulty_disk import ENOSPC, FaultyDisk
@@ -424,6 +425,27 @@ class Victim:
         await self.process.wait()
         assert self._reading is not None
         await self._reading
+
+
+async def test_an_entry_that_cannot_be_read_stops_the_node_and_says_what_to_do(
+    tmp_path: Path,
+) -> None:
+    cluster = LiveCluster(tmp_path, "a")
+    live = cluster.make("a")
+
+    def apply(index: int, entry: bytes) -> None:
+        raise UnreadableEntry(index, "Invalid value 'ShapeJobs'")
+
+    live.journal.apply = apply  # type: ignore[method-assign]
+    await live.node.start()
+    try:
+        await until(lambda: live.node.is_leader, "it leads")
+        live.node.append(b"newer")
+        await until(lambda: bool(live.node.failure), "it stopped")
+        assert "entry 3 of the log is of a newer version" in live.node.failure
+        assert "upgrade this node" in live.node.status().reason
+    finally:
+        await live.node.stop()
 
 
 @pytest.mark.parametrize("others", ["a", "abcde", "abd"])
