@@ -275,6 +275,7 @@ class NodeServices:
             "pid": os.getpid(),
             "raft_healthy": status.healthy,
             "raft_reason": status.reason,
+            "raft_snapshot_error": status.snapshot_error,
             "warm": self._parts.warm(),
         }
 
@@ -290,7 +291,7 @@ class NodeServices:
             (
                 "raft_loop_total",
                 "event",
-                "Turns of consensus, frames refused.",
+                "Turns of consensus, frames refused, snapshots of the state that could not be taken.",
                 parts.raft.counters,
             ),
             (

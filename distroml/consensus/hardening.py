@@ -121,6 +121,8 @@ class HardenedRaft(Elections, Following, Replication, syncobj.SyncObj):  # type:
         self.send_needed = False
         self.appends: dict[tuple[int, int], Append] = {}
         self.apply_failures = 0
+        self.snapshot_failures = 0
+        self.snapshot_error = ""
         self.refused = 0
         self.supporters: set[str] = set()
         self.founders: dict[str, int] = {}
@@ -307,9 +309,12 @@ class HardenedRaft(Elections, Following, Replication, syncobj.SyncObj):  # type:
         try:
             blob = self.machine.snapshot()
             self.snapshot = Snapshot.take(self.applied_index, term, list(self.voters), blob)
-        except Exception:
+        except Exception as error:
+            self.snapshot_failures += 1
+            self.snapshot_error = f"no snapshot at entry {self.applied_index}: {error}"
             logger.exception("no snapshot could be taken at entry %d", self.applied_index)
             return
+        self.snapshot_error = ""
         self.log.compact(self.snapshot, max(self.log.anchor_index, self._trim_to()))
 
     def _trim_to(self) -> int:

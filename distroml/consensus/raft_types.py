@@ -152,6 +152,8 @@ class RaftStatus(msgspec.Struct, frozen=True, kw_only=True):
     log_entries: int = 0
     log_bytes: int = 0
     snapshot_index: int = 0
+    snapshot_error: str = ""
+    """Why the last snapshot could not be taken, so that the log grows; empty where it could."""
     last_sync_ms: float = 0.0
     """Duration of the last group write + fdatasync."""
     proven: bool = False

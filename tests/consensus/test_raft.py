@@ -427,6 +427,28 @@ class Victim:
         await self._reading
 
 
+async def test_a_snapshot_that_cannot_be_taken_is_counted_and_told(tmp_path: Path) -> None:
+    cluster = LiveCluster(tmp_path, "a", settings=SMALL)
+    live = await cluster.start("a")
+    snapshot = live.journal.snapshot
+
+    def fails() -> bytes:
+        raise ValueError("the state is too large")
+
+    live.journal.snapshot = fails  # type: ignore[method-assign]
+    try:
+        every = range(SMALL.compaction_entries)
+        await cluster.commit(*(b"%d" % number for number in every))
+        await until(lambda: live.node.counters["snapshots_failed"] > 0, "one has failed")
+        assert "the state is too large" in live.node.status().snapshot_error
+        live.journal.snapshot = snapshot  # type: ignore[method-assign]
+        await cluster.commit(*(b"later %d" % number for number in every))
+        await until(lambda: live.node.status().snapshot_index > 0, "one was taken")
+        assert live.node.status().snapshot_error == ""
+    finally:
+        await cluster.close()
+
+
 async def test_an_entry_that_cannot_be_read_stops_the_node_and_says_what_to_do(
     tmp_path: Path,
 ) -> None:
