@@ -339,6 +339,8 @@ class Job(Struct, frozen=True, gc=False, kw_only=True):
     """Directories of checkpoints that were removed by request; their files go as soon as they can."""
     imported: bool = False
     """Its checkpoints were found in a store; it never ran in this cluster."""
+    size_bytes: int = 0
+    """What it takes in a snapshot of the state; 0 until it has ended."""
 
     @property
     def name(self) -> str:
@@ -354,6 +356,11 @@ class Job(Struct, frozen=True, gc=False, kw_only=True):
         """The newest generation, and the one that it is to relieve."""
         both = (self.generation, self.outgoing)
         return tuple(one.number for one in both if one is not None)
+
+    @property
+    def failures(self) -> int:
+        """How many incidents it has had, those included that are not kept any more."""
+        return self.incidents[-1].number if self.incidents else 0
 
     @property
     def at_work(self) -> Generation | None:

@@ -275,6 +275,7 @@ class NodeServices:
             "pid": os.getpid(),
             "raft_healthy": status.healthy,
             "raft_reason": status.reason,
+            "raft_snapshot_error": status.snapshot_error,
             "warm": self._parts.warm(),
         }
 
@@ -290,7 +291,7 @@ class NodeServices:
             (
                 "raft_loop_total",
                 "event",
-                "Turns of consensus, frames refused.",
+                "Turns of consensus, frames refused, snapshots of the state that could not be taken.",
                 parts.raft.counters,
             ),
             (
@@ -372,6 +373,11 @@ class NodeServices:
             "proposals_dropped_total",
             parts.proposer.forwarded_dropped,
             "Entries of other nodes that this one could not take; they are offered again.",
+        )
+        yield _counter(
+            "proposals_unreadable_total",
+            parts.proposer.forwarded_unreadable,
+            "Entries of other nodes that this leader could not read, perhaps of a newer version, and refused.",
         )
 
 

@@ -55,6 +55,7 @@ _TOLD: Final = {
     "wrong_certificate": "it says that this node's certificate names another node",
     "cluster": "it is of another cluster",
     "unknown_peer": "it does not have this node among its peers",
+    "other_voters": "it was given other voters in --peers than this node",
     "name_taken": "another node of this node's name is there already",
     "too_many_learners": "it has as many learners as it takes",
     "learner_address": "it cannot use the address that this learner gave",

@@ -11,14 +11,15 @@ both: dialer `Hello` → acceptor `Welcome` (with its proof) → dialer `Confirm
 from __future__ import annotations
 
 import enum
+import hashlib
 import hmac
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Final
 
 import msgspec
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 LINK_CHANNEL: Final = 0
 NONCE_BYTES: Final = 32
 _HEADER: Final = struct.Struct(">IB")
@@ -28,7 +29,7 @@ MAX_HANDSHAKE_BYTES: Final = 4 * 1024
 
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
 Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
-ProofBytes = Annotated[bytes, msgspec.Meta(max_length=64)]
+DigestBytes = Annotated[bytes, msgspec.Meta(max_length=64)]
 Counter = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 
 
@@ -122,6 +123,8 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
     nonce: Nonce
     learner_at: Text | None = None
     """Address at which a learner listens; None: the dialer is one of the known peers."""
+    voters: DigestBytes = b""
+    """A voter's `voters_digest`; empty from a learner, which need not know them all."""
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=2):
@@ -129,11 +132,11 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=2):
     name: Text
     incarnation: Counter
     nonce: Nonce
-    proof: ProofBytes
+    proof: DigestBytes
 
 
 class Confirm(msgspec.Struct, frozen=True, array_like=True, tag=3):
-    proof: ProofBytes
+    proof: DigestBytes
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag=4):
@@ -235,8 +238,18 @@ def transcript(hello: Hello, welcome: Welcome) -> bytes:
     return msgspec.msgpack.encode((hello, unproved))
 
 
-def hello_refusal(hello: Hello, *, name: str, cluster_id: str, peers: frozenset[str]) -> str | None:
-    """Why a dialer is not let in, as a counter's name, or None. `peers`: who may dial, learners aside."""
+def voters_digest(voters: Iterable[str]) -> bytes:
+    """The same on all nodes that were given the same voters, and on no other."""
+    return hashlib.sha256(msgspec.msgpack.encode(sorted(voters))).digest()
+
+
+def hello_refusal(
+    hello: Hello, *, name: str, cluster_id: str, peers: frozenset[str], voters: bytes
+) -> str | None:
+    """Why a dialer is not let in, as a counter's name, or None.
+
+    `peers`: who may dial, learners aside. `voters`: as in this node's own hello.
+    """
     if hello.version != PROTOCOL_VERSION:
         return "version"
     if hello.cluster_id != cluster_id:
@@ -247,6 +260,8 @@ def hello_refusal(hello: Hello, *, name: str, cluster_id: str, peers: frozenset[
         return "unknown_peer"
     if hello.target != name:
         return "wrong_target"
+    if voters and not hello.learner_at and hello.voters != voters:
+        return "other_voters"
     return None
 
 

@@ -72,6 +72,7 @@ from distroml.consensus.raft_log import LogImage
 from distroml.consensus.raft_types import (
     RaftSettings,
     StateMachine,
+    UnreadableEntry,
     check_voters,
 )
 from distroml.consensus.replication import Progress, Replication
@@ -120,6 +121,8 @@ class HardenedRaft(Elections, Following, Replication, syncobj.SyncObj):  # type:
         self.send_needed = False
         self.appends: dict[tuple[int, int], Append] = {}
         self.apply_failures = 0
+        self.snapshot_failures = 0
+        self.snapshot_error = ""
         self.refused = 0
         self.supporters: set[str] = set()
         self.founders: dict[str, int] = {}
@@ -265,7 +268,7 @@ class HardenedRaft(Elections, Following, Replication, syncobj.SyncObj):  # type:
 
     def _SyncObj__applyLogEntries(self) -> bool:  # noqa: N802
         # Hazards S10, L2: the index moves on whatever apply does, and an entry that raises is an
-        # empty entry on every node alike. Running out of memory is not deterministic: that stops us.
+        # empty entry on every node alike. What is not alike on all, such as no memory, stops us.
         if self.commit_index == self.applied_index:
             return False
         end = min(self.commit_index, self.applied_index + APPLY_PER_TURN)
@@ -282,7 +285,7 @@ class HardenedRaft(Elections, Following, Replication, syncobj.SyncObj):  # type:
             return
         try:
             self.machine.apply(self.applied_index, command[1:])
-        except (MemoryError, RecursionError):
+        except (MemoryError, RecursionError, UnreadableEntry):
             raise
         except Exception:
             self.apply_failures += 1
@@ -306,9 +309,12 @@ class HardenedRaft(Elections, Following, Replication, syncobj.SyncObj):  # type:
         try:
             blob = self.machine.snapshot()
             self.snapshot = Snapshot.take(self.applied_index, term, list(self.voters), blob)
-        except Exception:
+        except Exception as error:
+            self.snapshot_failures += 1
+            self.snapshot_error = f"no snapshot at entry {self.applied_index}: {error}"
             logger.exception("no snapshot could be taken at entry %d", self.applied_index)
             return
+        self.snapshot_error = ""
         self.log.compact(self.snapshot, max(self.log.anchor_index, self._trim_to()))
 
     def _trim_to(self) -> int:

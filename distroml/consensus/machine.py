@@ -1,4 +1,4 @@
-"""The state machine: ``apply(state, index, entry) -> Applied``, pure and total.
+"""The state machine: ``apply_entry(state, index, entry) -> Applied``, pure and total.
 
 Runs on every node for every committed entry, in order. It never raises for a command: what cannot be done is an
 ``Outcome`` with an error, the same on every node, and leaves the jobs as they were. What a command does is up to its
@@ -23,7 +23,6 @@ from distroml.consensus.state import (
     KeyRecord,
     ProposerRecord,
 )
-from distroml.errors import UNDECODABLE
 from distroml.model import Event
 
 
@@ -33,16 +32,6 @@ class Applied(Struct, frozen=True):
     state: ClusterState
     outcome: Outcome
     events: tuple[Event, ...] = ()
-
-
-def apply(state: ClusterState, index: int, data: bytes) -> Applied:
-    """Apply one committed log entry given as bytes (see ``commands.encode_entry``)."""
-    try:
-        entry = c.decode_entry(data)
-    except UNDECODABLE as error:
-        outcome = Outcome(index, "invalid-entry", f"entry {index} cannot be read: {error}")
-        return Applied(_count(replace(state, index=index), outcome.error), outcome)
-    return apply_entry(state, index, entry)
 
 
 def apply_entry(state: ClusterState, index: int, entry: Entry) -> Applied:

@@ -28,6 +28,7 @@ from distroml.consensus.frames import (
     Lane,
     LinkLimits,
     hello_refusal,
+    voters_digest,
 )
 from distroml.consensus.learner_table import LearnerTable
 
@@ -65,6 +66,7 @@ class PeerLinks:
         self._advertise = advertise
         """Where the peers reach this learner; None: they know this node from their settings."""
         self.peers = {peer: address for peer, address in peers.items() if peer != name}
+        self._voters = b"" if advertise else voters_digest({name, *peers})
         self.limits = limits or LinkLimits()
         self.security = security or LinkSecurity()
         self.counters: dict[str, int] = {"frames_in": 0, "frames_out": 0}
@@ -220,6 +222,7 @@ class PeerLinks:
             lane=lane,
             nonce=secrets.token_bytes(NONCE_BYTES),
             learner_at=at,
+            voters=self._voters,
         )
         loop = asyncio.get_running_loop()
         connection: Outbound | None = None
@@ -252,7 +255,13 @@ class PeerLinks:
 
     def admit(self, connection: Inbound, hello: Hello) -> str | None:
         lasting = frozenset(peer for peer in self.peers if peer not in self.learners)
-        reason = hello_refusal(hello, name=self.name, cluster_id=self.cluster_id, peers=lasting)
+        reason = hello_refusal(
+            hello,
+            name=self.name,
+            cluster_id=self.cluster_id,
+            peers=lasting,
+            voters=self._voters,
+        )
         if reason is None and hello.learner_at:
             reason = "unknown_peer" if self._advertise else self.learners.refusal(hello)
         if reason is not None:

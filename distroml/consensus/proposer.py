@@ -11,6 +11,7 @@ Names are only unique once the cluster knows this incarnation, so nothing else i
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -22,10 +23,17 @@ from distroml.commands import (
     Outcome,
     RegisterNode,
     Write,
+    decode_entry,
     encode_entry,
 )
 from distroml.consensus.peers import Channel
-from distroml.errors import InvalidSpec, OutcomeUnknown, TooManyRequests, Unavailable
+from distroml.errors import (
+    UNDECODABLE,
+    InvalidSpec,
+    OutcomeUnknown,
+    TooManyRequests,
+    Unavailable,
+)
 from distroml.model import Event
 
 MAX_IN_FLIGHT = 1024
@@ -39,6 +47,9 @@ RETRY_FIRST_S = 0.5
 RETRY_MOST_S = 2.0
 """Longest time between two offers, and the time where this node's own log took the entry: such a one is lost only
 with leadership, which is told, or where a hand-over of leadership was begun and given up."""
+
+
+_log = logging.getLogger(__name__)
 
 
 class _Raft(Protocol):
@@ -109,6 +120,7 @@ class Proposer:
         self.registered = False
         """Set by the node once the cluster knows its incarnation."""
         self.forwarded_dropped = 0
+        self.forwarded_unreadable = 0
 
     async def propose(
         self, command: AnyCommand, timeout_s: float = 10.0, *, term: int | None = None
@@ -165,8 +177,21 @@ class Proposer:
             self._offer_again(proposal)
 
     def on_forwarded(self, peer: str, body: bytes) -> None:
-        """A follower's entry; taken if this node leads, else its proposer offers it again elsewhere."""
-        if not self._append(body):
+        """A follower's entry; taken if this node leads, else its proposer offers it again elsewhere.
+
+        Only what this node reads gets into the log, and in its own words: others may stumble over what it skips.
+        """
+        if not self._raft.is_leader:
+            self.forwarded_dropped += 1
+            return
+        try:
+            entry = decode_entry(body)
+        except UNDECODABLE as error:
+            self.forwarded_unreadable = total = self.forwarded_unreadable + 1
+            level = logging.WARNING if total & (total - 1) == 0 else logging.DEBUG
+            _log.log(level, "refused entry %d of %s that cannot be read: %s", total, peer, error)
+            return
+        if not self._append(encode_entry(entry)):
             self.forwarded_dropped += 1
 
     def _encode(self, sequence: int, command: AnyCommand) -> bytes:

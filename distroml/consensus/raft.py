@@ -111,6 +111,7 @@ class RaftNode:
             "frames_dropped": 0,
             "turns": 0,
             "pre_vote_rounds": 0,
+            "snapshots_failed": 0,
         }
 
     # ------------------------------------------------------------------ life
@@ -121,7 +122,8 @@ class RaftNode:
         Raises UnsafeLibrary, StorageCorrupt, StorageInUse or OSError; the node then has neither
         voted nor sent anything.
         """
-        identity = Identity(self._links.cluster_id, self.name)
+        voters = tuple(sorted(self._voters)) if self.name in self._voters else ()
+        identity = Identity(self._links.cluster_id, self.name, voters)
         try:
             recovered = await self._sync.open(self._directory, identity, self._disk)
             self.notes = recovered.notes
@@ -227,6 +229,7 @@ class RaftNode:
             log_entries=len(raft.log.entries) - 1,
             log_bytes=raft.log.payload_bytes,
             snapshot_index=raft.snapshot.index if raft.snapshot else 0,
+            snapshot_error=raft.snapshot_error,
             last_sync_ms=self._sync.last_sync_ms,
             proven=raft.log.proven,
             awaits=raft.awaited(),
@@ -348,6 +351,7 @@ class RaftNode:
         turn = core.finish_turn()
         self.counters["turns"] += 1
         self.counters["pre_vote_rounds"] = core.raft.pre_vote_rounds
+        self.counters["snapshots_failed"] = core.raft.snapshot_failures
         self._release(turn.early)
         if turn.disk and not await self._sync.persist(turn.disk):
             return  # stopped with the turn not on disk: nothing of it may leave

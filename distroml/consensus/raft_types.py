@@ -55,6 +55,15 @@ class UnsafeLibrary(ConsensusError):
     """The installed Raft library is not the exact source that the overrides were made for."""
 
 
+class UnreadableEntry(ConsensusError):
+    """A committed entry means nothing to this version, yet something to others; the node stops before it."""
+
+    def __init__(self, index: int, why: str) -> None:
+        super().__init__(
+            f"entry {index} of the log is of a newer version of distroml-node ({why}); upgrade this node"
+        )
+
+
 class SafetyViolation(ConsensusError):
     """An invariant of Raft does not hold; the node stops rather than acknowledge anything more."""
 
@@ -143,6 +152,8 @@ class RaftStatus(msgspec.Struct, frozen=True, kw_only=True):
     log_entries: int = 0
     log_bytes: int = 0
     snapshot_index: int = 0
+    snapshot_error: str = ""
+    """Why the last snapshot could not be taken, so that the log grows; empty where it could."""
     last_sync_ms: float = 0.0
     """Duration of the last group write + fdatasync."""
     proven: bool = False
@@ -158,7 +169,10 @@ class StateMachine(Protocol):
     """What the log drives. All three run in the event loop and must not block or await."""
 
     def apply(self, index: int, entry: bytes) -> None:
-        """Applies one committed entry. Total: a bad entry is a result, never an exception."""
+        """Applies one committed entry. Total: a bad entry is a result, never an exception.
+
+        Except UnreadableEntry, before changing anything: the node stops there.
+        """
 
     def snapshot(self) -> bytes:
         """The whole state, as bytes that `restore` accepts on any node."""

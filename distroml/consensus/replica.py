@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 
 from distroml.commands import Entry, Outcome, decode_entry
 from distroml.consensus import machine
+from distroml.consensus.raft_types import UnreadableEntry
 from distroml.consensus.state import ClusterState, decode_state, encode_state
 from distroml.errors import UNDECODABLE
 from distroml.model import Event
@@ -39,22 +40,25 @@ class Replica:
     def listen(self, listener: Listener) -> None:
         """Call ``listener(entry, outcome, events)`` after each applied entry.
 
-        Without an entry and an error a snapshot replaced the state: anything may have changed.
+        Without an entry a snapshot replaced the state: anything may have changed.
         """
         self._listeners.append(listener)
 
     def apply(self, index: int, data: bytes) -> None:
-        """Apply one committed entry. Total: bad bytes become a refused outcome."""
+        """Apply one committed entry. Total: what cannot be done becomes a refused outcome.
+
+        Raises:
+            UnreadableEntry: the bytes are no entry of this version, and the state is as it was. Leaders append
+                only what they read themselves, so a newer version wrote it: to pass over what others apply would
+                make this copy another one for good.
+        """
         if index <= self.state.index:
             return  # Raft may hand an entry again after a restart from a snapshot
-        entry: Entry | None
         try:
             entry = decode_entry(data)
-        except UNDECODABLE:
-            entry = None
-            applied = machine.apply(self.state, index, data)
-        else:
-            applied = machine.apply_entry(self.state, index, entry)
+        except UNDECODABLE as error:
+            raise UnreadableEntry(index, str(error)) from error
+        applied = machine.apply_entry(self.state, index, entry)
         self.state = applied.state
         self._keep(applied.events)
         self._tell(entry, applied.outcome, applied.events)

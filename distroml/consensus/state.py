@@ -25,7 +25,11 @@ MAX_KEYS = 20_000
 """Idempotency keys remembered; the oldest is forgotten first."""
 MAX_OUTSTANDING = 4096
 """Unsettled results remembered per proposer; proposers keep fewer in flight."""
+MAX_ENDED_BYTES = 256 * 1024 * 1024
+"""Encoded jobs that have ended, so that a snapshot of them and the others can always be taken; the oldest make room."""
 MAX_INCIDENTS = 64
+MAX_ENDED_INCIDENTS = 16
+"""Of these, how many are kept once the job has ended: the first and the last ones."""
 MAX_CHECKPOINTS = 1000
 
 

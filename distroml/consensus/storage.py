@@ -7,6 +7,7 @@ the operations of one turn in order. Everything here blocks and runs in the node
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +15,7 @@ import msgspec
 
 from distroml.consensus.disk import Disk, write_atomically
 from distroml.consensus.messages import NO_OP
+from distroml.consensus.proofs import nonces_in
 from distroml.consensus.raft_log import (
     FIRST_INDEX,
     AppendRecords,
@@ -25,7 +27,7 @@ from distroml.consensus.raft_log import (
 )
 from distroml.consensus.raft_types import StorageCorrupt, StorageInUse
 from distroml.consensus.snapshot import Snapshot, decode_file, encode_file
-from distroml.consensus.wal import Identity, Wal
+from distroml.consensus.wal import Identity, Wal, refuse_other_voters
 
 LOCK_WAIT_S: Final = 2.0
 
@@ -147,11 +149,20 @@ def _recover(directory: Path, wal: Wal, disk: Disk) -> Recovered:
     image, cut_bytes = opened
     if cut_bytes:
         notes.append(f"cut {cut_bytes} bytes of an unfinished write off the end of the log")
+    refuse_other_voters(_voters_then(image, snapshot), wal.identity, str(directory))
     joined = join(image, snapshot, str(directory))
     if joined is not image:
         notes.append(f"the log starts anew at snapshot {joined.anchor_index}")
     wal.rewrite(joined)
     return Recovered(joined, snapshot, notes)
+
+
+def _voters_then(image: LogImage, snapshot: Snapshot | None) -> Iterable[str]:
+    """Who voted when the log was written, also where an older version did not keep their names with it."""
+    if snapshot is not None:
+        return snapshot.voters
+    founding = [command for command, index, _ in image.entries if index == FIRST_INDEX + 1]
+    return nonces_in(founding[0]) if founding else ()
 
 
 def join(image: LogImage, snapshot: Snapshot | None, where: str) -> LogImage:

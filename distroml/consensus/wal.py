@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -55,6 +56,8 @@ class Identity(msgspec.Struct, frozen=True):
 
     cluster_id: str
     name: str
+    voters: tuple[str, ...] = ()
+    """In order; empty on a learner, and where an older version wrote the log."""
 
 
 class _Header(msgspec.Struct, frozen=True):
@@ -105,12 +108,13 @@ def replay(content: bytes, where: str, identity: Identity) -> Replayed:
     Raises StorageCorrupt, naming `where` and the offset, for damage that a crash cannot explain.
     """
     header, start = _decode_header(content, where)
-    if header.identity != identity:
+    owner = header.identity
+    if (owner.cluster_id, owner.name) != (identity.cluster_id, identity.name):
         raise StorageCorrupt(
-            f"{where} belongs to node {header.identity.name!r} of cluster "
-            f"{header.identity.cluster_id!r}, not to node {identity.name!r} of cluster "
-            f"{identity.cluster_id!r}; give each node its own data directory"
+            f"{where} belongs to node {owner.name!r} of cluster {owner.cluster_id!r}, not to node "
+            f"{identity.name!r} of cluster {identity.cluster_id!r}; give each node its own data directory"
         )
+    refuse_other_voters(owner.voters, identity, where)
     image, offset, sequence = blank_image(), start, 0
     while (batch := _batch_at(content, offset, header.salt, sequence)) is not None:
         payload, end = batch
@@ -129,6 +133,21 @@ def replay(content: bytes, where: str, identity: Identity) -> Replayed:
     if later is not None:
         raise _damage(where, offset, f"batch {sequence} is damaged, {later}")
     return Replayed(image, sequence, offset, len(content) - offset)
+
+
+def refuse_other_voters(recorded: Iterable[str], identity: Identity, where: str) -> None:
+    """Raises StorageCorrupt where a voter's log was written under other voters; nothing recorded suits all.
+
+    Majorities of two voter sets need not meet: each could elect a leader and acknowledge without the other.
+    """
+    before, now = sorted(recorded), list(identity.voters)
+    if before and now and before != now:
+        raise StorageCorrupt(
+            f"{where} is of a cluster with the voters {', '.join(before)}, but this node was given the "
+            f"voters {', '.join(now)}. The voters of a cluster are fixed when it is founded: list the "
+            "former in --peers again. Further hosts join as learners (--join); for other voters, found "
+            "a cluster with empty data directories under another --cluster-id"
+        )
 
 
 def _damage(where: str, offset: int, what: str) -> StorageCorrupt:
@@ -197,7 +216,7 @@ class Wal:
 
     def __init__(self, directory: Path, identity: Identity, disk: Disk) -> None:
         self._directory = directory
-        self._identity = identity
+        self.identity = identity
         self._disk = disk
         self._number = 0
         self._salt = 0
@@ -217,7 +236,7 @@ class Wal:
             return None
         self._number = found[-1]
         path = self._path
-        replayed = replay(self._disk.read(path), str(path), self._identity)
+        replayed = replay(self._disk.read(path), str(path), self.identity)
         return replayed.image, replayed.cut_bytes
 
     def append(self, records: list[Record]) -> None:
@@ -237,7 +256,7 @@ class Wal:
         """Replaces the log by `image` in a new segment. After an OSError the old one still holds."""
         number = self._number + 1
         salt = int.from_bytes(os.urandom(8), "little")
-        content = encode_segment(self._identity, number, salt, image)
+        content = encode_segment(self.identity, number, salt, image)
         write_atomically(self._disk, self._directory / segment_name(number), content)
         self._close_descriptor()
         self._number, self._salt, self._sequence = number, salt, 1

@@ -134,7 +134,7 @@ def _jobs(services: Services) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "distroml_jobs_stored", "Jobs kept, finished ones included.", value=float(len(kept))
     )
-    incidents = sum(len(job.incidents) for job in kept)
+    incidents = sum(job.failures for job in kept)
     yield CounterMetricFamily(
         "distroml_incidents", "Failures of the jobs that are kept.", value=float(incidents)
     )

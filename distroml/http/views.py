@@ -208,7 +208,7 @@ def job_view(job: Job, facts: Facts, metrics: Mapping[str, float], now: float) -
         checkpoints=CheckpointSummary(
             count=len(job.checkpoints), newest_step=newest.step if newest else None
         ),
-        incidents=len(job.incidents),
+        incidents=job.failures,
         metrics={**metrics, **(job.result.metrics if job.result else {})},
         result=_result_view(job),
         spec=job.spec,

@@ -357,7 +357,7 @@ class Node:
         self.barriers.on_applied()
         if superseded := self.registration.superseded():
             self._break(superseded)
-        if self.registration.done and entry is None and not outcome.error:
+        if self.registration.done and entry is None:
             self.replicator.sweep()  # a snapshot came: its jobs may have been removed unseen
         for event in events:
             if event.type == "removed" and event.job_id is not None:

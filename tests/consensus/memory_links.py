@@ -17,6 +17,7 @@ from distroml.consensus.frames import (
     Lane,
     LinkLimits,
     hello_refusal,
+    voters_digest,
 )
 from distroml.credentials import ClusterKeys
 
@@ -52,7 +53,11 @@ class End:
 
     def admit(self, connection: Inbound, hello: Hello) -> str | None:
         return hello_refusal(
-            hello, name=self.name, cluster_id="test", peers=frozenset("ab") - {self.name}
+            hello,
+            name=self.name,
+            cluster_id="test",
+            peers=frozenset("ab") - {self.name},
+            voters=voters_digest("ab"),
         )
 
     def established_inbound(self, connection: Inbound) -> None:
@@ -104,7 +109,10 @@ class Wire:
         self.sent: list[tuple[str, bytes]] = []
 
     def hello(self, **changes: object) -> Hello:
-        hello = Hello(PROTOCOL_VERSION, "test", "a", "b", 3, 7, Lane.CONTROL, b"n" * NONCE_BYTES)
+        hello = Hello(
+            PROTOCOL_VERSION, "test", "a", "b", 3, 7, Lane.CONTROL, b"n" * NONCE_BYTES,
+            voters=voters_digest("ab"),
+        )  # fmt: skip
         return msgspec.structs.replace(hello, **changes)
 
     def run(self, change: Change | None = None, frames: tuple[bytes, ...] = FRAMES) -> None:

@@ -228,7 +228,7 @@ def test_the_acceptors_proof_is_none_of_the_dialers() -> None:
 
 FIELDS = st.sampled_from(
     [
-        ("version", 2),
+        ("version", 9),
         ("cluster_id", "other"),
         ("name", "c"),
         ("target", "c"),
@@ -236,10 +236,11 @@ FIELDS = st.sampled_from(
         ("epoch", 8),
         ("lane", Lane.BULK),
         ("nonce", b"m" * NONCE_BYTES),
+        ("voters", b"others"),
     ]
 )
 ANSWERS = st.sampled_from(
-    [("version", 2), ("name", "c"), ("incarnation", 9), ("nonce", b"o" * NONCE_BYTES)]
+    [("version", 9), ("name", "c"), ("incarnation", 9), ("nonce", b"o" * NONCE_BYTES)]
 )
 
 

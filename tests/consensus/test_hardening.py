@@ -32,6 +32,7 @@ from distroml.consensus.raft_types import (
     RaftSettings,
     Role,
     SafetyViolation,
+    UnreadableEntry,
     UnsafeLibrary,
 )
 from distroml.consensus.snapshot import Snapshot
@@ -201,14 +202,15 @@ def test_s10_l2_an_entry_that_raises_counts_as_empty_and_is_passed_once() -> Non
     assert node.raft.apply_failures == 1
 
 
-def test_running_out_of_memory_in_apply_stops_the_node() -> None:
+@pytest.mark.parametrize("error", [MemoryError(), UnreadableEntry(2, "of a newer version")])
+def test_what_is_not_the_same_on_all_nodes_stops_this_one(error: Exception) -> None:
     node = Lone(image=image(4, term=1))
 
     def apply(index: int, entry: bytes) -> None:
-        raise MemoryError
+        raise error
 
     node.ledger.apply = apply  # type: ignore[method-assign]
-    with pytest.raises(MemoryError):
+    with pytest.raises(type(error)):
         node.feed("b", Append(1, 4, 1, 4, []))
 
 

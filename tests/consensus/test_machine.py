@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from distroml import commands as c
-from distroml.consensus import machine, state
-from distroml.consensus.handlers import checkpoints, jobs, nodes
+from distroml.consensus import state
+from distroml.consensus.handlers import change, checkpoints, jobs, nodes
 from distroml.consensus.state import ClusterState, decode_state, encode_state
 from distroml.model import (
     TERMINAL,
@@ -38,6 +39,15 @@ from tests.builders import (
     submit,
 )
 
+_LOUD = Cause(
+    kind=FailureKind.ERROR,
+    rank=0,
+    node="a",
+    error="e" * 1024,
+    traceback="t" * 8192,
+    last_lines=("l" * 400,) * 20,
+)
+"""A failure that says as much as any may."""
 RESULT = Result(state_digest="0" * 64, step=100, epoch=1, metrics={"loss": 0.1})
 
 
@@ -416,6 +426,57 @@ class TestClientWrites:
         ]
         assert list(log.state.jobs) == ["job-1", "job-3"]
 
+    def test_what_is_kept_of_a_job_that_has_ended_is_small(self) -> None:
+        log = running(Log())
+        for generation in range(1, 101):
+            log.ok(fail("job-1", generation, cause=_LOUD, reason="r" * 500, highest_step=0))
+            log.ok(form("job-1", generation + 1, members("a", "b")))
+        before = log.job().incidents
+        log.ok(c.CancelJob(job_id="job-1", reason="enough"))
+        kept = log.job().incidents
+        assert [one.number for one in kept] == [before[0].number, *range(86, 101)]
+        assert [one.number for one in kept if one.cause.traceback] == [before[0].number, 100]
+        assert [one.number for one in kept if one.cause.last_lines] == [before[0].number, 100]
+        assert (kept[0], kept[-1]) == (before[0], before[-1])
+        assert log.job().failures == 100
+        assert log.job().size_bytes == pytest.approx(len(msgspec.msgpack.encode(log.job())), abs=9)
+        assert log.job().size_bytes < 64 * 1024
+
+    def test_the_output_that_is_kept_is_that_of_the_first_and_the_last_that_said_anything(
+        self,
+    ) -> None:
+        log = running(Log())
+        silent = Cause(kind=FailureKind.NODE_LEFT, node="b")
+        for generation, cause in enumerate((silent, _LOUD, _LOUD, _LOUD, silent), 1):
+            log.ok(fail("job-1", generation, cause=cause))
+            log.ok(form("job-1", generation + 1, members("a", "b")))
+        log.ok(c.CancelJob(job_id="job-1", reason="enough"))
+        assert [one.number for one in log.job().incidents if one.cause.last_lines] == [2, 4]
+
+    @pytest.mark.parametrize("how", ["cancelled", "failed", "imported"])
+    def test_jobs_that_have_ended_make_room_for_newer_ones_by_their_bytes(
+        self, monkeypatch: pytest.MonkeyPatch, how: str
+    ) -> None:
+        log = running(Log(), "job-1")
+        log.ok(fail("job-1", 1, cause=_LOUD))
+        log.ok(c.CancelJob(job_id="job-1", reason=""))
+        log.ok(submit("waits"))
+        log.ok(submit("job-2"))
+        monkeypatch.setattr(change, "MAX_ENDED_BYTES", log.job("job-1").size_bytes)
+        assert not [one for one in log.applied[-1].events if one.type == "removed"]
+        ends = {
+            "cancelled": c.CancelJob(job_id="job-2", reason=""),
+            "failed": c.FinishRun(
+                job_id="job-2", generation=0, status=JobStatus.FAILED, reason="no room for it"
+            ),
+            "imported": imports("job-3", 10),
+        }
+        told = log.ok(ends[how]).events
+        assert ("removed", "job-1") in [(one.type, one.job_id) for one in told]
+        assert "job-1" not in log.state.jobs
+        assert {"waits", "job-2"} <= log.state.jobs.keys()
+        assert decode_state(encode_state(log.state)) == log.state
+
 
 class TestExactlyOnce:
     def test_a_repeated_entry_is_answered_from_memory(self) -> None:
@@ -675,15 +736,6 @@ class TestImport:
         log.ok(imports("job-9", 10))
         other = imports("job-9", 10, digest="cd" * 32)
         assert log(other).outcome.error == "conflict"
-
-
-@settings(max_examples=200)
-@given(st.binary(max_size=200))
-def test_any_bytes_are_refused_alike_and_never_raise(data: bytes) -> None:
-    applied = machine.apply(ClusterState(), 1, data)
-    assert applied.outcome.error
-    assert applied.state.index == 1
-    assert applied.state.jobs == {}
 
 
 _STATUSES = st.sampled_from(list(JobStatus))

@@ -26,6 +26,7 @@ from distroml.consensus.frames import (
     decode_link_message,
     encode_frame,
     encode_link_message,
+    voters_digest,
 )
 from distroml.consensus.learner_table import FORGET_S
 from distroml.consensus.peers import Address, Channel, LinkLimits, PeerLinks
@@ -203,6 +204,7 @@ def greeting(peer: str, /, **changes: object) -> Hello:
         epoch=1,
         lane=Lane.CONTROL,
         nonce=bytes(NONCE_BYTES),
+        voters=voters_digest("ab"),
     )
     return msgspec.structs.replace(hello, **changes)
 
@@ -237,6 +239,8 @@ async def connect(net: Net) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]
         ({"name": "mallory"}, "refused_unknown_peer"),
         ({"name": "a"}, "refused_unknown_peer"),
         ({"target": "c"}, "refused_wrong_target"),
+        ({"voters": voters_digest("abc")}, "refused_other_voters"),
+        ({"voters": b""}, "refused_other_voters"),
     ],
 )
 async def test_strangers_are_refused_and_counted(
@@ -250,6 +254,17 @@ async def test_strangers_are_refused_and_counted(
     assert a.counters[counter] == 1
     assert not a.connected("b")
     writer.close()
+
+
+async def test_nodes_that_were_given_other_voters_do_not_connect(net: Net) -> None:
+    a = await net.start("a", peers=net.addresses | {"c": Address("127.0.0.1", 1)})
+    b = await net.start("b")
+    await until(
+        lambda: all(links.counters.get("refused_other_voters", 0) > 1 for links in (a, b)),
+        "both refused the other more than once",
+    )
+    assert not a.connected("b")
+    assert not b.connected("a")
 
 
 @pytest.mark.parametrize(

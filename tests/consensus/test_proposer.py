@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
+import msgspec
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from distroml import commands as c
-from distroml.commands import Entry, Outcome, decode_entry
+from distroml.commands import Entry, Outcome, decode_entry, encode_entry
 from distroml.consensus import proposer as module
 from distroml.consensus.peers import Channel
 from distroml.consensus.proposer import MAX_DECISION_BYTES, Proposer
@@ -301,16 +304,33 @@ class TestFence:
 
 
 class TestForwarded:
+    entry = encode_entry(Entry("b", 1, 1, 0, 1.5, submit("x")))
+
     def test_the_leader_takes_a_followers_entry(self, world: World) -> None:
-        world.proposer.on_forwarded("b", b"entry")
-        assert world.raft.taken == [b"entry"]
+        world.proposer.on_forwarded("b", self.entry)
+        assert world.raft.taken == [self.entry]
 
     def test_who_cannot_take_it_counts_it(self, world: World) -> None:
         world.raft.full = True
-        world.proposer.on_forwarded("b", b"entry")
+        world.proposer.on_forwarded("b", self.entry)
         world.raft.leader = "c"
-        world.proposer.on_forwarded("b", b"entry")
+        world.proposer.on_forwarded("b", self.entry)
         assert world.proposer.forwarded_dropped == 2
+
+    @given(st.binary(max_size=200))
+    @example(b"\x91" * 100_000)
+    @example(entry.replace(b"SubmitJob", b"ShapeJobs"))
+    def test_the_leader_refuses_what_it_cannot_read(self, data: bytes) -> None:
+        world = World()
+        world.proposer.on_forwarded("b", data)
+        assert world.raft.taken == []
+        assert (world.proposer.forwarded_unreadable, world.proposer.forwarded_dropped) == (1, 0)
+
+    def test_what_the_leader_skips_does_not_get_into_the_log(self, world: World) -> None:
+        newer = msgspec.msgpack.decode(self.entry)
+        (newer[-1] if isinstance(newer, list) else newer["command"])["unheard_of"] = [[[]]]
+        world.proposer.on_forwarded("b", msgspec.msgpack.encode(newer))
+        assert world.raft.taken == [self.entry]
 
 
 class TestSize:

@@ -20,6 +20,7 @@ from distroml.consensus.raft_types import (
     RaftStatus,
     Role,
     StorageCorrupt,
+    UnreadableEntry,
     check_voters,
 )
 from tests.consensus.faulty_disk import ENOSPC, FaultyDisk
@@ -424,6 +425,63 @@ class Victim:
         await self.process.wait()
         assert self._reading is not None
         await self._reading
+
+
+async def test_a_snapshot_that_cannot_be_taken_is_counted_and_told(tmp_path: Path) -> None:
+    cluster = LiveCluster(tmp_path, "a", settings=SMALL)
+    live = await cluster.start("a")
+    snapshot = live.journal.snapshot
+
+    def fails() -> bytes:
+        raise ValueError("the state is too large")
+
+    live.journal.snapshot = fails  # type: ignore[method-assign]
+    try:
+        every = range(SMALL.compaction_entries)
+        await cluster.commit(*(b"%d" % number for number in every))
+        await until(lambda: live.node.counters["snapshots_failed"] > 0, "one has failed")
+        assert "the state is too large" in live.node.status().snapshot_error
+        live.journal.snapshot = snapshot  # type: ignore[method-assign]
+        await cluster.commit(*(b"later %d" % number for number in every))
+        await until(lambda: live.node.status().snapshot_index > 0, "one was taken")
+        assert live.node.status().snapshot_error == ""
+    finally:
+        await cluster.close()
+
+
+async def test_an_entry_that_cannot_be_read_stops_the_node_and_says_what_to_do(
+    tmp_path: Path,
+) -> None:
+    cluster = LiveCluster(tmp_path, "a")
+    live = cluster.make("a")
+
+    def apply(index: int, entry: bytes) -> None:
+        raise UnreadableEntry(index, "Invalid value 'ShapeJobs'")
+
+    live.journal.apply = apply  # type: ignore[method-assign]
+    await live.node.start()
+    try:
+        await until(lambda: live.node.is_leader, "it leads")
+        live.node.append(b"newer")
+        await until(lambda: bool(live.node.failure), "it stopped")
+        assert "entry 3 of the log is of a newer version" in live.node.failure
+        assert "upgrade this node" in live.node.status().reason
+    finally:
+        await live.node.stop()
+
+
+@pytest.mark.parametrize("others", ["a", "abcde", "abd"])
+async def test_a_voter_does_not_start_under_other_voters(tmp_path: Path, others: str) -> None:
+    founded = LiveCluster(tmp_path, *"abc")
+    await founded.start_all()
+    await founded.commit(b"acknowledged")
+    await founded.close()
+    changed = LiveCluster(tmp_path, *others)
+    with pytest.raises(StorageCorrupt, match="voters a, b, c, but this node was given"):
+        await changed.make("a").node.start()
+    await founded.start_all()
+    await founded.commit(b"later")
+    await founded.close()
 
 
 async def test_sigkill_of_all_nodes_at_once_loses_nothing_acknowledged(tmp_path: Path) -> None:

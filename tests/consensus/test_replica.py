@@ -7,6 +7,7 @@ import pytest
 from distroml import commands as c
 from distroml.commands import Entry, Outcome, encode_entry
 from distroml.consensus import replica as module
+from distroml.consensus.raft_types import UnreadableEntry
 from distroml.consensus.replica import Replica
 from distroml.model import Event
 from tests.builders import node, submit
@@ -56,14 +57,18 @@ def test_an_entry_that_is_handed_over_again_after_a_restart_is_applied_once() ->
     assert len(log.told) == 1
 
 
-@pytest.mark.parametrize("data", [b"", b"\xc1", b"\x91" * 100_000, b"\x00" * 64])
-def test_bytes_that_are_no_entry_are_refused_and_counted(data: bytes) -> None:
+NEWER = encode_entry(Entry("a", 1, 2, 2, 2.0, submit("y"))).replace(b"SubmitJob", b"ShapeJobs")
+
+
+@pytest.mark.parametrize("data", [b"", b"\xc1", b"\x91" * 100_000, b"\x00" * 64, NEWER])
+def test_an_entry_that_cannot_be_read_is_not_passed_over(data: bytes) -> None:
     log = Log()
-    log.replica.apply(1, data)
-    ((entry, outcome, events),) = log.told
-    assert (entry, outcome.error, events) == (None, "invalid-entry", ())
-    assert log.replica.state.refused == {"invalid-entry": 1}
-    assert log.replica.state.index == 1
+    log(submit("x"))
+    before, told = log.replica.state, len(log.told)
+    with pytest.raises(UnreadableEntry, match=r"entry 2 .* newer version .* upgrade this node"):
+        log.replica.apply(2, data)
+    assert log.replica.state is before
+    assert len(log.told) == told
 
 
 def test_a_listener_that_fails_stops_neither_the_log_nor_the_others() -> None:

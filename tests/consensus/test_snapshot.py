@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from distroml.consensus.disk import RealDisk
 from distroml.consensus.messages import SnapshotChunk
+from distroml.consensus.proofs import proof
 from distroml.consensus.raft_log import (
     AppendRecords,
     EntryRecord,
@@ -157,6 +158,24 @@ def filled(directory: Path, last: int, disk: RealDisk | None = None) -> tuple[St
 def flush(storage: Storage, log: RaftLog) -> None:
     for op in log.take_ops():
         storage.perform(op)
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_a_directory_that_does_not_name_its_voters_is_known_by_what_it_holds(
+    tmp_path: Path, compacted: bool
+) -> None:
+    storage, recovered = open_storage(tmp_path, IDENTITY, RealDisk())
+    log = RaftLog(recovered.image)
+    log.append(proof({"a": 1, "b": 2, "c": 3}), 2, 1)
+    if compacted:
+        log.compact(snapshot(2, term=1), 2)
+    flush(storage, log)
+    storage.close()
+    others = Identity("cluster", "a", ("a", "b", "c", "d", "e"))
+    with pytest.raises(StorageCorrupt, match=r"voters a, b, c, but this node was given .* d, e"):
+        open_storage(tmp_path, others, RealDisk())
+    storage, _ = open_storage(tmp_path, Identity("cluster", "a", ("a", "b", "c")), RealDisk())
+    storage.close()
 
 
 def test_compaction_keeps_the_trailing_window(tmp_path: Path) -> None:

@@ -277,6 +277,28 @@ def test_the_log_of_another_node_is_refused(tmp_path: Path) -> None:
         Wal(tmp_path, Identity("cluster", "b"), RealDisk()).open()
 
 
+def test_the_log_of_other_voters_is_refused_with_both_lists(tmp_path: Path) -> None:
+    ours = Identity("cluster", "a", ("a", "b", "c"))
+    wal = Wal(tmp_path, ours, RealDisk())
+    wal.rewrite(blank_image())
+    wal.close()
+    for voters in (("a",), ("a", "b", "c", "d", "e"), ("a", "b", "d")):
+        told = rf"voters a, b, c, but .* voters {', '.join(voters)}\. .*--peers"
+        with pytest.raises(StorageCorrupt, match=told):
+            Wal(tmp_path, Identity("cluster", "a", voters), RealDisk()).open()
+    assert Wal(tmp_path, ours, RealDisk()).open() is not None
+
+
+def test_a_log_without_the_voters_names_gets_them(tmp_path: Path) -> None:
+    open_wal(tmp_path)[0].close()
+    named = Wal(tmp_path, Identity("cluster", "a", ("a", "b")), RealDisk())
+    image, _ = named.open() or (blank_image(), 0)
+    named.rewrite(image)
+    named.close()
+    with pytest.raises(StorageCorrupt, match="the voters a, b, but"):
+        Wal(tmp_path, Identity("cluster", "a", ("a", "c")), RealDisk()).open()
+
+
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StorageCorrupt, match="not a log segment"):
         replay(b"DMLWAL\x00\x02" + b"\x00" * 40, "log", IDENTITY)

@@ -23,8 +23,6 @@ from distroml.consensus.frames import (
     BadFrame,
     Confirm,
     FrameReader,
-    Hello,
-    Lane,
     LinkMessage,
     Ping,
     Refused,
@@ -39,13 +37,13 @@ from distroml.reports import NodeReport
 from distroml.runtime.observations import Observations
 from distroml.runtime.replicas import wire
 from distroml.runtime.store import sync
-from tests.consensus.memory_links import WITH_KEY, End, Memory
+from tests.consensus.memory_links import WITH_KEY, End, Memory, Wire
 from tests.fuzz.target import Target, caught
 from tests.fuzz.typed import encoded
 
 ANSWERS_BYTES: Final = 4 * 1024
 """What a stranger may make a node say on one connection, at most."""
-_HELLO: Final = Hello(PROTOCOL_VERSION, "test", "a", "b", 3, 7, Lane.CONTROL, b"n" * NONCE_BYTES)
+_HELLO: Final = Wire().hello()
 _WELCOME: Final = Welcome(PROTOCOL_VERSION, "b", 3, b"w" * NONCE_BYTES, b"")
 
 
@@ -187,9 +185,10 @@ def inbound(data: bytes) -> None:
         _stranger_speaks(connection, data)
     assert not owner.delivered or owner.established
     if owner.established:
-        assert connection.hello is not None
-        assert (connection.hello.name, connection.hello.target) == ("a", "b")
-        assert connection.hello.cluster_id == "test"
+        hello = connection.hello
+        assert hello is not None
+        assert (hello.cluster_id, hello.target) == ("test", "b")
+        assert hello.learner_at or (hello.name, hello.voters) == ("a", _HELLO.voters)
 
 
 def inbound_with_key(data: bytes) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from distroml.consensus.state import ClusterState
-from distroml.model import TERMINAL, TRANSITIONS, Event, Job, JobStatus
+from distroml.consensus.state import MAX_ENDED_BYTES, MAX_ENDED_INCIDENTS, ClusterState
+from distroml.model import TERMINAL, TRANSITIONS, Event, Incident, Job, JobStatus
 
 
 class Refused(Exception):
@@ -74,7 +75,41 @@ def _with_job(state: ClusterState, job: Job) -> ClusterState:
 def updated(state: ClusterState, job: Job, context: Context, **changes: Any) -> ClusterState:
     """The state with a changed job in it, which is stamped with when and where."""
     stamped = replace(job, changed_at=context.at, change_index=context.index, **changes)
+    if stamped.terminal:
+        size_bytes = len(msgspec.msgpack.encode(replace(stamped, size_bytes=0)))
+        stamped = replace(stamped, size_bytes=size_bytes)
     return _with_job(state, stamped)
+
+
+def make_room(state: ClusterState, context: Context) -> tuple[ClusterState, tuple[Event, ...]]:
+    """The state without the oldest of the ended jobs where they take more than ``MAX_ENDED_BYTES``, and what to tell."""
+    over_bytes = sum(job.size_bytes for job in state.jobs.values()) - MAX_ENDED_BYTES
+    if over_bytes <= 0:
+        return state, ()
+    jobs, events = dict(state.jobs), []
+    ended = [job for job in state.jobs.values() if job.terminal]
+    for job in sorted(ended, key=lambda job: job.change_index):
+        if over_bytes <= 0:
+            break
+        over_bytes -= job.size_bytes
+        del jobs[job.job_id]
+        events.append(new_event(context, "removed", job_id=job.job_id))
+    return replace(state, jobs=jobs), tuple(events)
+
+
+def _of_ended(incidents: tuple[Incident, ...]) -> tuple[Incident, ...]:
+    """What is kept of a job's incidents when it ends: the first and the last ones, and of what processes said there
+    the first and the last."""
+    if len(incidents) > MAX_ENDED_INCIDENTS:
+        incidents = (incidents[0], *incidents[1 - MAX_ENDED_INCIDENTS :])
+    said = [one.number for one in incidents if one.cause.traceback or one.cause.last_lines]
+    ends = {*said[:1], *said[-1:]}
+    return tuple(
+        one
+        if one.number in ends
+        else replace(one, cause=replace(one.cause, traceback=None, last_lines=()))
+        for one in incidents
+    )
 
 
 def moved(
@@ -85,6 +120,7 @@ def moved(
         raise Refused("wrong-status", f"job '{job.job_id}' is {job.status}, cannot be {status}")
     if status in TERMINAL:
         changes.setdefault("finished_at", context.at)
+        changes["incidents"] = _of_ended(changes.get("incidents", job.incidents))
     generation = changes.get("generation", job.generation)
     event = new_event(
         context,
@@ -95,7 +131,8 @@ def moved(
         generation=generation.number if generation else 0,
     )
     state = updated(state, job, context, status=status, reason=reason, **changes)
-    return Change(state, (event,), job.job_id)
+    state, removed = make_room(state, context) if status in TERMINAL else (state, ())
+    return Change(state, (*removed, event), job.job_id)
 
 
 def new_event(

@@ -16,6 +16,7 @@ from distroml.consensus.handlers.change import (
     Refused,
     current_job,
     find_job,
+    make_room,
     moved,
     new_event,
     updated,
@@ -299,7 +300,8 @@ def _import_checkpoints(
         for one in added
     )
     changed = updated(state, job, context, checkpoints=checkpoints, removed=removed)
-    return Change(changed, (*events, *told), job.job_id)
+    changed, forgotten = make_room(changed, context)
+    return Change(changed, (*forgotten, *events, *told), job.job_id)
 
 
 HANDLERS: Final[Handlers] = {
