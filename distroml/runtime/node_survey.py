@@ -199,15 +199,16 @@ def _next_status(node: Node, seen: NodeFacts | None, fresh: bool) -> tuple[NodeS
     kept = (node.status, node.reason)
     if seen is None or node.status is NodeStatus.LEFT:
         return kept
-    speaks = seen.report is not None and seen.report.incarnation == node.incarnation
+    own = seen.report if seen.report and seen.report.incarnation == node.incarnation else None
     if seen.health is Health.LOST:
         # What was heard of an earlier incarnation says nothing about one that registered just now.
-        unjudged = fresh and not speaks
+        unjudged = fresh and own is None
         known = node.status is NodeStatus.LOST
         return kept if unjudged or known else (NodeStatus.LOST, seen.reason)
-    if node.status is NodeStatus.LOST and seen.health is Health.ALIVE and speaks:
-        return (NodeStatus.DRAINING if node.drained else NodeStatus.ALIVE), "heard again"
-    if node.status is NodeStatus.ALIVE and speaks and seen.report and seen.report.draining:
+    if node.status is NodeStatus.LOST and seen.health is Health.ALIVE and own:
+        stays = not node.drained and not own.draining
+        return (NodeStatus.ALIVE if stays else NodeStatus.DRAINING), "heard again"
+    if node.status is NodeStatus.ALIVE and own and own.draining:
         return NodeStatus.DRAINING, "it is shutting down"
     return kept
 
