@@ -355,6 +355,7 @@ class Node:
 
     def _on_applied(self, entry: object, outcome: Outcome, events: tuple[Event, ...]) -> None:
         self.registration.on_applied()
+        self.observations.registered(self.replica.state.nodes)
         self._converge_due.set()
         self.coordinator.kick()
         self.barriers.on_applied()
