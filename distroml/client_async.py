@@ -320,7 +320,7 @@ class AsyncClient:
 
         Raises:
             NotFound: there is no such node.
-            Conflict: it is lost or has left.
+            Conflict: it is to be drained and is lost or has left.
         """
         body = msgspec.json.encode({"drain": not undo})
         path = f"/api/cluster/nodes/{quote(node, safe='')}/drain"

@@ -48,6 +48,8 @@ class SetNodeStatus(Command, frozen=True, gc=False, kw_only=True):
     incarnation: int
     status: NodeStatus
     reason: str
+    drained: bool | None = None
+    """What a client asks for. A node that is gone is drained, or no longer, without being there again; None: as before."""
 
 
 class Write(Command, frozen=True, gc=False, kw_only=True):

@@ -77,7 +77,7 @@ class Node(Struct, frozen=True, gc=False, kw_only=True):
     registered_at: float = 0.0
     changed_at: float = 0.0
     drained: bool = False
-    """It is to have no ranks: asked for, and not taken back since."""
+    """It is to have no ranks, whatever becomes of it: asked for, and not taken back since."""
     workers_since: int = 0
     """The incarnation whose agent spawned the workers that run there; 0: this one."""
 

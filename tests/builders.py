@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from distroml import commands as c
 from distroml.consensus import machine
 from distroml.consensus.state import ClusterState
-from distroml.model import Cause, Checkpoint, FailureKind, Generation, Member
+from distroml.model import Cause, Checkpoint, FailureKind, Generation, Member, NodeStatus
 from distroml.spec import JobSpec, Resources
 
 
@@ -60,6 +60,16 @@ def node(
         http=f"http://127.0.0.1/{name}",
         slots=slots,
         workers_since=workers_since,
+    )
+
+
+def drain(name: str, *, undo: bool = False, incarnation: int = 1) -> c.SetNodeStatus:
+    return c.SetNodeStatus(
+        name=name,
+        incarnation=incarnation,
+        status=NodeStatus.ALIVE if undo else NodeStatus.DRAINING,
+        reason="asked",
+        drained=not undo,
     )
 
 

@@ -68,7 +68,7 @@ def leader(node: str | None = None, /, *, ctx: Ctx) -> int:
 
 
 def drain(node: str, /, *, undo: bool = False, ctx: Ctx) -> int:
-    """Move a node's workers elsewhere after a whole step; it gets no new ones.
+    """Move a node's workers elsewhere after a whole step; it gets no new ones, also after a restart, until --undo.
 
     Args:
         node: name of the node.

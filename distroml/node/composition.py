@@ -34,7 +34,7 @@ from distroml.consensus.replica import Replica
 from distroml.errors import ConfigError
 from distroml.http.app import HttpServer
 from distroml.model import Event
-from distroml.node.registration import FAREWELL_TIMEOUT_S, Registration
+from distroml.node.registration import FAREWELL_TIMEOUT_S, LEAVE_LIMIT_S, Registration
 from distroml.node.tracing import trace_recoveries
 from distroml.runtime.assignment import SupervisorSettings
 from distroml.runtime.barrier_wire import BarrierWire
@@ -54,7 +54,9 @@ from distroml.runtime.worker_output import HistorySink
 from distroml.services import NodeServices, Parts
 
 STOP_LIMIT_S = 12.0
-"""A node that has not stopped by then (a disk that hangs) just goes: crashing at any time is safe."""
+"""A node that has left and not stopped by then (a disk that hangs) just goes: crashing at any time is safe."""
+SHUTDOWN_LIMIT_S = LEAVE_LIMIT_S + STOP_LIMIT_S
+"""From the signal to the end of the process at the latest; who sets up an init system is told to wait longer."""
 CONFIRM_TIMEOUT_S = 5.0
 """How long the collector of garbage waits to learn that this node's state is up to date."""
 CONVERGE_S = 1.0
@@ -341,6 +343,7 @@ class Node:
         self.reporter.draining = True
         self.reporter.kick()
         await self.registration.leave()
+        leave_within(STOP_LIMIT_S)
         if self.raft.is_leader and len(self.config.voters) > 1:
             with contextlib.suppress(Exception):
                 await self.raft.transfer_leadership(timeout_s=FAREWELL_TIMEOUT_S)
@@ -352,6 +355,7 @@ class Node:
 
     def _on_applied(self, entry: object, outcome: Outcome, events: tuple[Event, ...]) -> None:
         self.registration.on_applied()
+        self.observations.registered(self.replica.state.nodes)
         self._converge_due.set()
         self.coordinator.kick()
         self.barriers.on_applied()

@@ -13,7 +13,13 @@ from typing import NoReturn
 from distroml.config import NodeConfig, load
 from distroml.consensus.raft_types import ConsensusError
 from distroml.errors import ConfigError
-from distroml.node.composition import STOP_LIMIT_S, Node, NodeBroken, directory_errors, leave_within
+from distroml.node.composition import (
+    SHUTDOWN_LIMIT_S,
+    Node,
+    NodeBroken,
+    directory_errors,
+    leave_within,
+)
 from distroml.node.registration import Reincarnate
 from distroml.runtime.identity import DataDirectory
 from distroml.settings import unknown_variables
@@ -26,7 +32,7 @@ async def _serve(config: NodeConfig) -> None:
 
     def ask_to_stop() -> None:
         if not stop.is_set():
-            leave_within(STOP_LIMIT_S)
+            leave_within(SHUTDOWN_LIMIT_S)
         stop.set()
 
     loop = asyncio.get_running_loop()

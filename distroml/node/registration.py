@@ -22,6 +22,9 @@ MOVE_TIMEOUT_S = 5.0
 """How long a node that stops waits for its ranks to go on elsewhere, after a whole step."""
 SAVE_TIMEOUT_S = 20.0
 """How much longer it waits where ranks save their state first, since nobody else has it."""
+LEAVE_MARGIN_S = 1.0
+LEAVE_LIMIT_S = MOVE_TIMEOUT_S + SAVE_TIMEOUT_S + 2 * FAREWELL_TIMEOUT_S + LEAVE_MARGIN_S
+"""``Registration.leave`` has returned by then: all its waits, and what lies between them."""
 REGISTER_TIMEOUT_S = 5.0
 REGISTER_PAUSE_S = 0.05
 """Between two attempts to register while there is no leader."""

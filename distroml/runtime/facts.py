@@ -13,7 +13,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from distroml.consensus.state import ClusterState
-from distroml.model import Generation, Job, JobStatus, Member
+from distroml.model import Generation, Job, JobStatus, Member, Node, NodeStatus
 from distroml.reports import Former, NodeReport, WorkerFact, WorkerPhase
 from distroml.runtime.failure_detector import Health
 from distroml.runtime.hang import HangSettings
@@ -54,7 +54,8 @@ class ReconcilerSettings(Struct, frozen=True, gc=False, kw_only=True):
     settle_s: float = 3.0
     """How long placement waits for the first report of each node, after an election or a registration."""
     return_wait_s: float = 60.0
-    """How long a lost node's slots keep a job's place at the head of the queue (wall clock)."""
+    """How long a lost node's slots keep a job's place at the head of the queue; counted from the loss (wall clock), but
+    never longer than this from when the leader saw it."""
     backoff_base_s: float = 0.1
     """Pause before the first restart of a run that got no further; doubles with each that follows, also without."""
     backoff_limit_s: float = 30.0
@@ -87,6 +88,20 @@ class NodeFacts(Struct, frozen=True, gc=False, kw_only=True):
             return False
         now = self.report.incarnation
         return (self.report.workers_since or now) <= member.incarnation <= now
+
+
+class NodeSighting(Struct, frozen=True, gc=False, kw_only=True):
+    """Since when (monotonic seconds) this leader sees a registered node as it is.
+
+    What the log says of that is from the clock of whoever proposed it, which may be an hour off.
+    """
+
+    incarnation: int
+    status: NodeStatus
+    since_s: float
+    """First sight of this incarnation."""
+    status_since_s: float
+    """First sight of this status in this incarnation."""
 
 
 class Sighting(Struct, frozen=True, gc=False, kw_only=True):
@@ -123,9 +138,8 @@ class Facts(Struct, frozen=True, gc=False, kw_only=True):
     """All that was observed, by this leader, at one moment."""
 
     nodes: dict[str, NodeFacts]
+    node_sightings: dict[str, NodeSighting] = {}
     sightings: dict[str, Sighting] = {}
-    leader_since_s: float = 0.0
-    """First look of this leader, monotonic."""
     looked_s: float = 0.0
     """This look, monotonic."""
     writing: frozenset[CheckpointKey] = frozenset()
@@ -147,9 +161,13 @@ def look(
 ) -> Facts:
     """The facts of this turn. ``previous`` is the last turn's value, None in a leader's first turn."""
     seen = previous.sightings if previous else {}
+    seen_nodes = previous.node_sightings if previous else {}
     facts = Facts(
         nodes=dict(nodes),
-        leader_since_s=previous.leader_since_s if previous else now.monotonic_s,
+        node_sightings={
+            name: _node_sighting(seen_nodes.get(name), node, now.monotonic_s)
+            for name, node in state.nodes.items()
+        },
         looked_s=now.monotonic_s,
         writing=writing,
         write_failures=dict(write_failures or {}),
@@ -165,6 +183,11 @@ def sighting_of(job: Job, facts: Facts) -> Sighting:
     if seen and (seen.status, seen.generation) == (job.status, job.generation_number):
         return seen
     return _sighting(seen, job, facts, facts.looked_s)
+
+
+def node_sighting_of(node: Node, facts: Facts) -> NodeSighting:
+    """The same of a node."""
+    return _node_sighting(facts.node_sightings.get(node.name), node, facts.looked_s)
 
 
 def members_facts(job: Job, facts: Facts) -> dict[int, WorkerFact]:
@@ -246,6 +269,16 @@ def has_failed(fact: WorkerFact) -> bool:
 def is_out(fact: WorkerFact) -> bool:
     """Whether a worker takes no part in its generation any more, without having done its work."""
     return has_failed(fact) or fact.phase is WorkerPhase.PARKED
+
+
+def _node_sighting(before: NodeSighting | None, node: Node, now_s: float) -> NodeSighting:
+    if before is None or before.incarnation != node.incarnation:
+        return NodeSighting(
+            incarnation=node.incarnation, status=node.status, since_s=now_s, status_since_s=now_s
+        )
+    if before.status is not node.status:
+        return replace(before, status=node.status, status_since_s=now_s)
+    return before
 
 
 def _sighting(before: Sighting | None, job: Job, facts: Facts, now_s: float) -> Sighting:

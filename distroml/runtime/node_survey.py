@@ -12,7 +12,14 @@ from distroml.commands import SetNodeStatus
 from distroml.consensus.state import ClusterState
 from distroml.model import FailureKind, Member, Node, NodeStatus
 from distroml.reports import NodeReport
-from distroml.runtime.facts import Facts, NodeFacts, Now, ReconcilerSettings
+from distroml.runtime.facts import (
+    Facts,
+    NodeFacts,
+    NodeSighting,
+    Now,
+    ReconcilerSettings,
+    node_sighting_of,
+)
 from distroml.runtime.failure_detector import Health
 from distroml.runtime.scheduler import Host, assigned_places, leftover_workers, possible_workers
 
@@ -32,6 +39,7 @@ class NodeView(Struct, frozen=True, kw_only=True):
     status: NodeStatus
     reason: str
     health: Health
+    sighting: NodeSighting
     incarnation: int
     """The newest known, registered or heard."""
     report: NodeReport | None
@@ -122,8 +130,8 @@ class Survey(Struct, frozen=True, kw_only=True):
 def survey(state: ClusterState, facts: Facts, now: Now, settings: ReconcilerSettings) -> Survey:
     """Look at every registered node once."""
     views = {
-        name: _view(state.nodes[name], facts.nodes.get(name), now, settings)
-        for name in sorted(state.nodes)
+        name: _view(node, facts.nodes.get(name), node_sighting_of(node, facts), now, settings)
+        for name, node in sorted(state.nodes.items())
     }
     hosts = _hosts(state, views)
     hosting = {host.node for host in hosts if not host.closed}
@@ -131,7 +139,7 @@ def survey(state: ClusterState, facts: Facts, now: Now, settings: ReconcilerSett
     return Survey(
         views=views,
         hosts=hosts,
-        unheard=tuple(n for n, v in absent.items() if _awaited(v, facts, now, settings)),
+        unheard=tuple(n for n, v in absent.items() if _awaited(v, now, settings)),
         returning_slots=sum(v.node.slots for v in absent.values() if _may_return(v, now, settings)),
     )
 
@@ -164,35 +172,43 @@ def _hosts(state: ClusterState, views: dict[str, NodeView]) -> tuple[Host, ...]:
     return tuple(hosts)
 
 
-def _view(node: Node, seen: NodeFacts | None, now: Now, settings: ReconcilerSettings) -> NodeView:
+def _view(
+    node: Node,
+    seen: NodeFacts | None,
+    sighting: NodeSighting,
+    now: Now,
+    settings: ReconcilerSettings,
+) -> NodeView:
     report = seen.report if seen else None
-    status, reason = _next_status(node, seen, now, settings)
+    fresh = now.monotonic_s - sighting.since_s < settings.settle_s
+    status, reason = _next_status(node, seen, fresh)
     heard = report.incarnation if report else 0
     return NodeView(
         node=node,
         status=status,
         reason=reason,
         health=seen.health if seen else Health.SUSPECT,
+        sighting=sighting,
         incarnation=max(node.incarnation, heard),
         report=report if heard == node.incarnation else None,
         returned=report if heard > node.incarnation else None,
     )
 
 
-def _next_status(
-    node: Node, seen: NodeFacts | None, now: Now, settings: ReconcilerSettings
-) -> tuple[NodeStatus, str]:
+def _next_status(node: Node, seen: NodeFacts | None, fresh: bool) -> tuple[NodeStatus, str]:
     kept = (node.status, node.reason)
     if seen is None or node.status is NodeStatus.LEFT:
         return kept
-    speaks = seen.report is not None and seen.report.incarnation == node.incarnation
+    own = seen.report if seen.report and seen.report.incarnation == node.incarnation else None
     if seen.health is Health.LOST:
         # What was heard of an earlier incarnation says nothing about one that registered just now.
-        fresh = now.wall_s - node.registered_at < settings.settle_s and not speaks
-        return kept if fresh or node.status is NodeStatus.LOST else (NodeStatus.LOST, seen.reason)
-    if node.status is NodeStatus.LOST and seen.health is Health.ALIVE and speaks:
-        return (NodeStatus.DRAINING if node.drained else NodeStatus.ALIVE), "heard again"
-    if node.status is NodeStatus.ALIVE and speaks and seen.report and seen.report.draining:
+        unjudged = fresh and own is None
+        known = node.status is NodeStatus.LOST
+        return kept if unjudged or known else (NodeStatus.LOST, seen.reason)
+    if node.status is NodeStatus.LOST and seen.health is Health.ALIVE and own:
+        stays = not node.drained and not own.draining
+        return (NodeStatus.ALIVE if stays else NodeStatus.DRAINING), "heard again"
+    if node.status is NodeStatus.ALIVE and own and own.draining:
         return NodeStatus.DRAINING, "it is shutting down"
     return kept
 
@@ -206,12 +222,10 @@ def _may_host(view: NodeView) -> bool:
     )
 
 
-def _awaited(view: NodeView, facts: Facts, now: Now, settings: ReconcilerSettings) -> bool:
+def _awaited(view: NodeView, now: Now, settings: ReconcilerSettings) -> bool:
     if view.status is not NodeStatus.ALIVE or view.node.slots == 0 or view.report is not None:
         return False
-    leads_s = now.monotonic_s - facts.leader_since_s
-    registered_s = now.wall_s - view.node.registered_at
-    return min(leads_s, registered_s) < settings.settle_s
+    return now.monotonic_s - view.sighting.since_s < settings.settle_s
 
 
 def _may_return(view: NodeView, now: Now, settings: ReconcilerSettings) -> bool:
@@ -219,4 +233,6 @@ def _may_return(view: NodeView, now: Now, settings: ReconcilerSettings) -> bool:
         return True
     if view.status is not NodeStatus.LOST:
         return False
-    return view.changed or now.wall_s - view.node.changed_at < settings.return_wait_s
+    seen_lost_s = now.monotonic_s - view.sighting.status_since_s
+    lost_s = max(seen_lost_s, now.wall_s - view.node.changed_at)
+    return view.changed or lost_s < settings.return_wait_s

@@ -5,7 +5,7 @@ Every node keeps this, so that a new leader decides from facts at once and any n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 from msgspec import Struct
@@ -15,6 +15,7 @@ from distroml.reports import NodeReport
 from distroml.runtime.failure_detector import NodeObservation
 
 MAX_NODES = 4096
+"""Of which something is kept; names of hosts come and go, and the oldest make room."""
 
 
 class ObservedNode(Struct, frozen=True):
@@ -58,7 +59,11 @@ class Observations:
         """Voters, whose word about others a learner takes; nobody's on a voter."""
         self._monotonic = monotonic
         self._heard: dict[str, _Heard] = {}
+        self._linked: set[str] = set()
+        """Peers with a connection; others may be heard through a voter."""
         self._down_since_s: dict[str, float] = {}
+        """Those that had one, the first to lose it first."""
+        self._registered: Mapping[str, object] = {}
         self._decoder: msgspec.msgpack.Decoder[NodeReport | list[NodeReport]] = (
             msgspec.msgpack.Decoder(NodeReport | list[NodeReport])
         )
@@ -101,7 +106,7 @@ class Observations:
         order = (report.incarnation, report.sequence)
         if known and order <= (known.report.incarnation, known.report.sequence):
             return False
-        if known is None and len(self._heard) >= MAX_NODES:
+        if known is None and len(self._heard) >= MAX_NODES and not self._make_room():
             self.refused += 1
             return False
         self._heard[report.node] = _Heard(report, self._monotonic())
@@ -110,9 +115,32 @@ class Observations:
     def link(self, peer: str, up: bool) -> None:
         """The connection with a peer came up or went down."""
         if up:
+            self._linked.add(peer)
             self._down_since_s.pop(peer, None)
-        else:
-            self._down_since_s.setdefault(peer, self._monotonic())
+            return
+        self._linked.discard(peer)
+        if peer not in self._down_since_s and len(self._down_since_s) >= MAX_NODES:
+            self._forget(next(iter(self._down_since_s)))
+        self._down_since_s.setdefault(peer, self._monotonic())
+
+    def registered(self, nodes: Mapping[str, object]) -> None:
+        """The nodes of the cluster are these now; what is known of former ones goes."""
+        if nodes is self._registered:
+            return
+        for name in self._registered.keys() - nodes.keys() - {self._name}:
+            self._forget(name)
+        self._registered = nodes
+
+    def _make_room(self) -> bool:
+        """Forget who was unheard for longest and has no connection; False if there is nobody."""
+        silent = self._heard.keys() - self._linked - {self._name}
+        if silent:
+            self._forget(min(silent, key=lambda name: (self._heard[name].at_s, name)))
+        return bool(silent)
+
+    def _forget(self, name: str) -> None:
+        self._heard.pop(name, None)
+        self._down_since_s.pop(name, None)
 
     def report(self, node: str) -> NodeReport | None:
         """The newest report of a node."""

@@ -15,12 +15,14 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from distroml.runtime.control import (
+    AGENT_GRACE_S,
     Close,
     Exited,
     FromForkserver,
@@ -44,8 +46,10 @@ STOP_TIMEOUT_S = 0.5
 """A forkserver busy importing does not see that it should end; killing it loses nothing."""
 STOP_POLL_S = 0.02
 
-ADOPT_TIMEOUT_S = 2.0
-"""How long an earlier agent's forkserver may take to tell what it has."""
+ADOPT_TIMEOUT_S = AGENT_GRACE_S
+"""How long an earlier agent's forkserver, which may be busy, is waited for; later its workers have given up."""
+ADOPT_PAUSE_S = 0.05
+"""Between two attempts where it closed the connection before it told what it has."""
 
 _log = logging.getLogger(__name__)
 
@@ -119,7 +123,10 @@ class Spawner:
 
     async def _keep_running(self) -> None:
         pause_s = RESTART_FIRST_S
-        await self._adopt()
+        try:
+            await self._adopt()
+        finally:
+            self._looked.set()
         while True:
             was_ready = False
             try:
@@ -135,19 +142,23 @@ class Spawner:
 
     async def _adopt(self) -> None:
         """Go on with the forkserver of an earlier agent, where there is one, until it ends."""
+        met, told = False, False
+        ends_s = time.monotonic() + ADOPT_TIMEOUT_S
         try:
-            reader, self._writer = await asyncio.open_unix_connection(self._listen)
-        except OSError:
-            self._looked.set()
-            return
-        try:
-            await self._follow(reader, ADOPT_TIMEOUT_S)
+            while not told and (left_s := ends_s - time.monotonic()) > 0:
+                if met:
+                    await asyncio.sleep(ADOPT_PAUSE_S)
+                reader, self._writer = await asyncio.open_unix_connection(self._listen)
+                met = True
+                try:
+                    told = await self._follow(reader, left_s)
+                finally:
+                    await self._end()
         except (OSError, TimeoutError, BadFrame) as error:
-            _log.warning("the workers of an earlier agent are lost: %s", error or "no answer")
-        finally:
-            await self._end()
-        self._events.lost()
-        self._looked.set()
+            if met:
+                _log.warning("the workers of an earlier agent are lost: %s", error or "no answer")
+        if met:
+            self._events.lost()
 
     async def _run_once(self) -> bool:
         """One forkserver from its start to its end; returns whether it ever became ready.

@@ -121,9 +121,9 @@ class Supervisor:
         await self._server.start()
         if warm:
             self._spawner.start()
+            await self._spawner.adopted()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(ADOPT_TIMEOUT_S):
-                    await self._spawner.adopted()
                     await self._strangers_speak()
         self._tending = asyncio.create_task(self._tend_always(), name="supervisor")
 

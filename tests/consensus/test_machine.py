@@ -30,6 +30,7 @@ from tests.builders import (
     Log,
     checkpoint,
     commit,
+    drain,
     fail,
     form,
     imports,
@@ -207,8 +208,7 @@ def test_the_slots_of_ranks_that_leave_are_held_until_the_change_is_made() -> No
 
 def test_a_drained_node_keeps_what_it_has_and_gets_nothing_new() -> None:
     log = running(Log())
-    drain = c.SetNodeStatus(name="b", incarnation=1, status=NodeStatus.DRAINING, reason="asked")
-    log.ok(drain)
+    log.ok(drain("b"))
     assert log.state.nodes["b"].drained
     log.ok(submit("job-2", workers=1))
     assert log(form("job-2", 1, members("b"))).outcome.error == "stale-node"
@@ -216,6 +216,54 @@ def test_a_drained_node_keeps_what_it_has_and_gets_nothing_new() -> None:
     lost = c.SetNodeStatus(name="b", incarnation=1, status=NodeStatus.LOST, reason="silent")
     log.ok(lost)
     assert log.state.nodes["b"].drained, "it is drained still when it is heard again"
+
+
+@pytest.mark.parametrize("end", [NodeStatus.LOST, NodeStatus.LEFT, None])
+def test_a_drain_lasts_through_every_restart_until_it_is_taken_back(end: NodeStatus | None) -> None:
+    log = Log()
+    log.ok(node("b"))
+    log.ok(drain("b"))
+    if end is not None:
+        log.ok(c.SetNodeStatus(name="b", incarnation=1, status=end, reason="gone"))
+    log.ok(node("b", incarnation=2, workers_since=1))
+    back = log.state.nodes["b"]
+    assert (back.status, back.drained) == (NodeStatus.DRAINING, True)
+    assert "drained by request" in back.reason
+    log.ok(drain("b", undo=True, incarnation=2))
+    back = log.state.nodes["b"]
+    assert (back.status, back.drained) == (NodeStatus.ALIVE, False)
+
+
+@pytest.mark.parametrize("gone", [NodeStatus.LOST, NodeStatus.LEFT])
+def test_the_drain_of_a_node_that_is_gone_can_be_taken_back(gone: NodeStatus) -> None:
+    log = Log()
+    log.ok(node("b"))
+    log.ok(drain("b"))
+    log.ok(c.SetNodeStatus(name="b", incarnation=1, status=gone, reason="silent for 3.1 s"))
+    before = log.state.nodes["b"]
+    log.ok(drain("b", undo=True))
+    assert log.state.nodes["b"] == replace(before, drained=False), "it is gone as before"
+    log.ok(node("b", incarnation=2))
+    assert log.state.nodes["b"].status is NodeStatus.ALIVE
+
+
+def test_a_node_that_shuts_down_was_not_drained_by_anybody() -> None:
+    log = Log()
+    log.ok(node("b"))
+    leaves = c.SetNodeStatus(name="b", incarnation=1, status=NodeStatus.DRAINING, reason="stops")
+    log.ok(leaves)
+    log.ok(node("b", incarnation=2))
+    assert log.state.nodes["b"].status is NodeStatus.ALIVE
+
+
+def test_a_node_that_is_drained_while_it_is_heard_again_gets_nothing() -> None:
+    log = Log()
+    log.ok(node("b"))
+    log.ok(c.SetNodeStatus(name="b", incarnation=1, status=NodeStatus.LOST, reason="silent"))
+    log.ok(drain("b"))
+    assert log.state.nodes["b"].status is NodeStatus.LOST, "a wish does not bring it back"
+    log.ok(c.SetNodeStatus(name="b", incarnation=1, status=NodeStatus.ALIVE, reason="heard again"))
+    assert log.state.nodes["b"].status is NodeStatus.DRAINING
 
 
 def test_the_commit_of_a_failed_generation_may_come_when_its_survivors_went_on() -> None:
@@ -768,8 +816,11 @@ _COMMANDS = st.one_of(
         _STATUSES,
     ),
     st.builds(
-        lambda s: c.SetNodeStatus(name="b", incarnation=1, status=s, reason="r"),
+        lambda s, drained: c.SetNodeStatus(
+            name="b", incarnation=1, status=s, reason="r", drained=drained
+        ),
         st.sampled_from(list(NodeStatus)),
+        st.sampled_from((None, True, False)),
     ),
     st.builds(lambda j: c.RequestCheckpoint(job_id=j), _JOB),
     st.builds(

@@ -47,3 +47,16 @@ async def test_a_node_that_is_gone_cannot_be_drained(api: Api, gone: NodeStatus)
     refused = await api.call("POST", PATH, json={})
     assert refused.status == 409
     assert "silent for 3.1 s" in refused.json["detail"]
+
+
+@pytest.mark.parametrize("gone", [NodeStatus.LOST, NodeStatus.LEFT])
+async def test_the_drain_of_a_node_that_is_gone_is_taken_back(api: Api, gone: NodeStatus) -> None:
+    await api.call("POST", PATH, json={})
+    command = c.SetNodeStatus(name="a", incarnation=1, status=gone, reason="silent for 3.1 s")
+    await api.node.propose(command, 1.0)
+    assert api.node.state().nodes["a"].drained
+    for _ in range(2):
+        back = await api.call("POST", PATH, json={"drain": False})
+        assert back.status == 200
+    now = api.node.state().nodes["a"]
+    assert (now.status, now.drained) == (gone, False)

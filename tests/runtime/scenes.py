@@ -174,12 +174,14 @@ class Scene:
             name: NodeFacts(
                 health=health,
                 reason=reason,
-                incarnation=report.incarnation,
+                incarnation=report.incarnation
+                if report
+                else self.log.state.nodes[name].incarnation,
                 report=report,
                 connected=name not in self.cut_off,
             )
             for name, (health, reason) in self.health.items()
-            if (report := self.reports.get(name)) is not None
+            for report in (self.reports.get(name),)
         }
         self.facts = look(
             self.facts,

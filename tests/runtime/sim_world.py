@@ -20,7 +20,7 @@ from distroml.runtime.hang import HangSettings
 from distroml.runtime.look_ahead import with_next_generations
 from distroml.runtime.reconciler import Decision, WriteManifest, reconcile
 from distroml.runtime.scheduler import may_go_on
-from tests.builders import node, submit
+from tests.builders import drain, node, submit
 from tests.runtime.sim_workers import Fleet, SimNode
 
 ELECTION_TICKS = 5
@@ -144,12 +144,8 @@ class World(Fleet):
     def drain(self, name: str, *, undo: bool = False) -> None:
         """A user drains a node, or takes that back."""
         known = self.state.nodes[name]
-        if known.status in (NodeStatus.ALIVE, NodeStatus.DRAINING):
-            status = NodeStatus.ALIVE if undo else NodeStatus.DRAINING
-            command = c.SetNodeStatus(
-                name=name, incarnation=known.incarnation, status=status, reason="asked"
-            )
-            self.log.ok(command, at=self.wall_s)
+        if undo or known.status in (NodeStatus.ALIVE, NodeStatus.DRAINING):
+            self.log.ok(drain(name, undo=undo, incarnation=known.incarnation), at=self.wall_s)
 
     def shut_down(self, name: str) -> None:
         """A host is asked to stop: it says so, and is gone a little later."""

@@ -213,11 +213,12 @@ class TestLeadership:
     async def test_a_new_term_starts_from_nothing_although_no_turn_saw_the_old_one_end(
         self, world: World
     ) -> None:
+        world.apply(node("b"))
         await world.turn()
-        first = world.facts.leader_since_s
+        first = world.facts.node_sightings["b"].since_s
         world.raft.term = 5
         await world.turn()
-        assert world.facts.leader_since_s > first
+        assert world.facts.node_sightings["b"].since_s > first
         world.decides(begin("x"))
         await world.until_proposed("BeginCheckpoint")
         assert world.proposed[0].term == 5

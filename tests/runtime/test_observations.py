@@ -63,10 +63,59 @@ def test_bytes_that_are_no_report_are_refused_and_counted(world: World, body: by
     assert world.seen.refused == 1
 
 
-def test_the_number_of_nodes_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_NODES", 2)
-    assert [world.hears(name, 1, 1) for name in "bcd"] == [True, True, False]
-    assert world.hears("b", 1, 2), "those known go on"
+class TestManyNodes:
+    """With room for three, of which one is the node's own."""
+
+    @pytest.fixture(autouse=True)
+    def _small(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "MAX_NODES", 3)
+        assert world.seen.take(report("a", 1, 1))
+
+    def _known(self, world: World) -> set[str]:
+        return set(world.seen.view())
+
+    def test_nobody_who_is_connected_makes_room(self, world: World) -> None:
+        for name in "bcd":
+            world.seen.link(name, True)
+        assert [world.hears(name, 1, 1) for name in "bcd"] == [True, True, False]
+        assert world.seen.refused == 1
+        assert world.hears("b", 1, 2), "those known go on"
+
+    def test_who_was_unheard_for_longest_makes_room(self, world: World) -> None:
+        for name in "cb":
+            world.seen.link(name, True)
+            world.hears(name, 1, 1)
+            world.now_s += 1
+        for name in "bc":
+            world.seen.link(name, False)
+        assert world.hears("d", 1, 1)
+        assert self._known(world) == {"a", "b", "d"}
+        world.seen.link("c", True)
+        assert world.hears("c", 1, 2), "and who comes back is heard as any other"
+        assert self._known(world) == {"a", "c", "d"}
+
+    def test_any_number_of_names_can_come_and_go(self, world: World) -> None:
+        for number in range(20):
+            name = f"pod-{number}"
+            world.seen.link(name, True)
+            assert world.hears(name, 1, 1)
+            world.seen.link(name, False)
+            world.seen.link(f"mute-{number}", False)
+        assert "a" in self._known(world)
+        assert world.seen.take(report("a", 1, 2)), "its own reports always count"
+        assert len(world.seen._heard) <= 3
+        assert len(world.seen._down_since_s) <= 3
+
+    def test_who_is_registered_no_more_is_forgotten(self, world: World) -> None:
+        for name in "bc":
+            world.hears(name, 1, 1)
+            world.seen.link(name, False)
+        world.seen.registered({"b": 1})
+        assert self._known(world) == {"a", "b", "c"}, "c may be about to register"
+        world.seen.registered({"b": 1, "c": 1})
+        world.seen.registered({"c": 1})
+        assert self._known(world) == {"a", "c"}
+        assert set(world.seen._down_since_s) == {"c"}
 
 
 def test_a_connection_is_down_since_it_was_first_seen_so(world: World) -> None:

@@ -14,13 +14,24 @@ import pytest
 from distroml import commands as c
 from distroml.reports import WorkerPhase
 from distroml.runtime import supervisor as module
-from distroml.runtime.control import Hello, Join, Progress, Running, WorkerPlan
+from distroml.runtime.control import (
+    Close,
+    Hello,
+    Join,
+    Progress,
+    Ready,
+    Running,
+    WorkerPlan,
+    encode_frame,
+)
 from distroml.runtime.spawner import Spawner, SpawnEvents
 from distroml.spec import JobSpec
 from tests.builders import form, members, node, submit
 from tests.consensus.live import until
 from tests.runtime.agents import Agent, FakeWorker
 
+RUNNING = Running(job_id="j", run_id="r", worker=1_000_001, pid=2**22 + 5, log_path="x")
+"""With a process id that no process can have."""
 STUB = """
 import signal, socket, sys
 from pathlib import Path
@@ -105,8 +116,13 @@ def lives(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
+    return state(pid) != "Z"
+
+
+def state(pid: int) -> str:
+    """As ``ps`` has it, such as T for one that is stopped."""
     with open(f"/proc/{pid}/stat") as stat:
-        return stat.read().rpartition(") ")[2][0] != "Z"
+        return stat.read().rpartition(") ")[2][0]
 
 
 async def two_workers(directory: Path, grace_s: float = 30.0) -> tuple[Ears, list[int]]:
@@ -141,6 +157,46 @@ async def test_the_next_agent_is_told_of_workers_and_of_those_that_ended(tmp_pat
     await second.spawner.stop()
     assert forkserver is not None
     await until(lambda: not lives(forkserver), "the forkserver to end with its agent")
+
+
+async def test_the_next_agent_is_served_although_the_end_of_the_one_before_was_not_read_yet(
+    tmp_path: Path,
+) -> None:
+    first, pids = await two_workers(tmp_path)
+    forkserver = first.spawner.pid
+    assert forkserver is not None
+    os.kill(forkserver, signal.SIGSTOP)  # it is busy: all that follows, it will find at once
+    await until(lambda: state(forkserver) == "T", "the forkserver to be stopped")
+    assert first.spawner._writer is not None
+    first.spawner._writer.write(encode_frame(Close())[:2])  # it dies in the middle of a message
+    await first.spawner.die()
+    second = Ears(tmp_path)
+    await until(lambda: second.spawner._writer is not None, "the next agent to have connected")
+    os.kill(forkserver, signal.SIGCONT)
+    await second.until("ready")
+    assert second.spawner.pid == forkserver
+    told = await second.until("running", 2)
+    assert [one[2] for one in told[:2]] == pids
+    assert ("lost",) not in second.told
+    await second.spawner.stop()
+
+
+async def test_an_agent_that_is_turned_away_asks_again(tmp_path: Path) -> None:
+    connections = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        if connections > 2:
+            writer.write(encode_frame(RUNNING) + encode_frame(Ready(pid=RUNNING.pid)))
+            await reader.read()
+        writer.close()
+
+    async with await asyncio.start_unix_server(serve, tmp_path / "forkserver.sock"):
+        agent = Ears(tmp_path)
+        await agent.until("ready")
+        assert agent.told == [("running", RUNNING.worker, RUNNING.pid), ("ready",)]
+        await agent.spawner.stop()
 
 
 async def test_without_a_next_agent_nothing_is_left_after_the_grace(tmp_path: Path) -> None:

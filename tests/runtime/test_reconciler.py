@@ -11,7 +11,7 @@ from distroml.reports import WorkerPhase
 from distroml.runtime import reconciler
 from distroml.runtime.decisions import WriteManifest
 from distroml.runtime.failure_detector import Health
-from tests.builders import checkpoint, node
+from tests.builders import checkpoint, node, submit
 from tests.runtime.scenes import (
     Scene,
     commit,
@@ -55,6 +55,33 @@ def test_a_node_that_just_registered_is_not_judged_by_the_silence_of_its_predece
     scene.log.ok(node("b", incarnation=2, slots=2), at=scene.wall_s)
     assert scene.turn() == []
     assert names(scene.turn(after_s=10.0)) == ["SetNodeStatus"]
+
+
+@pytest.mark.parametrize("skew_s", [-3600.0, 0.0, 3600.0])
+def test_a_silent_node_is_awaited_for_seconds_whatever_clock_registered_it(skew_s: float) -> None:
+    scene = Scene("a").submitted(workers=2)
+    scene.log.ok(node("x", slots=2), at=scene.wall_s + skew_s)
+    scene.lose("x", "never heard in 60.0 s since the election")
+    assert scene.turn() == []
+    assert why_waiting(scene) == {"job-1": "waiting for the first report of node x"}
+    decisions = scene.step(after_s=scene.settings.settle_s)
+    assert reasons(decisions)[0] == "node x: never heard in 60.0 s since the election"
+    assert only(decisions, c.FormGeneration).generation.number == 1
+
+
+@pytest.mark.parametrize("skew_s", [-3600.0, 0.0, 3600.0])
+def test_a_job_keeps_its_place_for_a_lost_node_no_longer_whatever_clock_lost_it(
+    skew_s: float,
+) -> None:
+    scene = Scene("a", "b").submitted(workers=4)
+    scene.log.ok(submit("job-2", workers=2), at=scene.wall_s)
+    scene.lose("b")
+    lost = c.SetNodeStatus(name="b", incarnation=1, status=NodeStatus.LOST, reason="silent")
+    scene.log.ok(lost, at=scene.wall_s + skew_s)
+    if skew_s >= 0:
+        assert scene.turn() == [], "the first job's place is kept"
+    formed = only(scene.turn(after_s=scene.settings.return_wait_s), c.FormGeneration)
+    assert formed.job_id == "job-2"
 
 
 def test_a_draining_report_drains_the_node() -> None:

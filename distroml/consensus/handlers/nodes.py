@@ -21,12 +21,17 @@ def _register_node(state: ClusterState, context: Context, command: c.RegisterNod
         gone = _longest_gone(state)
         nodes = {name: node for name, node in nodes.items() if name != gone}
         proposers = {name: record for name, record in proposers.items() if name != gone}
+    # Who drained it waits for it to be empty; a crash in between must not fill it again.
+    drained = known is not None and known.drained
+    reason = f"incarnation {command.incarnation} registered"
     node = Node(
         name=command.name,
         incarnation=command.incarnation,
         http=command.http,
         slots=command.slots,
-        reason=f"incarnation {command.incarnation} registered",
+        status=NodeStatus.DRAINING if drained else NodeStatus.ALIVE,
+        reason=f"{reason}, drained by request before" if drained else reason,
+        drained=drained,
         registered_at=context.at,
         changed_at=context.at,
         workers_since=command.workers_since,
@@ -63,25 +68,28 @@ def _set_node_status(state: ClusterState, context: Context, command: c.SetNodeSt
         raise Refused("not-found", f"There is no node '{command.name}'.")
     if node.incarnation != command.incarnation:
         raise Refused("stale-proposer", f"{command.name} is at incarnation {node.incarnation}")
-    drained = node.drained
-    if command.status in (NodeStatus.DRAINING, NodeStatus.ALIVE):
-        drained = command.status is NodeStatus.DRAINING
-    if (node.status, node.drained) == (command.status, drained):
+    changed = _changed(node, context, command)
+    if (node.status, node.drained) == (changed.status, changed.drained):
         return Change(state)
-    if node.status is NodeStatus.LEFT:
+    if node.status is NodeStatus.LEFT and changed.status is not NodeStatus.LEFT:
         # It said goodbye; what others thought of it before does not bring it back, only its next life does.
         raise Refused("wrong-status", f"node '{command.name}' has left")
-    changed = replace(
-        node,
-        status=command.status,
-        reason=command.reason,
-        changed_at=context.at,
-        drained=drained,
-    )
     event = new_event(
-        context, "node", node=node.name, status=command.status.value, reason=command.reason
+        context, "node", node=node.name, status=changed.status.value, reason=command.reason
     )
     return Change(replace(state, nodes={**state.nodes, node.name: changed}), (event,))
+
+
+def _changed(node: Node, context: Context, command: c.SetNodeStatus) -> Node:
+    drained = node.drained if command.drained is None else command.drained
+    if command.drained is not None and node.status in (NodeStatus.LOST, NodeStatus.LEFT):
+        return replace(node, drained=drained)
+    status = command.status
+    if status is NodeStatus.ALIVE and drained:
+        status = NodeStatus.DRAINING
+    return replace(
+        node, status=status, reason=command.reason, changed_at=context.at, drained=drained
+    )
 
 
 HANDLERS: Final[Handlers] = {

@@ -90,7 +90,7 @@ class DrainRequest(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 async def post_drain(call: Call, query: Query) -> web.StreamResponse:
-    """Have a node's ranks moved elsewhere after a whole step, or let it have some again."""
+    """Have a node's ranks moved elsewhere after a whole step, or let it have some again, also one that is gone."""
     shape = '{"drain": true} or {"drain": false}'
     wish = await _wish(call, DrainRequest, shape=shape, field="drain")
     services, name = call.services, call.request.match_info["name"]
@@ -98,13 +98,14 @@ async def post_drain(call: Call, query: Query) -> web.StreamResponse:
     if node is None:
         known = ", ".join(sorted(services.state().nodes)) or "none"
         raise NotFound(f"There is no node '{name[:100]}'; there are: {known}.")
-    if node.status in (NodeStatus.LOST, NodeStatus.LEFT):
+    if wish.drain and node.status in (NodeStatus.LOST, NodeStatus.LEFT):
         raise Conflict(f"Node '{name}' is {node.status} ({node.reason}); it has no ranks.")
     command = SetNodeStatus(
         name=name,
         incarnation=node.incarnation,
         status=NodeStatus.DRAINING if wish.drain else NodeStatus.ALIVE,
         reason="drained by request" if wish.drain else "drained no longer, by request",
+        drained=wish.drain,
     )
     outcome = await services.propose(command, call.settings.write_timeout_s)
     if outcome.error:

@@ -132,17 +132,20 @@ class Forkserver:
         except OSError:
             return
         if self._agent is not None:
-            agent.close()  # there is one, and it is alive
-        else:
-            self._serve(agent)
+            # Agents hold the lock of their data directory, so this one comes after the other's death, still unread.
+            self._drop_agent()
+        self._serve(agent)
 
-    def _agent_is_gone(self) -> None:
-        """It died. Its workers live on for a while if there are any and another agent could come."""
+    def _drop_agent(self) -> None:
         if self._agent is not None:
             self._selector.unregister(self._agent)
             self._agent.close()
             self._agent = None
         self._unsent.clear()  # a successor is told of all workers anew
+
+    def _agent_is_gone(self) -> None:
+        """It died. Its workers live on for a while if there are any and another agent could come."""
+        self._drop_agent()
         if self._listener is None or not self._workers:
             self._end()
         self._orphaned_s = time.monotonic()
