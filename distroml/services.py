@@ -42,6 +42,8 @@ from distroml.runtime.store.replication import HistoryReplicator
 from distroml.runtime.store.subscriptions import Written
 
 MAX_LATEST_JOBS = 1024
+RECORDS_PER_TURN = 32
+"""Read at once before others get their turn: about 1 ms, with a cursor each."""
 
 
 class HistoryView:
@@ -86,9 +88,13 @@ class HistoryView:
         except InvalidRequest as error:
             raise ValueError(error.detail) from None
         records: list[tuple[MetricPoint | LogLine, str]] = []
+        taken = 0
         more = True
         try:
             while len(records) < limit:
+                taken += 1
+                if taken % RECORDS_PER_TURN == 0:
+                    await asyncio.sleep(0)
                 entry = await follower.stored()
                 if entry is None:
                     more = False

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
 
 from distroml.http import messages
+from distroml.http.messages import MessageType, Reader
 from distroml.runtime.control import MetricRecord
+from distroml.runtime.store.cursors import Position
 from distroml.runtime.store.history import HistoryStore
 from distroml.runtime.store.records import StreamKey, encode_log, encode_metric
 from distroml.services import HistoryView
-from tests.http.node import Api, MemoryNode, served
+from tests.http.node import WAIT_S, Api, MemoryNode, served
 from tests.http.test_jobs import finish
 from tests.http.test_streams import read, read_all, running
+
+MOST_IN_A_ROW = 64
+"""Records that may be handled before others have their turn."""
 
 
 class Recorded:
@@ -92,3 +98,49 @@ async def test_metrics_logs_and_newest_values(recorded: Recorded) -> None:
     assert page["latest"] == {"loss": 0.01}
     logs = (await recorded.api.get(f"{path}/logs?rank=1")).json["lines"]
     assert [line["line"] for line in logs] == ["two"]
+
+
+async def test_one_who_reads_much_lets_others_have_their_turn(tmp_path: Path) -> None:
+    """Consensus lives in the same event loop and must beat several times a second."""
+    store = HistoryStore(tmp_path / "history")
+    node = MemoryNode()
+    node.register("a")
+    node.history = HistoryView(store)  # type: ignore[assignment]
+    job = node.job(running(node))
+    for rank in range(8):
+        key = StreamKey(job.job_id, "run-1", 1, rank, "logs")
+        store.append(key, 0, [encode_log(1.0, f"line {number}") for number in range(100)])
+    store.flush()
+    in_a_row = longest = 0
+
+    async def others() -> None:
+        nonlocal in_a_row
+        while True:
+            in_a_row = 0
+            await asyncio.sleep(0)
+
+    def one_more() -> None:
+        nonlocal in_a_row, longest
+        in_a_row += 1
+        longest = max(longest, in_a_row)
+
+    token = Position.token
+
+    def counted(self: Position) -> str:
+        one_more()
+        return token(self)
+
+    other = asyncio.create_task(others())
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Position, "token", counted)
+        batch = await node.history.read_after(job.job_id, None, messages.BATCH_RECORDS)
+    assert len(batch.records) == messages.BATCH_RECORDS
+    assert longest <= MOST_IN_A_ROW, "records read"
+    longest = 0
+    reader = await Reader.open(node, job, None, frozenset({MessageType.LOG}))
+    async with aclosing(reader.follow()) as told, asyncio.timeout(WAIT_S):
+        for _ in range(8 * 100):
+            await anext(told)
+            one_more()
+    other.cancel()
+    assert longest <= MOST_IN_A_ROW, "messages made"

@@ -229,7 +229,7 @@ class HistoryQueries:
         if after is not None:
             return await self._lines_after(parse_token(after, job_id), tail, chosen)
         heads = self._store.heads(job_id)
-        position = Position(job_id, dict(heads))
+        position = Position.at(job_id, heads)
         position.fold(heads)
         lines = await self._last_lines([key for key in heads if chosen(key)], heads, tail)
         return LogPage(lines, position.token())
