@@ -12,6 +12,7 @@ import pytest
 
 from distroml.commands import RemoveJob, StopJob
 from distroml.http import messages
+from distroml.http.cursor import MAX_CURSOR_CHARACTERS
 from distroml.http.limits import HttpSettings
 from tests.http.node import WAIT_S, Api, MemoryNode, log_line, metric, served, until
 from tests.http.test_jobs import finish
@@ -404,3 +405,11 @@ async def test_shutdown_ends_server_sent_events() -> None:
             reply = await reading
     assert b"event: state" in reply.body
     assert b"shutting down" in reply.body
+
+
+async def test_an_event_source_may_send_the_longest_cursor_there_is(api: Api) -> None:
+    """It can say only in a header where it was, and takes an answer of 400 for the end."""
+    job_id = running(api.node)
+    longest = {"Last-Event-ID": "A" * MAX_CURSOR_CHARACTERS}
+    reply = await api.get(f"/api/jobs/{job_id}/events", headers=longest)
+    assert (reply.status, reply.json["field"]) == (400, "cursor")  # it was read, and is none
