@@ -15,7 +15,7 @@ from distroml.runtime.control import MetricRecord
 from distroml.runtime.store.cursors import Position
 from distroml.runtime.store.history import HistoryStore
 from distroml.runtime.store.records import StreamKey, encode_log, encode_metric
-from distroml.services import HistoryView
+from distroml.services import MAX_LATEST_NAMES, HistoryView
 from tests.http.node import WAIT_S, Api, MemoryNode, served
 from tests.http.test_jobs import finish
 from tests.http.test_streams import read, read_all, running
@@ -144,3 +144,38 @@ async def test_one_who_reads_much_lets_others_have_their_turn(tmp_path: Path) ->
             one_more()
     other.cancel()
     assert longest <= MOST_IN_A_ROW, "messages made"
+
+
+def test_newest_values_are_those_of_the_newest_generation_whatever_comes_last(
+    tmp_path: Path,
+) -> None:
+    """A node that was away pulls the generations that it lacks side by side; a short one is there first."""
+    store = HistoryStore(tmp_path)
+    view = HistoryView(store)
+
+    def pull(generation: int, step: int, **values: float) -> None:
+        key = StreamKey("job-1", "run-1", generation, 0, "metrics")
+        record = encode_metric(MetricRecord(step, 0, 1.0, values))
+        store.append(key, store.next_seq(key), [record], local=False)
+        store.flush()
+
+    pull(3, 900, loss=0.1)
+    pull(1, 100, loss=5.0, accuracy=0.4)
+    assert view.latest_metrics("job-1") == {"loss": 0.1, "accuracy": 0.4}
+    pull(2, 500, loss=2.0, accuracy=0.6)
+    assert view.latest_metrics("job-1") == {"loss": 0.1, "accuracy": 0.6}
+    pull(3, 901, loss=0.09)
+    assert view.latest_metrics("job-1") == {"loss": 0.09, "accuracy": 0.6}
+
+
+def test_newest_values_are_bounded_in_names(tmp_path: Path) -> None:
+    store = HistoryStore(tmp_path)
+    view = HistoryView(store)
+    key = StreamKey("job-1", "run-1", 1, 0, "metrics")
+    for step in range(1, MAX_LATEST_NAMES + 100):
+        values = {"loss": 1 / step, f"loss/batch_{step}": 1.0}
+        store.append(key, step - 1, [encode_metric(MetricRecord(step, 0, 1.0, values))])
+        store.flush()
+    latest = view.latest_metrics("job-1")
+    assert len(latest) == MAX_LATEST_NAMES
+    assert latest["loss"] == 1 / step
