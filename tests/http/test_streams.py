@@ -178,6 +178,23 @@ async def test_events_that_are_gone_are_replaced_by_the_present_state(api: Api) 
     assert (told["type"], told["status"]) == ("state", "RUNNING")
 
 
+async def test_events_that_a_snapshot_skipped_are_replaced_by_the_present_state(api: Api) -> None:
+    ahead, behind = api.node, MemoryNode(name="b")
+    ahead.replica.listen(lambda entry, outcome, events: mirror(behind, entry))
+    behind.register("a")  # as ``api.node`` was
+    job_id = running(ahead)
+    async with api.http.ws_connect(f"{api.base}/api/jobs/{job_id}/stream") as socket:
+        (first,) = await read(socket, 1)
+    ahead.replica._listeners.pop()
+    ahead.apply(StopJob(job_id=job_id, reason="enough"))
+    behind.replica.restore(ahead.state().index, ahead.replica.snapshot())
+    async with served(behind) as elsewhere:
+        url = f"{elsewhere.base}/api/jobs/{job_id}/stream"
+        async with elsewhere.http.ws_connect(url, params={"cursor": first["cursor"]}) as socket:
+            (told,) = await read(socket, 1)
+    assert (told["type"], told["status"]) == ("state", "STOPPING")
+
+
 async def test_cursor_now_skips_the_past(api: Api) -> None:
     node = api.node
     job_id = running(node)
