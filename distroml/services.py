@@ -25,7 +25,7 @@ from distroml.consensus.state import ClusterState, digest_state
 from distroml.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from distroml.http.job_events import JobEvents
 from distroml.http.limits import HttpSettings
-from distroml.http.services import Counter, HistoryBatch, LogLine, MetricPoint, Series
+from distroml.http.services import Counter, HistoryBatch, LogLine, MetricNames, MetricPoint, Series
 from distroml.runtime.barrier_wire import BarrierWire
 from distroml.runtime.collecting import Collector
 from distroml.runtime.control import MetricRecord
@@ -64,8 +64,9 @@ class HistoryView:
         self._wakes: dict[str, set[asyncio.Event]] = {}
         store.listen(self._on_written)
 
-    async def metric_names(self, job_id: str) -> Sequence[str]:
-        return await self._queries.metric_names(job_id)
+    async def metric_names(self, job_id: str) -> MetricNames:
+        names, complete = await self._queries.metric_names(job_id)
+        return MetricNames(names=tuple(names), complete=complete)
 
     async def metric_series(
         self, job_id: str, name: str, from_step: int, to_step: int | None, max_points: int

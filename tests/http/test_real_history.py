@@ -96,6 +96,7 @@ async def test_metrics_logs_and_newest_values(recorded: Recorded) -> None:
     assert (series["steps"][0], series["steps"][-1]) == (11, 100)
     assert len(series["steps"]) <= 10
     assert page["latest"] == {"loss": 0.01}
+    assert (page["names"], page["names_complete"]) == (["loss"], True)
     logs = (await recorded.api.get(f"{path}/logs?rank=1")).json["lines"]
     assert [line["line"] for line in logs] == ["two"]
 
