@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from distroml.commands import Entry, Outcome, decode_entry
 from distroml.consensus import machine
 from distroml.consensus.raft_types import UnreadableEntry
 from distroml.consensus.state import ClusterState, decode_state, encode_state
 from distroml.errors import UNDECODABLE
-from distroml.model import Event
+from distroml.model import Event, Job
 
 MAX_EVENTS_PER_JOB = 256
 """Recent events kept per job so that a stream that reconnects misses none."""
@@ -75,9 +75,12 @@ class Replica:
         """
         state = decode_state(blob)
         if state.index > self.state.index or index > self.state.index:
-            self.state = state
-            for job_id in self._events.keys() - state.jobs.keys():
-                self._drop_events(job_id)  # removed by an entry that this node never saw
+            known, self.state = self.state.jobs, state
+            for job_id in list(self._events):
+                if _changed_at(known, job_id) != _changed_at(state.jobs, job_id):
+                    self._drop_events(
+                        job_id
+                    )  # by an entry that this node never saw: some are missing
             self._tell(None, Outcome(index), ())
 
     def recent_events(self, job_id: str) -> Iterable[Event]:
@@ -107,3 +110,8 @@ class Replica:
                 listener(entry, outcome, events)
             except Exception:  # a listener's defect must not stop the log (AUDIT S10)
                 _log.exception("a listener of applied entries failed")
+
+
+def _changed_at(jobs: Mapping[str, Job], job_id: str) -> int | None:
+    job = jobs.get(job_id)
+    return job.change_index if job else None

@@ -28,9 +28,9 @@ from distroml.errors import (
 
 JSON_TYPE = "application/json"
 MAX_LINE_BYTES = 32 * 1024
-"""Request line, with room for the cursor of a stream of hundreds of ranks."""
-MAX_HEADER_BYTES = 8190
-"""Each header field; the parser refuses longer ones."""
+"""Request line, with room for the longest cursor of a stream (``cursor.MAX_CURSOR_CHARACTERS``)."""
+MAX_HEADER_BYTES = 32 * 1024
+"""Each header field, with room for the same in ``Last-Event-ID``; the parser refuses longer ones."""
 MAX_HEADERS = 100
 MAX_QUERY_PAIRS = 64
 KEY_HEADER = "Idempotency-Key"

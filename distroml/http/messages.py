@@ -27,6 +27,8 @@ from distroml.model import Event, Job
 
 BATCH_RECORDS = 500
 """Records read from history at a time; bounds what one stream holds in memory."""
+MESSAGES_PER_TURN = 32
+"""Made and sent at once before others get their turn: a socket that takes all never makes the sender wait."""
 END_SETTLE_S = 1.0
 """A finished job's stream ends when history was quiet for this long: the last batches travel by peer link."""
 END_SETTLE_MOST_S = 5.0
@@ -208,7 +210,9 @@ class Reader:
                 for message in self._changes():
                     yield message
                 batch = await self._history.read_after(job_id, self._at, BATCH_RECORDS)
-                for record, position in batch.records:
+                for number, (record, position) in enumerate(batch.records, 1):
+                    if number % MESSAGES_PER_TURN == 0:
+                        await asyncio.sleep(0)
                     self._at = position
                     if (told := self._record(record)) is not None:
                         yield told

@@ -94,6 +94,14 @@ class Series(Struct, frozen=True, kw_only=True):
     """Points before thinning."""
 
 
+class MetricNames(Struct, frozen=True, kw_only=True):
+    """Which metrics a job has."""
+
+    names: tuple[str, ...]
+    complete: bool
+    """False where there are more than history keeps track of."""
+
+
 class HistoryBatch(Struct, frozen=True, kw_only=True):
     """Records after a position, each with the position right after it."""
 
@@ -107,7 +115,7 @@ class HistoryBatch(Struct, frozen=True, kw_only=True):
 class History(Protocol):
     """Metrics and logs of jobs, as every voter keeps them."""
 
-    async def metric_names(self, job_id: str) -> Sequence[str]: ...
+    async def metric_names(self, job_id: str) -> MetricNames: ...
     async def metric_series(
         self, job_id: str, name: str, from_step: int, to_step: int | None, max_points: int
     ) -> Series: ...

@@ -147,6 +147,16 @@ class TestRecentEvents:
         behind.replica.restore(3, log.replica.snapshot())
         assert behind.events("x") == []
 
+    def test_they_go_where_a_snapshot_skipped_some(self) -> None:
+        log, behind = Log(), Log()
+        for command in (submit("x"), submit("y")):
+            log(command)
+            behind(command)
+        log(c.CancelJob(job_id="x", reason="r"))
+        behind.replica.restore(3, log.replica.snapshot())
+        assert behind.events("x") == []
+        assert behind.events("y") == ["QUEUED"]
+
     def test_all_jobs_together_are_bounded_and_the_quietest_ones_lose_first(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -29,7 +29,7 @@ from distroml.errors import InvalidSpec, NotFound, Unavailable
 from distroml.http.app import HttpServer
 from distroml.http.job_events import JobEvents
 from distroml.http.limits import HttpSettings
-from distroml.http.services import Counter, HistoryBatch, LogLine, MetricPoint, Series
+from distroml.http.services import Counter, HistoryBatch, LogLine, MetricNames, MetricPoint, Series
 from distroml.model import Generation, Job, Member
 from distroml.reports import NodeReport, WorkerFact, WorkerPhase
 from distroml.spec import JobSpec
@@ -70,8 +70,9 @@ class MemoryHistory:
     def _points(self, job_id: str) -> list[MetricPoint]:
         return [r for r in self.records.get(job_id, []) if isinstance(r, MetricPoint)]
 
-    async def metric_names(self, job_id: str) -> Sequence[str]:
-        return sorted({name for point in self._points(job_id) for name in point.values})
+    async def metric_names(self, job_id: str) -> MetricNames:
+        names = sorted({name for point in self._points(job_id) for name in point.values})
+        return MetricNames(names=tuple(names), complete=True)
 
     async def metric_series(
         self, job_id: str, name: str, from_step: int, to_step: int | None, max_points: int

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
 
 from distroml.http import messages
+from distroml.http.messages import MessageType, Reader
 from distroml.runtime.control import MetricRecord
+from distroml.runtime.store.cursors import Position
 from distroml.runtime.store.history import HistoryStore
 from distroml.runtime.store.records import StreamKey, encode_log, encode_metric
-from distroml.services import HistoryView
-from tests.http.node import Api, MemoryNode, served
+from distroml.services import MAX_LATEST_NAMES, HistoryView
+from tests.http.node import WAIT_S, Api, MemoryNode, served
 from tests.http.test_jobs import finish
 from tests.http.test_streams import read, read_all, running
+
+MOST_IN_A_ROW = 64
+"""Records that may be handled before others have their turn."""
 
 
 class Recorded:
@@ -90,5 +96,87 @@ async def test_metrics_logs_and_newest_values(recorded: Recorded) -> None:
     assert (series["steps"][0], series["steps"][-1]) == (11, 100)
     assert len(series["steps"]) <= 10
     assert page["latest"] == {"loss": 0.01}
+    assert (page["names"], page["names_complete"]) == (["loss"], True)
     logs = (await recorded.api.get(f"{path}/logs?rank=1")).json["lines"]
     assert [line["line"] for line in logs] == ["two"]
+
+
+async def test_one_who_reads_much_lets_others_have_their_turn(tmp_path: Path) -> None:
+    """Consensus lives in the same event loop and must beat several times a second."""
+    store = HistoryStore(tmp_path / "history")
+    node = MemoryNode()
+    node.register("a")
+    node.history = HistoryView(store)  # type: ignore[assignment]
+    job = node.job(running(node))
+    for rank in range(8):
+        key = StreamKey(job.job_id, "run-1", 1, rank, "logs")
+        store.append(key, 0, [encode_log(1.0, f"line {number}") for number in range(100)])
+    store.flush()
+    in_a_row = longest = 0
+
+    async def others() -> None:
+        nonlocal in_a_row
+        while True:
+            in_a_row = 0
+            await asyncio.sleep(0)
+
+    def one_more() -> None:
+        nonlocal in_a_row, longest
+        in_a_row += 1
+        longest = max(longest, in_a_row)
+
+    token = Position.token
+
+    def counted(self: Position) -> str:
+        one_more()
+        return token(self)
+
+    other = asyncio.create_task(others())
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Position, "token", counted)
+        batch = await node.history.read_after(job.job_id, None, messages.BATCH_RECORDS)
+    assert len(batch.records) == messages.BATCH_RECORDS
+    assert longest <= MOST_IN_A_ROW, "records read"
+    longest = 0
+    reader = await Reader.open(node, job, None, frozenset({MessageType.LOG}))
+    async with aclosing(reader.follow()) as told, asyncio.timeout(WAIT_S):
+        for _ in range(8 * 100):
+            await anext(told)
+            one_more()
+    other.cancel()
+    assert longest <= MOST_IN_A_ROW, "messages made"
+
+
+def test_newest_values_are_those_of_the_newest_generation_whatever_comes_last(
+    tmp_path: Path,
+) -> None:
+    """A node that was away pulls the generations that it lacks side by side; a short one is there first."""
+    store = HistoryStore(tmp_path)
+    view = HistoryView(store)
+
+    def pull(generation: int, step: int, **values: float) -> None:
+        key = StreamKey("job-1", "run-1", generation, 0, "metrics")
+        record = encode_metric(MetricRecord(step, 0, 1.0, values))
+        store.append(key, store.next_seq(key), [record], local=False)
+        store.flush()
+
+    pull(3, 900, loss=0.1)
+    pull(1, 100, loss=5.0, accuracy=0.4)
+    assert view.latest_metrics("job-1") == {"loss": 0.1, "accuracy": 0.4}
+    pull(2, 500, loss=2.0, accuracy=0.6)
+    assert view.latest_metrics("job-1") == {"loss": 0.1, "accuracy": 0.6}
+    pull(3, 901, loss=0.09)
+    assert view.latest_metrics("job-1") == {"loss": 0.09, "accuracy": 0.6}
+
+
+def test_newest_values_are_bounded_in_names(tmp_path: Path) -> None:
+    store = HistoryStore(tmp_path)
+    view = HistoryView(store)
+    key = StreamKey("job-1", "run-1", 1, 0, "metrics")
+    for step in range(1, MAX_LATEST_NAMES + 100):
+        values = {"loss": 1 / step, f"loss/batch_{step}": 1.0}
+        store.append(key, step - 1, [encode_metric(MetricRecord(step, 0, 1.0, values))])
+        store.flush()
+    latest = view.latest_metrics("job-1")
+    assert len(latest) == MAX_LATEST_NAMES
+    assert latest["loss"] == 1 / step

@@ -12,6 +12,7 @@ import pytest
 
 from distroml.commands import RemoveJob, StopJob
 from distroml.http import messages
+from distroml.http.cursor import MAX_CURSOR_CHARACTERS
 from distroml.http.limits import HttpSettings
 from tests.http.node import WAIT_S, Api, MemoryNode, log_line, metric, served, until
 from tests.http.test_jobs import finish
@@ -175,6 +176,23 @@ async def test_events_that_are_gone_are_replaced_by_the_present_state(api: Api) 
     async with api.http.ws_connect(url, params={"cursor": first["cursor"]}) as socket:
         (told,) = await read(socket, 1)
     assert (told["type"], told["status"]) == ("state", "RUNNING")
+
+
+async def test_events_that_a_snapshot_skipped_are_replaced_by_the_present_state(api: Api) -> None:
+    ahead, behind = api.node, MemoryNode(name="b")
+    ahead.replica.listen(lambda entry, outcome, events: mirror(behind, entry))
+    behind.register("a")  # as ``api.node`` was
+    job_id = running(ahead)
+    async with api.http.ws_connect(f"{api.base}/api/jobs/{job_id}/stream") as socket:
+        (first,) = await read(socket, 1)
+    ahead.replica._listeners.pop()
+    ahead.apply(StopJob(job_id=job_id, reason="enough"))
+    behind.replica.restore(ahead.state().index, ahead.replica.snapshot())
+    async with served(behind) as elsewhere:
+        url = f"{elsewhere.base}/api/jobs/{job_id}/stream"
+        async with elsewhere.http.ws_connect(url, params={"cursor": first["cursor"]}) as socket:
+            (told,) = await read(socket, 1)
+    assert (told["type"], told["status"]) == ("state", "STOPPING")
 
 
 async def test_cursor_now_skips_the_past(api: Api) -> None:
@@ -404,3 +422,11 @@ async def test_shutdown_ends_server_sent_events() -> None:
             reply = await reading
     assert b"event: state" in reply.body
     assert b"shutting down" in reply.body
+
+
+async def test_an_event_source_may_send_the_longest_cursor_there_is(api: Api) -> None:
+    """It can say only in a header where it was, and takes an answer of 400 for the end."""
+    job_id = running(api.node)
+    longest = {"Last-Event-ID": "A" * MAX_CURSOR_CHARACTERS}
+    reply = await api.get(f"/api/jobs/{job_id}/events", headers=longest)
+    assert (reply.status, reply.json["field"]) == (400, "cursor")  # it was read, and is none

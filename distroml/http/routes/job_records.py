@@ -48,7 +48,10 @@ class SeriesView(Struct, frozen=True, kw_only=True):
 
 class MetricsView(Struct, frozen=True, kw_only=True):
     job_id: str
-    names: Annotated[list[str], Meta(description="all metrics this job has")]
+    names: Annotated[list[str], Meta(description="all metrics this job has, at most 1024")]
+    names_complete: Annotated[
+        bool, Meta(description="false where the job has more; those found later are left out")
+    ]
     latest: dict[str, float]
     series: list[SeriesView]
 
@@ -75,7 +78,8 @@ async def get_metrics(call: Call, query: MetricsQuery) -> web.StreamResponse:
             f"to_step ({query.to_step}) is before from_step ({query.from_step}).", field="to_step"
         )
     history = call.services.history
-    names = sorted(await history.metric_names(job.job_id))
+    known = await history.metric_names(job.job_id)
+    names = sorted(known.names)
     series = []
     for name in dict.fromkeys(query.name or names[:MAX_METRIC_NAMES]):
         one = await history.metric_series(
@@ -85,7 +89,15 @@ async def get_metrics(call: Call, query: MetricsQuery) -> web.StreamResponse:
             SeriesView(name=name, steps=list(one.steps), values=list(one.values), total=one.total)
         )
     latest = dict(latest_metrics(call, job))
-    return json_response(MetricsView(job_id=job.job_id, names=names, latest=latest, series=series))
+    return json_response(
+        MetricsView(
+            job_id=job.job_id,
+            names=names,
+            names_complete=known.complete,
+            latest=latest,
+            series=series,
+        )
+    )
 
 
 async def get_logs(call: Call, query: LogsQuery) -> web.StreamResponse:

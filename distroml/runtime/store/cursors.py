@@ -28,22 +28,18 @@ KEPT_GENERATIONS = 4
 VERSION = 1
 
 _Seq = Annotated[int, Meta(ge=0, le=2**62)]
-
-
-class _Streams(Struct, frozen=True, array_like=True):
-    """Next sequence numbers of one generation: rank → number, for each kind in the order of ``KINDS``."""
-
-    generation: Annotated[int, Meta(ge=0, le=MAX_GENERATION)]
-    next_seqs: Annotated[
-        tuple[dict[Annotated[int, Meta(ge=0, le=MAX_RANK)], _Seq], ...],
-        Meta(min_length=len(KINDS), max_length=len(KINDS)),
-    ]
+_Generation = Annotated[
+    tuple[dict[Annotated[int, Meta(ge=0, le=MAX_RANK)], _Seq], ...],
+    Meta(min_length=len(KINDS), max_length=len(KINDS)),
+]
+"""Next sequence numbers of one generation: rank → number, for each kind in the order of ``KINDS``."""
+_PLACE_OF_KIND = {kind: place for place, kind in enumerate(KINDS)}
 
 
 class _Run(Struct, frozen=True, array_like=True):
     run_id: Id
     floor: Annotated[int, Meta(ge=0, le=MAX_GENERATION + 1)]
-    generations: tuple[_Streams, ...]
+    generations: tuple[tuple[Annotated[int, Meta(ge=0, le=MAX_GENERATION)], _Generation], ...]
 
 
 class _Token(Struct, frozen=True, array_like=True):
@@ -57,81 +53,110 @@ _decoder = msgspec.msgpack.Decoder(_Token)
 
 
 @dataclass(slots=True)
+class RunPosition:
+    """The part of a position that is of one run."""
+
+    floor: int = 0
+    """Generations below are done with."""
+    generations: dict[int, tuple[dict[int, int], ...]] = field(default_factory=dict)
+    """By number, as the token has them: a token is made for each record that a client is told."""
+
+    def fold(self, oldest: int) -> int:
+        """Be done with the oldest generation; returns how many streams it named."""
+        self.floor = max(self.floor, oldest + 1)
+        return sum(map(len, self.generations.pop(oldest)))
+
+
+@dataclass(slots=True)
 class Position:
-    """The next record that a reader wants of each stream of a job."""
+    """The next record that a reader wants of each stream of a job; a stream that is not named, from its start."""
 
     job_id: str
-    next_seqs: dict[StreamKey, int] = field(default_factory=dict)
-    """A stream that is not named is wanted from its start."""
-    floors: dict[str, int] = field(default_factory=dict)
-    """Per run: generations below are done with."""
+    runs: dict[str, RunPosition] = field(default_factory=dict)
+    _has_new_generation: bool = field(default=True, init=False, compare=False)
+    """Since ``fold`` looked for old ones."""
+
+    @classmethod
+    def at(cls, job_id: str, next_seqs: Mapping[StreamKey, int]) -> Position:
+        """The position that names these streams."""
+        position = cls(job_id)
+        for key, next_seq in next_seqs.items():
+            position._set(key, next_seq)
+        return position
 
     def wanted(self, key: StreamKey) -> int | None:
         """The next sequence number wanted; None for a stream of a folded generation."""
-        if key.generation < self.floors.get(key.run_id, 0):
+        run = self.runs.get(key.run_id)
+        if run is None:
+            return 0
+        if key.generation < run.floor:
             return None
-        return self.next_seqs.get(key, 0)
+        generation = run.generations.get(key.generation)
+        return generation[_PLACE_OF_KIND[key.kind]].get(key.rank, 0) if generation else 0
 
     def advance(self, key: StreamKey, next_seq: int) -> None:
         """Everything before ``next_seq`` was delivered."""
         wanted = self.wanted(key)
         if wanted is not None and next_seq > wanted:
-            self.next_seqs[key] = next_seq
+            self._set(key, next_seq)
+
+    def _set(self, key: StreamKey, next_seq: int) -> None:
+        generations = self.runs.setdefault(key.run_id, RunPosition()).generations
+        if key.generation not in generations:
+            generations[key.generation] = tuple({} for _ in KINDS)
+            self._has_new_generation = True
+        generations[key.generation][_PLACE_OF_KIND[key.kind]][key.rank] = next_seq
+
+    def streams(self) -> int:
+        """How many are named."""
+        return sum(
+            len(of_kind)
+            for run in self.runs.values()
+            for generation in run.generations.values()
+            for of_kind in generation
+        )
 
     def foldable(self) -> bool:
-        """Whether ``fold`` could make it smaller."""
-        generations = {(key.run_id, key.generation) for key in self.next_seqs}
-        return len(generations) > KEPT_GENERATIONS or len(self.next_seqs) > MAX_POSITIONS
+        """Whether ``fold`` could make it smaller; at little cost, if it could not."""
+        held = [len(run.generations) for run in self.runs.values()]
+        has_old = self._has_new_generation and max(held, default=0) > KEPT_GENERATIONS
+        return has_old or (sum(held) > 1 and self.streams() > MAX_POSITIONS)
 
     def fold(self, heads: Mapping[StreamKey, int], kinds: Collection[Kind] = KINDS) -> None:
         """Forget old generations that were read up to ``heads``, so that the token stays small."""
+        self._has_new_generation = False
         unread = {
             (key.run_id, key.generation)
             for key, head in heads.items()
             if key.kind in kinds and (self.wanted(key) or 0) < head
         }
-        for run_id in {key.run_id for key in self.next_seqs}:
-            generations = sorted({k.generation for k in self.next_seqs if k.run_id == run_id})
-            for generation in generations[: -KEPT_GENERATIONS or None]:
+        for run_id, run in self.runs.items():
+            for generation in sorted(run.generations)[: -KEPT_GENERATIONS or None]:
                 if (run_id, generation) in unread:
                     break
-                self._fold_through(run_id, generation)
+                run.fold(generation)
         self._enforce_limit()
 
     def _enforce_limit(self) -> None:
-        while len(self.next_seqs) > MAX_POSITIONS:
-            generation, run_id = min((key.generation, key.run_id) for key in self.next_seqs)
-            newest = max((key.generation, key.run_id) for key in self.next_seqs)
-            if (generation, run_id) == newest:
+        excess = self.streams() - MAX_POSITIONS
+        oldest_first = sorted(
+            (generation, run_id)
+            for run_id, run in self.runs.items()
+            for generation in run.generations
+        )
+        for generation, run_id in oldest_first[:-1]:
+            if excess <= 0:
                 return
-            self._fold_through(run_id, generation)
-
-    def _fold_through(self, run_id: str, generation: int) -> None:
-        self.floors[run_id] = max(self.floors.get(run_id, 0), generation + 1)
-        for key in list(self.next_seqs):
-            if key.run_id == run_id and key.generation <= generation:
-                del self.next_seqs[key]
+            excess -= self.runs[run_id].fold(generation)
 
     def token(self) -> str:
         """The opaque form for clients: unpadded base64url, usable in a query string."""
-        runs: dict[str, dict[int, tuple[dict[int, int], ...]]] = {run: {} for run in self.floors}
-        for key, next_seq in self.next_seqs.items():
-            of_run = runs.setdefault(key.run_id, {})
-            of_generation = of_run.setdefault(key.generation, tuple({} for _ in KINDS))
-            of_generation[KINDS.index(key.kind)][key.rank] = next_seq
-        token = _Token(
-            VERSION,
-            self.job_id,
-            tuple(
-                _Run(
-                    run_id,
-                    self.floors.get(run_id, 0),
-                    tuple(_Streams(number, seqs) for number, seqs in sorted(of_run.items())),
-                )
-                for run_id, of_run in sorted(runs.items())
-            ),
-        )
-        return base64.urlsafe_b64encode(_encoder.encode(token)).decode().rstrip("=")
+        runs = [
+            (run_id, run.floor, sorted(run.generations.items()))
+            for run_id, run in sorted(self.runs.items())
+        ]
+        encoded = _encoder.encode((VERSION, self.job_id, runs))
+        return base64.urlsafe_b64encode(encoded).decode().rstrip("=")
 
 
 def parse_token(token: str, job_id: str) -> Position:
@@ -156,13 +181,5 @@ def parse_token(token: str, job_id: str) -> Position:
             "leave it out to start from the beginning.",
             field="cursor",
         )
-    position = Position(job_id)
-    for run in decoded.runs:
-        if run.floor:
-            position.floors[run.run_id] = run.floor
-        for streams in run.generations:
-            for kind, of_kind in zip(KINDS, streams.next_seqs, strict=True):
-                for rank, next_seq in of_kind.items():
-                    key = StreamKey(job_id, run.run_id, streams.generation, rank, kind)
-                    position.next_seqs[key] = next_seq
-    return position
+    runs = {run.run_id: RunPosition(run.floor, dict(run.generations)) for run in decoded.runs}
+    return Position(job_id, runs)

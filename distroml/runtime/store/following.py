@@ -25,6 +25,8 @@ FIRST_ROUND_BYTES = 16 * 1024
 ROUND_BYTES = 256 * 1024
 """Bound of later rounds; each is twice the one before."""
 MIN_CHUNK_BYTES = 2 * 1024
+STREAMS_PER_TURN = 64
+"""Read from disk before others get their turn: a few ms."""
 
 
 class Entry(NamedTuple):
@@ -209,7 +211,11 @@ class Follower:
         group = [key for key in unread if key.generation == oldest]
         chunk = max(MIN_CHUNK_BYTES, self._round_bytes // len(group))
         self._round_bytes = min(2 * self._round_bytes, ROUND_BYTES)
-        size = sum(self._read_ahead(key, chunk) for key in group)
+        size = 0
+        for number, key in enumerate(group, 1):
+            size += self._read_ahead(key, chunk)
+            if number % STREAMS_PER_TURN == 0:
+                await asyncio.sleep(0)
         heads = self._store.heads(self._position.job_id)
         more = {key for key in group if (self._reached(key) or 0) < heads.get(key, 0)}
         self._ready += merge_ready({key: self._buffers[key] for key in group}, more)
@@ -252,7 +258,5 @@ def follow(
     if cursor is not None:
         position = parse_token(cursor, job_id)
     else:
-        position = Position(job_id)
-        if from_now:
-            position.next_seqs = dict(store.heads(job_id))
+        position = Position.at(job_id, store.heads(job_id) if from_now else {})
     return Follower(store, position, kinds=kinds)

@@ -34,6 +34,11 @@ PORTION_BYTES = 64 * 1024
 """Decoded at once before others get their turn: about 2 ms."""
 INDEX_POINTS = 4_000_000
 """Points (24 bytes each) in all indexes together; beyond it the least recently asked for are dropped."""
+COLUMN_POINTS = 30
+"""What a column is charged on top of its points: it takes about 700 bytes before there is one."""
+MAX_NAMES = 1024
+"""Metrics of one rank that are indexed, and of a job that are told of, the first ones that are found: user code may
+make new names in each step."""
 LAST_STEP = 2**62
 
 
@@ -69,6 +74,8 @@ class _RankIndex:
 
     reached: dict[StreamKey, int] = field(default_factory=dict)
     columns: dict[str, dict[StreamKey, Column]] = field(default_factory=dict)
+    complete: bool = True
+    """False where there were more than ``MAX_NAMES``."""
     points: int = 0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -125,7 +132,7 @@ class HistoryQueries:
     async def latest_metrics(self, job_id: str) -> dict[str, MetricPoint]:
         """The newest value of each metric, of the lowest rank that has it, by name."""
         latest: dict[str, MetricPoint] = {}
-        for name, columns in (await self._named(job_id)).items():
+        for name, columns in (await self._named(job_id))[0].items():
             newest = max(
                 (column for column in columns if column.steps),
                 key=lambda column: column.generation,
@@ -133,26 +140,33 @@ class HistoryQueries:
             latest[name] = newest.point(-1)
         return dict(sorted(latest.items()))
 
-    async def metric_names(self, job_id: str) -> list[str]:
-        """Names of all metrics of a job: all that rank 0 ever reported, and what others last reported."""
-        return sorted(await self._named(job_id))
+    async def metric_names(self, job_id: str) -> tuple[list[str], bool]:
+        """Names of a job's metrics: all that rank 0 ever reported, and what others last reported; and whether
+        none was left out, beyond ``MAX_NAMES``."""
+        named, complete = await self._named(job_id)
+        return sorted(named), complete
 
-    async def _named(self, job_id: str) -> dict[str, list[Column]]:
+    async def _named(self, job_id: str) -> tuple[dict[str, list[Column]], bool]:
         """Columns by metric: of the lowest rank in full; of others their last record only."""
         named: dict[str, list[Column]] = {}
+        complete = True
         ranks = self._ranks(job_id)
         if ranks:
             index = await self._indexed(job_id, ranks[0])
             named = {name: list(columns.values()) for name, columns in index.columns.items()}
+            complete = index.complete
         for key, head in sorted(self._metric_streams(job_id), key=lambda item: item[0].rank):
             if key.rank == ranks[0] or not head:
                 continue
             for raw in self._store.read(key, head - 1):
                 for column_name, column in _columns_of(key, raw):
+                    if column_name not in named and len(named) >= MAX_NAMES:
+                        complete = False
+                        continue
                     held = named.setdefault(column_name, [])
                     if all(other.generation < column.generation for other in held):
                         held.append(column)
-        return named
+        return named, complete
 
     def _metric_streams(self, job_id: str) -> list[tuple[StreamKey, int]]:
         heads = self._store.heads(job_id)
@@ -229,7 +243,7 @@ class HistoryQueries:
         if after is not None:
             return await self._lines_after(parse_token(after, job_id), tail, chosen)
         heads = self._store.heads(job_id)
-        position = Position(job_id, dict(heads))
+        position = Position.at(job_id, heads)
         position.fold(heads)
         lines = await self._last_lines([key for key in heads if chosen(key)], heads, tail)
         return LogPage(lines, position.token())
@@ -289,10 +303,14 @@ def _add(index: _RankIndex, key: StreamKey, raw: bytes) -> None:
     for name, value in record.values.items():
         columns = index.columns.get(name)
         if columns is None:
+            if len(index.columns) >= MAX_NAMES:
+                index.complete = False
+                continue
             columns = index.columns[name] = {}
         column = columns.get(key)
         if column is None:
             column = columns[key] = Column(key.generation)
+            index.points += COLUMN_POINTS
         column.add(record.step, value, record.at)
         index.points += 1
 

@@ -34,6 +34,8 @@ EVALUATED_VALUE = "evaluated"
 """Where a blob's values keep when the model was last evaluated; like the ledger it is the run's, not the user's."""
 MAX_METRICS_OF_STEP = MAX_METRIC_NAMES - 4
 """The user's, beside loss, lr, step_time and throughput."""
+MAX_KEPT_METRICS = 4 * MAX_METRIC_NAMES
+"""Names of which the newest value is kept; it is part of each checkpoint, and user code may make new ones in each step."""
 MAX_KEPT_RECORDS = 2048
 """Records that each rank keeps, since those that rank 0 reported last may have died with its node."""
 
@@ -44,7 +46,7 @@ class Run:
 
     state: TrainState
     metrics: dict[str, float] = field(default_factory=dict)
-    """The newest value of each."""
+    """The newest value of each; ``note`` adds to it."""
     ledger: str = EMPTY_LEDGER
     evaluated: int = -1
     """The newest step after which the model was evaluated."""
@@ -56,6 +58,13 @@ class Run:
     def position(self) -> int:
         """Orders states: two per step, the second one after its evaluation."""
         return 2 * self.state.step + (self.evaluated == self.state.step)
+
+    def note(self, values: dict[str, float]) -> None:
+        """Keep newer values; beside them, of too many older ones the first in name order: the same on all ranks."""
+        older = {name: value for name, value in self.metrics.items() if name not in values}
+        kept = first_of(older, MAX_KEPT_METRICS - len(values))
+        newest = {**self.metrics, **values}
+        self.metrics = {name: newest[name] for name in newest if name in values or name in kept}
 
     def take(
         self,
@@ -179,7 +188,7 @@ class Training:
         if self.source.has_ids:
             run.ledger = advance(run.ledger, state.step, totals.ids)
         values = {"loss": totals.loss, **first_of(totals.metrics, MAX_METRICS_OF_STEP)}
-        run.metrics.update(values)
+        run.note(values)
         step_time = time.perf_counter() - began_s
         self.clock.add(step_time, data_s, dist.waited_s, totals.least_waited_s)
         values["lr"] = lr
@@ -212,7 +221,7 @@ class Training:
             found = self.dist.weighted_mean([own[name] for name in names], samples)
             means = dict(zip(names, found, strict=True))
             values.update(means)
-            self.run.metrics.update(means)
+            self.run.note(means)
 
     # --- between steps -----------------------------------------------------------------------------------------
 
@@ -239,7 +248,7 @@ class Training:
         if not values:
             self.link.progress(self.position())
             return
-        run.metrics.update(values)
+        run.note(values)
         record = MetricRecord(step, self.state.epoch, time.time(), values)
         run.records.append(record)
         self._report(record)

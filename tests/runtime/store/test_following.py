@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from distroml.runtime.store.cursors import (
     KEPT_GENERATIONS,
     MAX_POSITIONS,
     Position,
+    RunPosition,
     parse_token,
 )
 from distroml.runtime.store.following import Entry, Follower, follow
@@ -68,7 +70,9 @@ keys = st.builds(
 def test_tokens_come_back_as_they_were(
     next_seqs: dict[StreamKey, int], floors: dict[str, int]
 ) -> None:
-    position = Position(JOB, dict(next_seqs), floors)
+    position = Position.at(JOB, next_seqs)
+    for run_id, floor in floors.items():
+        position.runs.setdefault(run_id, RunPosition()).floor = floor
     again = parse_token(position.token(), JOB)
     assert again == position
     assert again.token() == position.token()
@@ -99,23 +103,45 @@ def test_what_is_no_cursor_is_refused(token: str) -> None:
 
 def test_old_generations_read_to_the_end_are_folded() -> None:
     heads = {key(rank, generation): 10 for generation in range(1, 21) for rank in range(4)}
-    position = Position(JOB, dict(heads))
-    position.next_seqs[key(2, 9)] = 8
+    position = Position.at(JOB, {**heads, key(2, 9): 8})
     position.fold(heads)
-    assert position.floors == {"run-1": 9}
+    assert position.runs["run-1"].floor == 9
     assert position.wanted(key(2, 8)) is None
     assert position.wanted(key(2, 9)) == 8
     position.advance(key(2, 9), 10)
     position.fold(heads)
-    assert {k.generation for k in position.next_seqs} == set(range(21 - KEPT_GENERATIONS, 21))
+    assert list(position.runs["run-1"].generations) == list(range(21 - KEPT_GENERATIONS, 21))
 
 
 def test_a_token_stays_bounded_whatever_happens() -> None:
     heads = {key(rank, generation): 2**40 for generation in range(1, 301) for rank in range(16)}
-    position = Position(JOB, dict.fromkeys(heads, 5))
+    position = Position.at(JOB, dict.fromkeys(heads, 5))
     position.fold(heads)
-    assert len(position.next_seqs) <= MAX_POSITIONS
+    assert position.streams() <= MAX_POSITIONS
     assert parse_token(position.token(), JOB) == position
+
+
+def test_a_cursor_costs_no_more_steps_where_there_are_more_ranks(tmp_path: Path) -> None:
+    """Each message of a stream has one of its own."""
+
+    def steps(ranks: int, generations: int) -> int:
+        heads = {
+            key(rank, generation, kind): 10
+            for generation in range(1, generations + 1)
+            for rank in range(ranks)
+            for kind in KINDS
+        }
+        follower = Follower(HistoryStore(tmp_path), Position.at(JOB, heads))
+        follower.cursor()  # folds once what it began with
+        events: list[str] = []
+        sys.setprofile(lambda frame, event, argument: events.append(event))
+        try:
+            follower.cursor()
+        finally:
+            sys.setprofile(None)
+        return len(events)
+
+    assert max(steps(1, 1), steps(64, 4), steps(1024, 1)) < 200
 
 
 async def test_replays_then_goes_on_live(store: HistoryStore) -> None:
@@ -173,7 +199,7 @@ async def test_a_cursor_resumes_at_any_entry_and_any_node(tmp_path: Path) -> Non
 
 async def test_a_node_that_is_behind_waits_for_what_the_client_lacks(store: HistoryStore) -> None:
     await write(store, key(), 0, 3)
-    cursor = Position(JOB, {key(): 6}).token()
+    cursor = Position.at(JOB, {key(): 6}).token()
     follower = follow(store, JOB, cursor)
     assert await follower.batch(timeout_s=0.01) == []
     await write(store, key(), 3, 8)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from distroml.errors import InvalidRequest
 from distroml.runtime.store.history import HistoryStore
-from distroml.runtime.store.queries import HistoryQueries
+from distroml.runtime.store.queries import COLUMN_POINTS, MAX_NAMES, HistoryQueries
 from distroml.runtime.store.records import MAX_LINE_CHARACTERS, decode_log, encode_log
 from distroml.runtime.store.retention import HistoryLimits
 from distroml.runtime.store.series import Column, MetricPoint, merge, thin
@@ -69,7 +69,7 @@ async def test_series_of_ranks_and_unknown_names(store: HistoryStore) -> None:
     assert await points_of(queries, JOB, "throughput", rank=0) == []
     assert await points_of(queries, JOB, "nothing") == []
     assert await points_of(queries, "unknown", "loss") == []
-    assert await queries.metric_names(JOB) == ["loss", "throughput"]
+    assert await queries.metric_names(JOB) == (["loss", "throughput"], True)
     with pytest.raises(InvalidRequest, match="max_points"):
         await queries.metric_series(JOB, "loss", max_points=0)
 
@@ -90,6 +90,36 @@ async def test_a_small_index_gives_the_same_answers(store: HistoryStore) -> None
         train(store, 1, range(1, 50), rank=rank)
     for rank in (0, 1, 2, 0):
         assert len(await points_of(queries, JOB, "loss", rank=rank)) == 49
+
+
+async def test_the_index_is_bounded_where_each_step_has_names_of_its_own(
+    store: HistoryStore,
+) -> None:
+    for rank in (0, 1):
+        records = [
+            metric(step, loss=1 / step, **{f"rank_{rank}/batch_{step}": 1.0})
+            for step in range(1, 2001)
+        ]
+        store.append(key(rank, kind="metrics"), 0, records)
+    store.flush()
+    queries = HistoryQueries(store)
+    names, complete = await queries.metric_names(JOB)
+    assert (len(names), complete) == (MAX_NAMES, False)
+    assert (await queries.metric_series(JOB, "loss")).total == 2000
+    assert all(len(index.columns) == MAX_NAMES for index in queries._indexes.values())
+    small = HistoryQueries(store, index_points=MAX_NAMES * COLUMN_POINTS)
+    await points_of(small, JOB, "loss")
+    assert len(small._indexes) == 1, "columns are charged for more than their points"
+
+
+async def test_names_of_very_many_ranks_are_bounded(store: HistoryStore) -> None:
+    for rank in range(40):
+        values = {f"rank_{rank}/{number}": 1.0 for number in range(64)}
+        store.append(key(rank, kind="metrics"), 0, [metric(1, **values)])
+    store.flush()
+    names, complete = await HistoryQueries(store).metric_names(JOB)
+    assert (len(names), complete) == (MAX_NAMES, False)
+    assert "rank_0/63" in names
 
 
 async def test_trimmed_and_unreadable_records_are_passed_over(tmp_path: Path) -> None:

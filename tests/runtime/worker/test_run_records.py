@@ -8,7 +8,7 @@ import pytest
 
 from distroml.runtime.control import MetricRecord
 from distroml.runtime.worker.builtin import load_adapter
-from distroml.runtime.worker.train import Run
+from distroml.runtime.worker.train import MAX_KEPT_METRICS, Run
 from tests.runtime.worker.test_training import spec_of
 
 
@@ -53,3 +53,16 @@ def test_a_checkpoint_takes_records_back_to_its_step() -> None:
     assert [one.step for one in run.records] == [3, 4]
     run.take(adapter, blob, 9)
     assert not run.records, "of the steps between nothing is known"
+
+
+def test_the_newest_values_are_bounded_where_each_step_has_names_of_its_own() -> None:
+    run, other = run_at(0, []), run_at(0, [])
+    for step in range(MAX_KEPT_METRICS):
+        for one in (run, other):
+            one.note({"loss": float(step), f"batch_{step:04}": 1.0, f"batch_{step:04}b": 2.0})
+        # as what was saved and read comes back: in whatever order
+        other.metrics = dict(sorted(other.metrics.items(), reverse=True))
+    assert len(run.metrics) == MAX_KEPT_METRICS
+    assert run.metrics == other.metrics, "ranks save the same"
+    assert run.metrics["loss"] == float(step)
+    assert f"batch_{step:04}b" in run.metrics
