@@ -277,7 +277,8 @@ class AsyncClient:
         """Events of a job, through the end event; goes on at another node when one dies.
 
         Args:
-            cursor: of the last event seen, to go on after it; ``now``: only what is new; None: all that is kept.
+            cursor: of the last event seen, to go on after it; ``now``: the present state, then only what is new;
+                None: all that is kept.
             types: of metric, state, log, checkpoint and resource; all by default. ``end`` always comes.
 
         Raises:
