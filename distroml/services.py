@@ -188,7 +188,7 @@ class NodeServices:
         self.events = JobEvents(parts.replica.recent_events)
         self.history = HistoryView(parts.history)
         self.files = parts.files
-        self.settings = HttpSettings()
+        self.settings = HttpSettings(allowed_hosts=parts.config.allowed_hosts)
         self.version = __version__
 
     @property
