@@ -71,8 +71,10 @@ class Recorder:
         return str(answer.body["job_id"]) if answer is not None and answer.ok else None
 
     async def cancel(self, job_id: str) -> Answer | None:
-        """Cancel a job that does not end by itself. (A DELETE of one that has ended would forget it.)"""
-        return await self._insist(lambda key: self._on_job("cancel", "DELETE", "", job_id, key))
+        """Cancel a job that does not end by itself."""
+        return await self._insist(
+            lambda key: self._on_job("cancel", "DELETE", "?only=cancel", job_id, key)
+        )
 
     async def stop(self, job_id: str) -> Answer | None:
         """End a job after a final checkpoint."""

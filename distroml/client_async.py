@@ -99,10 +99,9 @@ class AsyncClient:
         """End an active job now.
 
         Raises:
-            Conflict: the job is already finished (``remove`` forgets it).
+            Conflict: the job is already COMPLETED or FAILED (``remove`` forgets it).
         """
-        await self._refuse_if(job_id, terminal=True)
-        return await self._transport.call("DELETE", _path(job_id), key=key or _new_key())
+        return await self._delete(job_id, "cancel", key)
 
     async def remove(self, job_id: str, *, key: str | None = None) -> Json:
         """Forget a finished job.
@@ -110,8 +109,7 @@ class AsyncClient:
         Raises:
             Conflict: the job is still active (``cancel`` ends it).
         """
-        await self._refuse_if(job_id, terminal=False)
-        return await self._transport.call("DELETE", _path(job_id), key=key or _new_key())
+        return await self._delete(job_id, "remove", key)
 
     async def stop(self, job_id: str, *, key: str | None = None) -> Json:
         """End an active job after a final checkpoint."""
@@ -279,7 +277,8 @@ class AsyncClient:
         """Events of a job, through the end event; goes on at another node when one dies.
 
         Args:
-            cursor: of the last event seen, to go on after it; ``now``: only what is new; None: all that is kept.
+            cursor: of the last event seen, to go on after it; ``now``: the present state, then only what is new;
+                None: all that is kept.
             types: of metric, state, log, checkpoint and resource; all by default. ``end`` always comes.
 
         Raises:
@@ -336,12 +335,11 @@ class AsyncClient:
 
     # -- one call
 
-    async def _refuse_if(self, job_id: str, *, terminal: bool) -> None:
-        """DELETE means cancel or forget by the job's state; make sure that it means what was asked."""
-        status = (await self.job(job_id)).get("status")
-        if (status in _TERMINAL_NAMES) is terminal:
-            hint = "it can be removed" if terminal else "cancel or stop it first"
-            raise Conflict(f"Job {job_id} is {status}: {hint}.", status=status)
+    async def _delete(self, job_id: str, only: str, key: str | None) -> Json:
+        """DELETE alone means cancel or forget by the job's state: say which."""
+        return await self._transport.call(
+            "DELETE", _path(job_id), params={"only": only}, key=key or _new_key()
+        )
 
 
 def _answering(page: Json, job: Json, request: int, *, ended: bool) -> Json | None:

@@ -72,6 +72,8 @@ class CancelJob(Write, frozen=True, gc=False, kw_only=True):
 
     job_id: str
     reason: str
+    if_active: bool = False
+    """A job that has ended otherwise is left as it is and that is the outcome, which the key keeps, not a conflict."""
 
 
 class StopJob(Write, frozen=True, gc=False, kw_only=True):

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -31,6 +32,7 @@ REPORTS_PER_TIMEOUT = 3
 AS_OTEL_SAYS = "env"
 """The collector is that of ``OTEL_EXPORTER_OTLP_ENDPOINT``."""
 _HOME = Path("~/.distroml")
+_HOST_NAME = re.compile(r"\*|[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 
 
 class NodeConfig(Struct, frozen=True, kw_only=True):
@@ -45,6 +47,7 @@ class NodeConfig(Struct, frozen=True, kw_only=True):
     """None: no other nodes, nothing listens for them."""
     http: Address
     http_url: str
+    allowed_hosts: tuple[str, ...]
     data_dir: Path
     store_dir: Path
     slots: int
@@ -117,6 +120,7 @@ def resolve(settings: NodeSettings) -> NodeConfig:
         listen=place.listen,
         http=http,
         http_url=settings.http_url or f"http://{reachable(http, place.own.host)}",
+        allowed_hosts=_host_names(settings.allowed_hosts),
         data_dir=data_dir,
         store_dir=_directory(settings.store_dir or data_dir / "store", "store_dir"),
         slots=settings.slots if settings.slots >= 0 else os.cpu_count() or 1,
@@ -184,6 +188,18 @@ def _check_endpoint(endpoint: str) -> None:
             "otlp_endpoint must not hold a user or password; OTEL_EXPORTER_OTLP_HEADERS may hold a token.",
             field="otlp_endpoint",
         )
+
+
+def _host_names(text: str) -> tuple[str, ...]:
+    names = tuple(one.strip().lower() for one in text.split(",")) if text.strip() else ()
+    for name in names:
+        if not _HOST_NAME.fullmatch(name):
+            raise ConfigError(
+                f"allowed_hosts: '{name}' must be the name of a host without scheme and port, such as "
+                "lb.example, or '*' for any; names are separated by commas.",
+                field="allowed_hosts",
+            )
+    return names
 
 
 def _stores(settings: NodeSettings) -> StoreSettings:

@@ -26,6 +26,7 @@ from distroml.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from distroml.http.job_events import JobEvents
 from distroml.http.limits import HttpSettings
 from distroml.http.services import Counter, HistoryBatch, LogLine, MetricNames, MetricPoint, Series
+from distroml.http.tally import Tally
 from distroml.runtime.barrier_wire import BarrierWire
 from distroml.runtime.collecting import Collector
 from distroml.runtime.control import MetricRecord
@@ -206,9 +207,10 @@ class NodeServices:
         self._digesting = asyncio.Lock()
         self._digest = (-1, "")
         self.events = JobEvents(parts.replica.recent_events)
+        self.tally = Tally(self.state, self.caught_up)
         self.history = HistoryView(parts.history)
         self.files = parts.files
-        self.settings = HttpSettings()
+        self.settings = HttpSettings(allowed_hosts=parts.config.allowed_hosts)
         self.version = __version__
 
     @property

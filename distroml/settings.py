@@ -65,6 +65,13 @@ class NodeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     http_url: Annotated[
         str, Meta(description="URL at which clients reach this node (default: from --http)")
     ] = ""
+    allowed_hosts: Annotated[
+        str,
+        Meta(
+            description="further names by which clients may call this node, such as that of a load balancer: "
+            "lb.example,...; '*' for any. localhost, addresses and the hosts in nodes' URLs always are"
+        ),
+    ] = ""
     data_dir: Annotated[
         str,
         Meta(description="this node's own directory: log, snapshots, history (~/.distroml/NAME)"),

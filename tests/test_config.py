@@ -46,6 +46,24 @@ def test_flags_win_over_variables_and_variables_over_the_file(tmp_path: Path) ->
     assert (made.name, made.slots, made.settings.worker_threads) == ("flag", 3, 2)
 
 
+def test_names_by_which_a_node_may_be_called() -> None:
+    assert config().allowed_hosts == ()
+    assert config("--allowed-hosts", "lb.example, Train.example").allowed_hosts == (
+        "lb.example",
+        "train.example",
+    )
+    assert config(DISTROML_ALLOWED_HOSTS="*").allowed_hosts == ("*",)
+
+
+@pytest.mark.parametrize(
+    "given", ["http://lb.example", "lb.example:8101", "*.example", "a,,b", "a b"]
+)
+def test_what_is_no_name_of_a_host_is_refused(given: str) -> None:
+    error = refusal("--allowed-hosts", given)
+    assert error.field == "allowed_hosts"
+    assert "without scheme and port" in error.detail
+
+
 def test_the_file_may_be_named_by_a_variable(tmp_path: Path) -> None:
     assert config(DISTROML_CONFIG=toml(tmp_path, 'name = "x"')).name == "x"
 

@@ -36,7 +36,7 @@ def logs(
     async def work(client: AsyncClient) -> int:
         job = await find_job(client, job_id)
         if follow:
-            return await _follow(client, job["job_id"], rank, tail, as_json=ctx.json)
+            return await follow_logs(client, job["job_id"], rank, tail, as_json=ctx.json)
         page = await client.logs(job["job_id"], rank=rank, tail=tail)
         if ctx.json:
             print_json(page)
@@ -48,10 +48,10 @@ def logs(
     return ctx.run(work)
 
 
-async def _follow(
+async def follow_logs(
     client: AsyncClient, job_id: str, rank: int | None, tail: int, *, as_json: bool
 ) -> int:
-    """The last lines, then new ones; the stream is opened first, so that none falls between the two."""
+    """The last lines, then new ones; the stream begins first, with the state, so that none falls between the two."""
     shown: set[tuple[object, ...]] = set()
     greeted = False
     async with aclosing(client.stream(job_id, NOW, types=("log",))) as events:
@@ -61,6 +61,8 @@ async def _follow(
                 for line in (await client.logs(job_id, rank=rank, tail=tail))["lines"]:
                     shown.add(_identity(line))
                     _show({"type": "log", **line}, rank, as_json)
+            if event["type"] == "state":
+                continue  # says where the stream begins
             wanted = event["type"] != "log" or rank in (None, event["rank"])
             if wanted and _identity(event) not in shown:
                 _show(event, rank, as_json)

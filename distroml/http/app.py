@@ -1,8 +1,9 @@
 """The HTTP server of a node: route table in, listening socket out.
 
 A request passes, outermost first: ``observe`` (id, headers, counters) → ``problem_middleware`` (errors become
-documents) → ``guard`` (host, origin, authentication) → the route's handler under its limits. What the HTTP parser
-itself refuses never becomes a request; ``_Protocol`` answers that with a problem document too.
+documents, or break off what was begun) → ``guard`` (host, origin, authentication) → the route's handler under its
+limits. What the HTTP parser itself refuses never becomes a request; ``_Protocol`` answers that with a problem document
+too.
 """
 
 from __future__ import annotations
@@ -162,6 +163,7 @@ class HttpServer:
 
     async def _sign(self, request: web.Request, response: web.StreamResponse) -> None:
         sign(request, response, self._services)
+        request[problems.RESPONSE_BEGUN] = True
 
 
 def sign(request: web.BaseRequest, response: web.StreamResponse, services: Services) -> None:

@@ -39,8 +39,8 @@ def check_origin(request: web.Request, settings: HttpSettings, nodes: Iterable[N
     name, _ = _split(host)
     if host and not _is_ours(name, settings, nodes):
         raise web.HTTPMisdirectedRequest(
-            text=f"Host '{host[:200]}' is not a name of this node; use its address or add the name "
-            "to the node's allowed hosts."
+            text=f"Host '{host[:200]}' is not a name of this node; use its address, or start the node with "
+            "this name in --allowed-hosts."
         )
     upgrade = request.headers.get("Upgrade", "").lower() == "websocket"
     if request.method in _READS and not upgrade:
@@ -63,7 +63,7 @@ def _is_ours(name: str, settings: HttpSettings, nodes: Iterable[Node]) -> bool:
     try:
         ipaddress.ip_address(name)
     except ValueError:
-        allowed = {given.lower() for given in settings.allowed_hosts}
+        allowed = settings.allowed_hosts
         if "*" in allowed or name in allowed or name == socket.gethostname().lower():
             return True
         return any(name == urlsplit(node.http).hostname for node in nodes)

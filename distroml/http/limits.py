@@ -66,7 +66,7 @@ class HttpSettings(Struct, frozen=True, kw_only=True):
     """Least time between two ``resource`` messages of one stream."""
     shutdown_timeout_s: float = 3.0
     allowed_hosts: tuple[str, ...] = ()
-    """Host names by which this node may be called besides ``localhost``, IP addresses, its own host's name
+    """Host names (in lower case) by which this node may be called besides ``localhost``, IP addresses, its own host's name
     and those in the URLs of the cluster's nodes; ``*`` for any."""
 
 

@@ -169,6 +169,7 @@ class Reader:
         self._types = types
         index = services.state().index
         self._greet = cursor is None
+        self._from_now = False
         self._position = cursor.position if cursor else Position(index + 1)
         self._at = cursor.history if cursor else None
         self._told: tuple[str, str, int] | None = None
@@ -179,10 +180,15 @@ class Reader:
     async def open(
         cls, services: Services, job: Job, cursor: str | None, types: frozenset[MessageType]
     ) -> Reader:
-        """A reader from ``cursor``; None: the present state and all records kept; ``now``: only new ones."""
+        """A reader from ``cursor``; None: the present state and all records kept; ``now``: the state and new ones.
+
+        A reader from now is told the state whatever its types: it has to know where that is, or it would miss what
+        comes before it goes on at another node.
+        """
         if cursor is None or cursor == NOW:
             reader = cls(services, job, None, types)
             if cursor == NOW:
+                reader._from_now = True
                 reader._at = services.history.end_position(job.job_id)
             return reader
         place = decode_cursor(cursor, job.job_id)
@@ -203,8 +209,9 @@ class Reader:
         beat_at = time.monotonic()
         with self._services.events.watch(job_id, wake), self._history.watch(job_id, wake):
             if self._greet:
-                for message in self._filtered(self._state_now()):
-                    yield message
+                state = self._state_now()
+                if self._from_now or MessageType.STATE in self._types:
+                    yield state
             while True:
                 wake.clear()
                 for message in self._changes():

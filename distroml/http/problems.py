@@ -21,6 +21,8 @@ from distroml.errors import DistroMLError, InvalidRequest
 
 PROBLEM_TYPE = "application/problem+json"
 REQUEST_ID = web.RequestKey("request_id", str)
+RESPONSE_BEGUN = web.RequestKey("response_begun", bool)
+"""Set with the headers of a response: no other can follow on its connection."""
 RETRY_AFTER_S = 1
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -130,35 +132,50 @@ def respond_http(request: web.BaseRequest, error: web.HTTPException) -> web.Stre
 
 def respond_defect(request: web.BaseRequest, error: BaseException) -> web.Response:
     """A 500 that says nothing but where to look; the traceback goes to the log."""
-    request_id = request_id_of(request)
-    _log.error("request %s %s %s failed", request_id, request.method, request.path, exc_info=error)
+    _log_defect(request, error)
     kind = DistroMLError
     return _document(
         request,
         kind.slug,
         kind.title,
         kind.status,
-        f"A defect of this node; its log has the details under request {request_id}.",
+        f"A defect of this node; its log has the details under request {request_id_of(request)}.",
     )
+
+
+def _log_defect(request: web.BaseRequest, error: BaseException) -> None:
+    request_id = request_id_of(request)
+    _log.error("request %s %s %s failed", request_id, request.method, request.path, exc_info=error)
 
 
 @web.middleware
 async def problem_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turns whatever a handler raises into a problem document."""
+    """Turns whatever a handler raises into a problem document, or breaks off the response that it had begun."""
     try:
         return await handler(request)
-    except DistroMLError as error:
-        if error.status >= 500:
-            _log.warning("request %s: %s: %s", request_id_of(request), error.slug, error.detail)
-        return respond(request, error)
-    except web.HTTPException as error:
-        return respond_http(request, error)
-    except RecursionError:
-        return respond(request, InvalidRequest("The request is nested too deeply."))
     except ConnectionResetError:
         raise  # the client is gone: nobody to tell
     except Exception as error:
-        return respond_defect(request, error)
+        if RESPONSE_BEGUN not in request:
+            return _respond_any(request, error)
+        _log_defect(request, error)
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionResetError("a response could not be completed") from error
+
+
+def _respond_any(request: web.Request, error: Exception) -> web.StreamResponse:
+    match error:
+        case DistroMLError():
+            if error.status >= 500:
+                _log.warning("request %s: %s: %s", request_id_of(request), error.slug, error.detail)
+            return respond(request, error)
+        case web.HTTPException():
+            return respond_http(request, error)
+        case RecursionError():
+            return respond(request, InvalidRequest("The request is nested too deeply."))
+        case _:
+            return respond_defect(request, error)
 
 
 def _document(

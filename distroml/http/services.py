@@ -18,6 +18,7 @@ from distroml.commands import AnyCommand, Outcome
 from distroml.consensus.state import ClusterState
 from distroml.http.job_events import JobEvents
 from distroml.http.limits import HttpSettings
+from distroml.http.tally import Tally
 from distroml.model import Checkpoint
 from distroml.reports import NodeReport
 from distroml.runtime.checkpoint.examination import FileCheck, Survey
@@ -171,6 +172,8 @@ class Services(Protocol):
     def history(self) -> History: ...
     @property
     def files(self) -> CheckpointFiles: ...
+    @property
+    def tally(self) -> Tally: ...
     def state(self) -> ClusterState:
         """The newest applied state; immutable."""
         ...

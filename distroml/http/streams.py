@@ -34,9 +34,9 @@ class StreamQuery(Read, frozen=True, kw_only=True):
     """Parameters of a stream."""
 
     cursor: str | None = None
-    """From a message seen before: resume right after it, at any node. ``now``: only what is new."""
+    """From a message seen before: resume right after it, at any node. ``now``: only what is new, after the present state."""
     types: tuple[str, ...] = ()
-    """Comma list of message types; all by default. ``end`` is always sent."""
+    """Comma list of message types; all by default. ``end`` is always sent, and with ``cursor=now`` the first state."""
 
 
 class SlowReader(Exception):

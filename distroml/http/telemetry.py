@@ -1,4 +1,4 @@
-"""Prometheus: request counters kept as they happen, and cluster facts read at each scrape.
+"""Prometheus: what is counted as it happens (requests here, jobs in ``tally``), and facts read at each scrape.
 
 Labels are bounded: route names instead of paths, active jobs only, registered nodes only.
 """
@@ -14,12 +14,7 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client import Counter as HttpCounter
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-)
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from distroml.http import views
@@ -32,7 +27,6 @@ _LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1
 _JOB_METRICS = ("loss", "throughput", "accuracy")
 MAX_RANKS = 1024
 """Ranks with series of their own, of all active jobs together."""
-RECOVERY_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _STEP_PARTS = ("step", "data", "compute", "communication", "idle")
 
 
@@ -56,6 +50,7 @@ class Telemetry:
             registry=self._registry,
         )
         self._registry.register(_ClusterFacts(services))
+        self._registry.register(services.tally)
 
     def answered(self, method: str, route: str, code: int, duration_s: float | None) -> None:
         """Count one answer; ``duration_s`` is None for streams."""
@@ -79,7 +74,6 @@ class _ClusterFacts(Collector):
         yield from _raft(self._services)
         yield from _nodes(self._services)
         yield from _jobs(self._services)
-        yield _recoveries(self._services)
         yield from _counters(self._services)
 
 
@@ -130,19 +124,8 @@ def _jobs(services: Services) -> Iterator[Metric]:
     for status, count in state.counts().items():
         by_status.add_metric((status.value,), float(count))
     yield by_status
-    kept = state.jobs.values()
     yield GaugeMetricFamily(
-        "distroml_jobs_stored", "Jobs kept, finished ones included.", value=float(len(kept))
-    )
-    incidents = sum(job.failures for job in kept)
-    yield CounterMetricFamily(
-        "distroml_incidents", "Failures of the jobs that are kept.", value=float(incidents)
-    )
-    committed = sum(len(job.checkpoints) for job in kept)
-    yield CounterMetricFamily(
-        "distroml_checkpoints_committed",
-        "Committed checkpoints of the jobs that are kept.",
-        value=float(committed),
+        "distroml_jobs_stored", "Jobs kept, finished ones included.", value=float(len(state.jobs))
     )
     yield from _active_jobs(services)
 
@@ -191,29 +174,6 @@ def _active_jobs(services: Services) -> Iterator[Metric]:
                 value = getattr(worker.timing, f"{part}_s")
                 step_time.add_metric((*key, str(worker.rank), part), value)
     yield from (*position.values(), *measured.values(), step_time)
-
-
-def _recoveries(services: Services) -> Metric:
-    """How long recoveries took, by phase, of the incidents that are kept."""
-    family = HistogramMetricFamily(
-        "distroml_recovery_duration_seconds",
-        "Recoveries from failures, of the jobs that are kept, by phase; 'total' is all of one.",
-        labels=("phase",),
-    )
-    by_phase: dict[str, list[float]] = {}
-    for job in services.state().jobs.values():
-        for incident in job.incidents:
-            if incident.first_step_at is not None:
-                for phase, took_ms in incident.phases_ms.items():
-                    by_phase.setdefault(phase, []).append(took_ms / 1000)
-    for phase, durations_s in by_phase.items():
-        buckets = [
-            (f"{bound:g}", float(sum(one <= bound for one in durations_s)))
-            for bound in RECOVERY_BUCKETS_S
-        ]
-        buckets.append(("+Inf", float(len(durations_s))))
-        family.add_metric((phase,), buckets, sum(durations_s))
-    return family
 
 
 def _counters(services: Services) -> Iterator[Metric]:

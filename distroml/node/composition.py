@@ -331,6 +331,7 @@ class Node:
         self.links.on_link(self._on_link)
         self.replica.listen(self.proposer.on_applied)
         self.replica.listen(self.services.events.applied)
+        self.replica.listen(self.services.tally.applied)
         self.replica.listen(self._on_applied)
         self.replica.listen(lambda entry, outcome, events: self.coordinator.on_events(events))
         self.replica.listen(lambda entry, outcome, events: self.collector.on_events(events))

@@ -77,7 +77,7 @@ class Api:
             case "GET", []:
                 return web.json_response(one)
             case "DELETE", []:
-                return web.json_response({**one, "status": "CANCELLED"}, status=202)
+                return _ended(request.query["only"], one)
             case "POST", ["stop"]:
                 return web.json_response({**one, "status": "STOPPING"}, status=202)
             case "GET", ["logs"]:
@@ -127,6 +127,16 @@ class Api:
             await socket.receive()
         await socket.close()
         return socket
+
+
+def _ended(only: str, one: dict[str, Any]) -> web.Response:
+    if (one["status"] in ("COMPLETED", "FAILED")) is (only == "cancel"):
+        detail = f"Job '{one['job_id']}' is {one['status']}."
+        problem = {"type": "/problems/conflict", "status": 409, "detail": detail}
+        return web.json_response(problem, status=409)
+    if only == "remove":
+        return web.Response(status=204)
+    return web.json_response({**one, "status": "CANCELLED"}, status=202)
 
 
 def _missing(what: str) -> web.Response:

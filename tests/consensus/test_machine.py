@@ -791,7 +791,9 @@ _GENERATION = st.integers(1, 3)
 _JOB = st.sampled_from(["job-1", "job-2", "nope"])
 _COMMANDS = st.one_of(
     st.builds(submit, st.sampled_from(["job-1", "job-2"])),
-    st.builds(lambda j: c.CancelJob(job_id=j, reason="r"), _JOB),
+    st.builds(
+        lambda j, lenient: c.CancelJob(job_id=j, reason="r", if_active=lenient), _JOB, st.booleans()
+    ),
     st.builds(lambda j: c.StopJob(job_id=j, reason="r"), _JOB),
     st.builds(lambda j: c.RemoveJob(job_id=j), _JOB),
     st.builds(lambda j, g: form(j, g, members("a", "b")), _JOB, _GENERATION),

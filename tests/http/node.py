@@ -30,6 +30,7 @@ from distroml.http.app import HttpServer
 from distroml.http.job_events import JobEvents
 from distroml.http.limits import HttpSettings
 from distroml.http.services import Counter, HistoryBatch, LogLine, MetricNames, MetricPoint, Series
+from distroml.http.tally import Tally
 from distroml.model import Generation, Job, Member
 from distroml.reports import NodeReport, WorkerFact, WorkerPhase
 from distroml.spec import JobSpec
@@ -139,11 +140,13 @@ class MemoryNode:
         self.history = history or MemoryHistory()
         self.events = JobEvents(self.replica.recent_events)
         self.replica.listen(self.events.applied)
+        self.knows_all = True
+        self.tally = Tally(self.state, self.caught_up)
+        self.replica.listen(self.tally.applied)
         self.files: Any = None
         """What a test gives it that looks at files of checkpoints."""
         self.raft_view = Raft(leader=name)
         self.reports: dict[str, Observed] = {}
-        self.knows_all = True
         self.barriers = 0
         self.readiness = (True, "")
         self.fault: BaseException | None = None

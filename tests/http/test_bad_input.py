@@ -283,6 +283,7 @@ async def test_allowed_host_names() -> None:
         other = await api.get("/health", headers={"Host": "node-b.lan"})
         local = await api.get("/health", headers={"Host": "localhost:1"})
     assert (fine.status, other.status, local.status) == (200, 421, 200)
+    assert "--allowed-hosts" in other.json["detail"]
 
 
 async def test_expect_100_continue(api: Api) -> None:

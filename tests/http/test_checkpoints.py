@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import io
 import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+import aiohttp
 import msgspec
 import pytest
 from msgspec.structs import replace
@@ -21,7 +26,7 @@ from distroml.model import Checkpoint
 from distroml.runtime.checkpoint.stores.file import FileStore
 from distroml.runtime.checkpoint.stores.opening import Stores
 from distroml.spec import JobSpec
-from tests.http.node import Api, MemoryNode, served, until
+from tests.http.node import WAIT_S, Api, MemoryNode, served, until
 from tests.runtime.checkpoint.shards import JOB, RUN, committed
 
 PATH = f"/api/jobs/{JOB}/checkpoints"
@@ -143,6 +148,54 @@ async def test_verify_and_export(
         with pytest.raises(CorruptCheckpoint):
             await client.export_checkpoint(JOB, 100, tmp_path / "broken.safetensors")
     assert sorted(os.listdir(tmp_path)) == ["exports", "model.safetensors", "store"], "litter"
+
+
+class FailingFile(io.BytesIO):
+    """A file on a disk that fails at the third read."""
+
+    reads = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.reads += 1
+        if self.reads == 3:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().read(size)
+
+
+async def test_a_file_that_cannot_be_read_on_breaks_off(
+    api: Api,
+    node: MemoryNode,
+    saved: list[Checkpoint],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What follows the bytes that were sent must not pass for more of them."""
+    content = bytes(10 * 1024)
+
+    class FailingPath(type(tmp_path)):  # type: ignore[misc]
+        def open(self, *_: object, **__: object) -> FailingFile:
+            return FailingFile(content)
+
+    @asynccontextmanager
+    async def export(one: Checkpoint, *, everything: bool) -> AsyncIterator[Path]:
+        (tmp_path / "export").write_bytes(content)
+        yield FailingPath(tmp_path / "export")
+
+    monkeypatch.setattr(node.files, "export", export)
+    monkeypatch.setattr(routes, "EXPORT_CHUNK_BYTES", 1024)
+    got = bytearray()
+
+    async def receive(reply: aiohttp.ClientResponse) -> None:
+        async for chunk in reply.content.iter_any():
+            got.extend(chunk)
+
+    async with asyncio.timeout(WAIT_S), api.http.get(f"{api.base}{PATH}/100/export") as reply:
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await receive(reply)
+    assert content.startswith(got)
+    assert reply.headers["X-Request-Id"] in caplog.text
+    assert "Input/output error" in caplog.text
 
 
 @pytest.mark.parametrize("call", ["describe", "verify", "export"])

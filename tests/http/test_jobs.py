@@ -115,18 +115,51 @@ async def test_retried_remove_is_204_again(api: Api) -> None:
     assert [reply.status for reply in replies] == [204, 204]
 
 
-async def test_cancel_that_comes_too_late_removes_nothing(api: Api) -> None:
-    """The job completes between the route's look and the log's verdict."""
+@pytest.mark.parametrize("only", ["", "?only=cancel"])
+async def test_cancel_that_comes_too_late_removes_nothing(api: Api, only: str) -> None:
+    """The job completes between the route's look and the log's verdict; nor does a retry that finds it finished."""
     node = api.node
     job_id = node.submit()
     node.run(job_id)
     node.hold = asyncio.Event()
-    deleting = asyncio.create_task(api.call("DELETE", f"/api/jobs/{job_id}"))
+    path, headers = f"/api/jobs/{job_id}{only}", {"Idempotency-Key": "cancel-once"}
+    deleting = asyncio.create_task(api.call("DELETE", path, headers=headers))
     await until(lambda: api.server._requests.inside, "the request reached the handler")
     finish(node, job_id)
     node.hold.set()
-    reply = await deleting
-    assert (reply.status, reply.json["status"]) == (202, "COMPLETED")
+    for reply in (await deleting, await api.call("DELETE", path, headers=headers)):
+        if only:
+            assert (reply.status, reply.json["type"]) == (409, "/problems/conflict")
+        else:
+            assert (reply.status, reply.json["status"]) == (202, "COMPLETED")
+        assert job_id in node.state().jobs
+
+
+async def test_delete_does_only_what_it_was_meant_to(api: Api) -> None:
+    job_id = api.node.submit()
+    path = f"/api/jobs/{job_id}"
+    early = await api.call("DELETE", f"{path}?only=remove")
+    assert (early.status, early.json["type"]) == (409, "/problems/conflict")
+    assert api.node.job(job_id).status is JobStatus.QUEUED
+    cancelled = [await api.call("DELETE", f"{path}?only=cancel") for _ in range(2)]
+    assert [(one.status, one.json["status"]) for one in cancelled] == [(202, "CANCELLED")] * 2
+    assert (await api.call("DELETE", f"{path}?only=remove")).status == 204
+    assert (await api.call("DELETE", f"{path}?only=cancel")).status == 404
+    other = await api.call("DELETE", f"{path}?only=forget")
+    assert (other.status, other.json["field"]) == (400, "only")
+
+
+async def test_what_a_delete_is_meant_to_do_is_part_of_the_request(api: Api) -> None:
+    job_id = api.node.submit()
+    headers = {"Idempotency-Key": "k-1"}
+    await api.call("DELETE", f"/api/jobs/{job_id}?only=cancel", headers=headers)
+    other = await api.call("DELETE", f"/api/jobs/{job_id}?only=remove", headers=headers)
+    assert (other.status, other.json["type"]) == (422, "/problems/idempotency-key-reused")
+
+
+async def test_the_dashboard_only_cancels(api: Api) -> None:
+    page = (await api.get("/")).body.decode()
+    assert page.count('"DELETE"') == page.count("?only=cancel") == 1
 
 
 def finish(node: MemoryNode, job_id: str) -> None:

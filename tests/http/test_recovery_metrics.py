@@ -46,8 +46,8 @@ async def test_a_recovery_is_told_phase_by_phase(api: Api) -> None:
     assert (incident["source"], incident["steps_lost"]) == ("rank 0", 0)
     shown = await exposition(api)
     assert 'distroml_recovery_duration_seconds_count{phase="total"} 1.0' in shown
-    assert 'distroml_recovery_duration_seconds_bucket{le="5",phase="total"} 1.0' in shown
-    assert 'distroml_recovery_duration_seconds_bucket{le="1",phase="total"} 0.0' in shown
+    assert 'distroml_recovery_duration_seconds_bucket{le="5.0",phase="total"} 1.0' in shown
+    assert 'distroml_recovery_duration_seconds_bucket{le="1.0",phase="total"} 0.0' in shown
 
 
 async def test_where_the_time_of_each_rank_goes(api: Api) -> None:

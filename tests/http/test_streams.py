@@ -74,6 +74,20 @@ async def test_stream_tells_state_metrics_logs_and_ends(api: Api) -> None:
         assert socket.close_code == 1000
 
 
+async def test_a_reader_from_now_is_told_where_now_is(api: Api) -> None:
+    """Whatever it wants to read: without a cursor it could not go on at another node."""
+    node = api.node
+    job_id = running(node)
+    node.history.add(job_id, log_line("old"))
+    url = f"{api.base}/api/jobs/{job_id}/stream?types=log&cursor="
+    async with api.http.ws_connect(f"{url}now") as socket:
+        (first,) = await read(socket, 1)
+        assert (first["type"], first["status"]) == ("state", "RUNNING")
+    node.history.add(job_id, log_line("between"))
+    async with api.http.ws_connect(url + first["cursor"]) as socket:
+        assert [one["line"] for one in await read(socket, 1)] == ["between"]
+
+
 async def test_resources_are_told_when_they_change(api: Api) -> None:
     job_id = running(api.node)
     async with (

@@ -50,7 +50,7 @@ def alone(tmp_path: Path) -> Iterator[LocalNode]:
     """A one-node cluster that is set up by variables and a file, without workers; not started."""
     (port,) = free_ports(1)
     file = tmp_path / "node.toml"
-    file.write_text(f'http = "127.0.0.1:{port}"\nslots = 7\nlog_level = "info"\n')
+    file.write_text(f'http = "127.0.0.1:{port}"\nslots = 7\nallowed_hosts = "lb.example"\n')
     node = LocalNode("alone", tmp_path, ["--slots", "0"], f"127.0.0.1:{port}", "")
     environ = {
         **os.environ,
@@ -150,6 +150,8 @@ async def test_variables_file_and_flags_make_one_node_and_what_is_unknown_is_tol
     assert "node alone, incarnation 1" in log
     assert "0 slots" in log, "flags win over the file"
     _assert_metrics_explain_themselves(alone)
+    assert _status_of(alone, "lb.example") == 200
+    assert _status_of(alone, "other.example") == 421
     alone.signal(signal.SIGTERM)
     alone.signal(signal.SIGTERM)
     assert await exit_code(alone) == 0
@@ -167,6 +169,15 @@ def _assert_metrics_explain_themselves(node: LocalNode) -> None:
     assert {"distroml_link_events_total", "distroml_history_bytes"} <= about.keys()
     for name, text in about.items():
         assert text.endswith("."), f"{name} says only '{text}'"
+
+
+def _status_of(node: LocalNode, host: str) -> int:
+    asked = urllib.request.Request(f"{node.url}/health", headers={"Host": host})
+    try:
+        with urllib.request.urlopen(asked, timeout=LIMIT_S) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
 
 
 async def test_a_node_that_is_stopped_while_it_starts_exits_cleanly(alone: LocalNode) -> None:

@@ -103,7 +103,7 @@ def _oldest_finished_if_full(jobs: dict[str, Job]) -> str | None:
 
 def _cancel_job(state: ClusterState, context: Context, command: c.CancelJob) -> Change:
     job = find_job(state, command.job_id)
-    if job.status is S.CANCELLED:
+    if job.status is S.CANCELLED or (job.terminal and command.if_active):
         return Change(state, job_id=job.job_id)
     if job.terminal:
         raise Refused("conflict", f"Job '{job.job_id}' is {job.status}; it cannot be cancelled.")

@@ -11,7 +11,7 @@ import base64
 import binascii
 import hashlib
 import secrets
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from aiohttp import web
@@ -54,6 +54,21 @@ class ListQuery(Read, frozen=True, kw_only=True):
     ) = None
 
 
+class DeleteQuery(Query, frozen=True, kw_only=True):
+    """Parameters of a deletion."""
+
+    only: (
+        Annotated[
+            Literal["cancel", "remove"],
+            Meta(
+                description="what is meant; a job in no state for it is left as it is (409). Without it the job's "
+                "state decides, as the answering node knows it"
+            ),
+        ]
+        | None
+    ) = None
+
+
 # --- writes ------------------------------------------------------------------------------------------------------
 
 
@@ -81,24 +96,25 @@ async def submit(call: Call, query: Query) -> web.StreamResponse:
     return response
 
 
-async def cancel_or_remove(call: Call, query: Query) -> web.StreamResponse:
-    """Cancel an active job (202) or forget a finished one (204)."""
+async def cancel_or_remove(call: Call, query: DeleteQuery) -> web.StreamResponse:
+    """Cancel an active job (202) or forget a finished one (204); with ``only`` never the other of the two."""
     await limits.read_nothing(call.request, call.settings)
-    job = call.services.state().jobs.get(call.job_id)
-    write = write_of(call, "DELETE")
-    if job is not None and job.terminal:
-        outcome = await call.services.propose(RemoveJob(**write), call.settings.write_timeout_s)
-    else:
-        cancel = CancelJob(**write, reason="cancelled by the user")
-        outcome = await call.services.propose(cancel, call.settings.write_timeout_s)
-        if outcome.error == Conflict.slug:
-            # It ended while the request was on its way. The wish was to end it, not to lose its record.
-            outcome = Outcome(outcome.index, job_id=call.job_id)
-    accepted(outcome)
+    command = _deletion(call, query.only)
+    outcome = accepted(await call.services.propose(command, call.settings.write_timeout_s))
     left = call.services.state().jobs.get(call.job_id)
     if left is None:
         return web.Response(status=204, headers=replayed(outcome))
     return _job_response(call, left, status=202, outcome=outcome)
+
+
+def _deletion(call: Call, only: str | None) -> CancelJob | RemoveJob:
+    write = write_of(call, "DELETE", f"?only={only}" if only else "")
+    job = call.services.state().jobs.get(call.job_id)
+    if only == "remove" or (only is None and job is not None and job.terminal):
+        return RemoveJob(**write)
+    # Who leaves it to the job's state wants a job that ends meanwhile to have ended, not its record to be lost: neither
+    # now nor by a retry.
+    return CancelJob(**write, reason="cancelled by the user", if_active=only is None)
 
 
 async def stop(call: Call, query: Query) -> web.StreamResponse:
@@ -175,7 +191,7 @@ def write_of(call: Call, method: str, path: str = "") -> dict[str, Any]:
     """What a command about one job takes from a request without a body.
 
     Args:
-        path: below that of the job.
+        path: what follows that of the job.
     """
     return {
         "key": limits.idempotency_key(call.request),
@@ -262,6 +278,7 @@ ROUTES = (
         summary="Cancel an active job, or remove a finished one",
         tag="jobs",
         handler=cancel_or_remove,
+        query=DeleteQuery,
         write=True,
         answers=(
             Answer(202, "The job, cancelled", views.JobView),
