@@ -245,8 +245,9 @@ MUTANTS: tuple[Mutant, ...] = (
         edits=(
             Edit(
                 module="distroml.runtime.store.cursors",
-                old="position.next_seqs[key] = next_seq",
-                new="position.next_seqs[key] = max(0, next_seq - 1)",
+                old="dict(run.generations)",
+                new="{number: tuple({rank: max(0, next_seq - 1) for rank, next_seq in of_kind.items()} "
+                "for of_kind in of_generation) for number, of_generation in run.generations}",
             ),
         ),
         caught_by=("streams", "fencing"),
