@@ -33,7 +33,7 @@ RETRY_LIMIT_S = 5.0
 PATIENCE_S = 60.0
 """For how long a store may fail until a checkpoint is given up; the next one has its own chance."""
 LAST_PATIENCE_S = 150.0
-"""The same for the state that a generation ends with; shorter than ``final_checkpoint_wait_s``, so that a run that has to
+"""The same for the state that a generation ends with; shorter than ``final_commit_wait_s``, so that a run that has to
 do without can say why."""
 MAX_WRITE_FAILURES = 256
 STORE_THREADS = 4

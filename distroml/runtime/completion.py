@@ -110,12 +110,22 @@ def final_checkpoint_problem(
         return at.dead[step]
     finished_s = sighting_of(run.job, turn.facts).finished_since_s
     waited_s = turn.facts.looked_s - (turn.facts.looked_s if finished_s is None else finished_s)
-    copying = any(step in fact.copying for fact in run.ranks.values())
-    if waited_s >= (
-        turn.settings.checkpoint_deadline_s if copying else turn.settings.final_checkpoint_wait_s
-    ):
+    if waited_s >= _patience_s(turn, run, step, at):
         return f"it was not committed within {waited_s:.0f} s"
     return None
+
+
+def _patience_s(turn: Turn, run: Running, step: int, at: Progress) -> float:
+    if any(one.step == step for one in at.whole):
+        return turn.settings.final_commit_wait_s
+    copying = [
+        member
+        for member in run.generation.members
+        if (fact := run.ranks.get(member.rank)) is not None and step in fact.copying
+    ]
+    if any(turn.survey.gone(member, may_move=True) is None for member in copying):
+        return turn.settings.checkpoint_deadline_s
+    return turn.settings.final_checkpoint_wait_s
 
 
 def _after_stop(job: Job, problem: str) -> str:

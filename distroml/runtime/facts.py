@@ -47,8 +47,12 @@ class ReconcilerSettings(Struct, frozen=True, gc=False, kw_only=True):
     """How long a recovery without survivors waits for the commit of a checkpoint that was whole before."""
     checkpoint_wait_s: float = 600.0
     """How long a run waits for nodes that may have its checkpoint before it goes on from an older one (wall clock)."""
-    final_checkpoint_wait_s: float = 180.0
-    """How long a finished run waits for the commit of its final checkpoint; longer than the committer's patience."""
+    final_checkpoint_wait_s: float = 60.0
+    """How long a finished run waits for its final checkpoint to be whole."""
+    final_commit_wait_s: float = 180.0
+    """The same for the commit of one that is; longer than the committer's patience."""
+    final_return_wait_s: float = 10.0
+    """How long it waits for a lost node that alone has a shard of it: an agent that crashed is back by then."""
     checkpoint_deadline_s: float = 600.0
     """From the first durable shard of a checkpoint until it is whole."""
     settle_s: float = 3.0

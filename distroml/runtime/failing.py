@@ -6,7 +6,7 @@ recover after a pause, take a corrupt checkpoint out of use, or give up.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from msgspec.structs import replace
 
@@ -21,8 +21,10 @@ from distroml.model import (
     Job,
     JobStatus,
     Member,
+    NodeStatus,
 )
-from distroml.reports import CHECKPOINT_ERRORS, WorkerFact, WorkerPhase
+from distroml.reports import CHECKPOINT_ERRORS, WorkerFact, WorkerOutcome, WorkerPhase
+from distroml.runtime.checkpoint_progress import Progress
 from distroml.runtime.completion import finish
 from distroml.runtime.decisions import Decision, Running, Turn, at_work
 from distroml.runtime.evidence import (
@@ -224,6 +226,39 @@ def hanging(turn: Turn, run: Running) -> Blame | None:
     reason = f"worker {culprit.rank} on node {culprit.node} {found.said}"
     verdict = made_up(turn, run, FailureKind.HANG, reason, [culprit])
     return replace(verdict, observed_at=turn.now.wall_s - found.since_s)
+
+
+def lost_at_the_end(
+    turn: Turn, run: Running, outcomes: Mapping[int, WorkerOutcome], at: Progress
+) -> Blame | None:
+    """The blame for ranks that finished and were lost with their node before their last shard was anywhere else.
+
+    The state that the run ended with is gone with them, so it has to be made again; None while a node may come back.
+    """
+    step = outcomes[min(outcomes)].checkpoint_step
+    durable = {shard.rank for one in at.open if one.step == step for shard in one.shards}
+    lost = [
+        (member, gone)
+        for member in run.generation.members
+        if member.rank not in durable
+        and (gone := turn.survey.gone(member, may_move=True)) is not None
+    ]
+    if step is None or not lost or any(_may_come_back(turn, member.node) for member, _ in lost):
+        return None
+    (first, gone), members = lost[0], [member for member, _ in lost]
+    saved = ranks_text([member.rank for member in members])
+    reason = (
+        f"node {first.node} {gone.said} before what {saved} saved of step {step} was on another one"
+    )
+    return made_up(turn, run, gone.kind, clip(reason, MAX_REASON_BYTES), members)
+
+
+def _may_come_back(turn: Turn, node: str) -> bool:
+    view = turn.survey.views.get(node)
+    if view is None or view.status is not NodeStatus.LOST:
+        return False
+    lost_s = turn.now.monotonic_s - view.sighting.status_since_s
+    return view.changed or lost_s < turn.settings.final_return_wait_s
 
 
 def unasked_stop(turn: Turn, run: Running) -> Blame:

@@ -52,6 +52,7 @@ from distroml.runtime.failing import (
     hanging,
     is_beyond_start,
     late_start,
+    lost_at_the_end,
     unasked_stop,
     verdict_on,
 )
@@ -197,8 +198,10 @@ def _ended(
         return fail_generation(turn, run, unasked_stop(turn, run), [])
     if stopped and not have_diverged(outcomes):
         return vacated(turn, done, outcomes, at)
-    ending = conclude(turn, done, outcomes, at)
-    return [ending] if ending else []
+    if ending := conclude(turn, done, outcomes, at):
+        return [ending]
+    lost = lost_at_the_end(turn, done, outcomes, at)
+    return fail_generation(turn, run, lost, []) if lost else []
 
 
 def _go_on(turn: Turn, run: Running, work: Running, at: Progress) -> list[Decision]:

@@ -244,7 +244,16 @@ def test_a_run_does_not_wait_for_a_final_checkpoint_that_was_given_up() -> None:
 def test_a_run_does_not_wait_for_its_final_checkpoint_for_ever() -> None:
     scene = finished(Scene("a", "b").running("a", "b"), checkpoint_step=100)
     assert scene.turn() == []
-    assert "it was not committed within 181 s" in reasons(scene.turn(after_s=181.0))[0]
+    assert "it was not committed within 61 s" in reasons(scene.turn(after_s=61.0))[0]
+
+
+def test_shards_that_are_whole_are_given_as_long_as_their_store_is_tried() -> None:
+    scene = finished(Scene("a", "b").running("a", "b"), checkpoint_step=100)
+    scene.saves(0, 100)
+    scene.saves(1, 100)
+    scene.step()
+    assert "FinishRun" not in names(scene.turn(after_s=170.0))
+    assert "it was not committed within 181 s" in reasons(scene.turn(after_s=11.0))[0]
 
 
 def test_the_state_that_a_run_ends_with_is_tried_longest() -> None:
@@ -257,7 +266,7 @@ def test_the_state_that_a_run_ends_with_is_tried_longest() -> None:
         scene.saves(rank, 100)
     assert only(scene.turn(), WriteManifest).last
     settings = ReconcilerSettings()
-    assert committing.PATIENCE_S < committing.LAST_PATIENCE_S < settings.final_checkpoint_wait_s
+    assert committing.PATIENCE_S < committing.LAST_PATIENCE_S < settings.final_commit_wait_s
 
 
 def test_a_final_checkpoint_that_is_still_being_copied_is_waited_for_longer() -> None:
@@ -268,6 +277,37 @@ def test_a_final_checkpoint_that_is_still_being_copied_is_waited_for_longer() ->
     assert scene.turn(after_s=300.0) == []
     scene.change(1, copying=())
     assert "it was not committed within" in reasons(scene.turn())[0]
+
+
+def test_a_final_state_that_was_lost_with_its_node_is_made_again() -> None:
+    scene = finished(Scene("a", "b").running("a", "b"), checkpoint_step=100)
+    scene.saves(0, 100)
+    scene.change(1, copying=(100,))
+    scene.step()
+    scene.lose("b")
+    scene.step()
+    assert scene.turn() == [], "an agent that crashed comes back to its workers"
+    failed = only(scene.turn(after_s=11.0), c.FailGeneration)
+    assert failed.cause is not None
+    assert (failed.cause.kind, failed.cause.rank) == (FailureKind.NODE_LOST, 1)
+    assert failed.reason == (
+        "generation 1: node b lost (connection closed and silent for 0.6 s) before what rank 1 saved of "
+        "step 100 was on another one"
+    )
+
+
+def test_a_run_that_stops_does_not_wait_for_copies_of_a_lost_node() -> None:
+    scene = Scene("a", "b").running("a", "b")
+    scene.log.ok(c.StopJob(job_id="job-1", reason="enough"), at=scene.wall_s)
+    finished(scene, checkpoint_step=100, stopped=True)
+    scene.saves(0, 100)
+    scene.change(1, copying=(100,))
+    scene.lose("b")
+    scene.step()
+    assert (
+        "no final checkpoint because it was not committed within"
+        in (reasons(scene.turn(after_s=61.0))[0])
+    )
 
 
 def test_different_digests_fail_the_run_and_name_the_ranks() -> None:
