@@ -18,7 +18,7 @@ from tests.soak.schedules import Fault, Harm, draw
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 STEPS = 150
-ELASTIC_STEPS = 400
+ELASTIC_STEPS = 1000
 """Some are left when it grows, three seconds after it shrank."""
 
 
@@ -75,6 +75,7 @@ async def test_faults_do_not_change_a_bit(
         assert all(incident["steps_lost"] == 0 for incident in played.incidents)
 
 
+@pytest.mark.timeout(480)
 async def test_a_job_that_shrinks_and_grows_does_not_change_a_bit(cluster: LocalCluster) -> None:
     """It loses one of two nodes, and gets the third one, which is warm: that takes less time than a node's return."""
     spec = digits_job(steps=ELASTIC_STEPS, min_workers=2)

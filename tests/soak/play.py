@@ -16,7 +16,7 @@ from distroml.client import AsyncClient
 from distroml.local_cluster import LocalCluster
 from tests.soak.schedules import WORKERS, Fault, Harm
 
-END_TIMEOUT_S = 120.0
+END_TIMEOUT_S = 240.0
 READY_TIMEOUT_S = 60.0
 MAX_POINTS = 10_000
 
