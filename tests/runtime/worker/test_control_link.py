@@ -6,7 +6,7 @@ import queue
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,6 +40,7 @@ from distroml.runtime.worker.control_link import (
 from distroml.runtime.worker.train import MAX_KEPT_RECORDS
 
 WAIT_S = 20.0
+HELLO = Hello(run_id="run", worker=1, generation=2, rank=0, pid=7)
 
 
 class Agent:
@@ -195,19 +196,42 @@ def test_the_end_of_the_agent_ends_a_worker_that_nobody_comes_back_for(agent: Ag
     assert agent.gone.wait(WAIT_S), "the worker lived on"
 
 
-def test_an_agent_that_comes_back_hears_what_the_one_before_knew(tmp_path: Path) -> None:
-    path = tmp_path / "agent.sock"
+def listening(directory: Path) -> socket.socket:
+    """Where one agent after the other is found."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(str(path))
+    listener.bind(str(directory / "agent.sock"))
     listener.listen(1)
-    hello = Hello(run_id="run", worker=1, generation=2, rank=0, pid=7)
+    return listener
+
+
+def train(link: ControlLink, steps: Iterable[int]) -> None:
+    for step in steps:
+        position = Position(2, WorkerPhase.TRAINING, step, 0)
+        link.progress(position, [MetricRecord(step, 0, float(step), {"loss": 0.5})])
+
+
+def steps_until(connection: socket.socket, last: int) -> list[int]:
+    """Of all metrics that an agent is told, up to a step."""
+    frames: FrameReader[Any] = FrameReader(FromWorker)
+    told: list[int] = []
+    connection.settimeout(WAIT_S)
+    while last not in told:
+        for message in frames.feed(connection.recv(65_536)):
+            told += [record.step for record in getattr(message, "metrics", ())]
+    return told
+
+
+def test_an_agent_that_comes_back_hears_what_the_one_before_knew(tmp_path: Path) -> None:
+    listener = listening(tmp_path)
     gone: list[str] = []
 
     def end(reason: str) -> NoReturn:
         gone.append(reason)
         _stand_still(reason)
 
-    link = ControlLink(str(path), lambda message: None, lambda: 0.0, end, hello=lambda: hello)
+    link = ControlLink(
+        listener.getsockname(), lambda message: None, lambda: 0.0, end, hello=lambda: HELLO
+    )
     abandoned = ShardAbandoned(generation=2, step=5, reason="disk")
 
     def read(connection: socket.socket, count: int) -> list[Any]:
@@ -225,7 +249,7 @@ def test_an_agent_that_comes_back_hears_what_the_one_before_knew(tmp_path: Path)
     first.close()
     second, _ = listener.accept()
     greeting = read(second, 3)
-    assert (greeting[0], greeting[2]) == (hello, abandoned)
+    assert (greeting[0], greeting[2]) == (HELLO, abandoned)
     assert (greeting[1].generation, greeting[1].step) == (2, 3)
     assert greeting[1].marks == Marks(met_at=5.0)
     assert gone == []
@@ -234,40 +258,25 @@ def test_an_agent_that_comes_back_hears_what_the_one_before_knew(tmp_path: Path)
 def test_an_agent_that_comes_back_hears_the_newest_metrics_again_and_each_once(
     tmp_path: Path,
 ) -> None:
-    path = tmp_path / "agent.sock"
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(str(path))
-    listener.listen(1)
-    hello = Hello(run_id="run", worker=1, generation=2, rank=0, pid=7)
+    listener = listening(tmp_path)
     link = ControlLink(
-        str(path), lambda message: None, on_agent_gone=_stand_still, hello=lambda: hello
+        listener.getsockname(),
+        lambda message: None,
+        on_agent_gone=_stand_still,
+        hello=lambda: HELLO,
     )
-
-    def steps_until(connection: socket.socket, last: int) -> list[int]:
-        frames: FrameReader[Any] = FrameReader(FromWorker)
-        told: list[int] = []
-        connection.settimeout(WAIT_S)
-        while last not in told:
-            for message in frames.feed(connection.recv(65_536)):
-                told += [record.step for record in getattr(message, "metrics", ())]
-        return told
-
-    def train(*steps: int) -> None:
-        for step in steps:
-            position = Position(2, WorkerPhase.TRAINING, step, 0)
-            link.progress(position, [MetricRecord(step, 0, float(step), {"loss": 0.5})])
 
     first, _ = listener.accept()
     link.phase(Position(2, WorkerPhase.TRAINING, 0, 0))
-    train(1, 2, 3)
+    train(link, [1, 2, 3])
     assert steps_until(first, 3) == [1, 2, 3]
     first.close()
-    train(4, 5)
+    train(link, [4, 5])
     second, _ = listener.accept()
     assert steps_until(second, 5) == [1, 2, 3, 4, 5]
     second.close()
     third, _ = listener.accept()
-    train(6)
+    train(link, [6])
     assert steps_until(third, 6) == [1, 2, 3, 4, 5, 6]
 
 
@@ -275,37 +284,24 @@ def test_however_much_is_to_be_told_after_an_absence_the_last_words_before_it_co
     tmp_path: Path,
 ) -> None:
     """What an agent was told right before it died is not pushed out by what happens until its successor comes."""
-    path = tmp_path / "agent.sock"
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(str(path))
-    listener.listen(1)
-    hello = Hello(run_id="run", worker=1, generation=2, rank=0, pid=7)
+    listener = listening(tmp_path)
     link = ControlLink(
-        str(path), lambda message: None, on_agent_gone=_stand_still, hello=lambda: hello
+        listener.getsockname(),
+        lambda message: None,
+        on_agent_gone=_stand_still,
+        hello=lambda: HELLO,
     )
-
-    def train(steps: range) -> None:
-        for step in steps:
-            position = Position(2, WorkerPhase.TRAINING, step, 0)
-            link.progress(position, [MetricRecord(step, 0, float(step), {"loss": 0.5})])
-            if step % 40 == 0:  # as a checkpoint does
-                link.send(ShardAbandoned(generation=2, step=step, reason="no room"))
-
-    def steps_until(connection: socket.socket, last: int) -> list[int]:
-        frames: FrameReader[Any] = FrameReader(FromWorker)
-        told: list[int] = []
-        connection.settimeout(WAIT_S)
-        while last not in told:
-            for message in frames.feed(connection.recv(65_536)):
-                told += [record.step for record in getattr(message, "metrics", ())]
-        return told
 
     first, _ = listener.accept()
     link.phase(Position(2, WorkerPhase.TRAINING, 0, 0))
-    train(range(1, 70))
+    train(link, range(1, 70))
     assert steps_until(first, 69) == list(range(1, 70))
     first.close()
-    train(range(70, 2000))
+    for begin in range(70, 2000, 40):
+        train(link, range(begin, min(begin + 40, 2000)))
+        link.send(
+            ShardAbandoned(generation=2, step=begin, reason="no room")
+        )  # as a checkpoint does
     for _ in ("the next agent", "and one that comes soon after it"):
         connection, _ = listener.accept()
         assert steps_until(connection, 1999) == list(range(1, 2000))
@@ -315,13 +311,12 @@ def test_however_much_is_to_be_told_after_an_absence_the_last_words_before_it_co
 def test_an_agent_that_comes_back_hears_metrics_again_that_no_single_frame_holds(
     tmp_path: Path,
 ) -> None:
-    path = tmp_path / "agent.sock"
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(str(path))
-    listener.listen(1)
-    hello = Hello(run_id="run", worker=1, generation=2, rank=0, pid=7)
+    listener = listening(tmp_path)
     link = ControlLink(
-        str(path), lambda message: None, on_agent_gone=_stand_still, hello=lambda: hello
+        listener.getsockname(),
+        lambda message: None,
+        on_agent_gone=_stand_still,
+        hello=lambda: HELLO,
     )
     link.phase(Position(2, WorkerPhase.TRAINING, 0, 0))
     count = MAX_REPEATED_METRICS
@@ -329,13 +324,7 @@ def test_an_agent_that_comes_back_hears_metrics_again_that_no_single_frame_holds
     link.progress(Position(2, WorkerPhase.TRAINING, count, 0), [rich(s) for s in range(count)])
     for _ in ("the first agent", "the next"):
         connection, _ = listener.accept()
-        connection.settimeout(WAIT_S)
-        frames: FrameReader[Any] = FrameReader(FromWorker)
-        steps: list[int] = []
-        while len(steps) < count:
-            for message in frames.feed(connection.recv(65_536)):
-                steps += [record.step for record in getattr(message, "metrics", ())]
-        assert steps == list(range(count))
+        assert steps_until(connection, count - 1) == list(range(count))
         connection.close()
 
 
