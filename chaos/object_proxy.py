@@ -88,11 +88,6 @@ class ObjectProxy:
     def holds(self, size_bytes: int) -> None:
         """The sender of a request keeps so many bytes more (or fewer) until it has the answer."""
 
-    @property
-    def accepts(self) -> bool:
-        """Whether anybody listens."""
-        return self._server is not None
-
     def accept(self) -> None:
         """Listen, at the same address as before; nothing to do where it does."""
         if self._server is None:
