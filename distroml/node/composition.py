@@ -145,6 +145,7 @@ class Node:
             directory=config.store_dir,
             links=self.links,
             state=lambda: self.replica.state,
+            current=lambda: self.services.caught_up(),
             leads=lambda: self.raft.is_leader,
             landed=lambda path: self.collector.landed(path),
             leaving=lambda: self.stopping,
@@ -360,6 +361,7 @@ class Node:
         self._converge_due.set()
         self.coordinator.kick()
         self.barriers.on_applied()
+        self.copies.for_workers.on_applied()
         if superseded := self.registration.superseded():
             self._break(superseded)
         if self.registration.done and entry is None:

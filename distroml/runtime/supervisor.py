@@ -346,8 +346,7 @@ class Supervisor:
         if local is None or not local.alive:
             return
         local.heard_s = self._monotonic()
-        job = self._state.jobs.get(local.fact.job_id)
-        if self._copies.takes(local, job, message, self._changed):
+        if self._copies.takes(local, message, self._changed):
             return
         phase = local.fact.phase
         told = local.take(message)

@@ -99,10 +99,12 @@ class FakeCopies(ForWorkers):
         self.needs: list[NeedCheckpoint] = []
         self.answers: list[Callable[[CheckpointHere], None]] = []
 
-    def must_secure(self, job: object) -> bool:
+    def must_secure(self, job_id: str) -> bool:
         return True
 
-    def secure(self, job: object, shard: ShardFact, then: Callable[[str], None]) -> None:
+    def secure(
+        self, job_id: str, run_id: str, shard: ShardFact, then: Callable[[str], None]
+    ) -> None:
         self.waiting.append(then)
 
     def supply(self, need: NeedCheckpoint, answer: Callable[[CheckpointHere], None]) -> None:

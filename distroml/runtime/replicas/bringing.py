@@ -156,12 +156,14 @@ class Bringer:
             except NoGoodCopy as error:
                 near = self._neighbours()  # of now: who came meanwhile was not asked
                 silent = near.may_have - error.without
-                if silent:
+                may_come = bool(silent) or not near.complete
+                if may_come:
                     all_said_s = now_s()
-                waited_s = now_s() - (begun_s if silent else all_said_s)
-                worth_s = PATIENCE_S if silent else COMPLETE_PATIENCE_S
-                if not near.may_have or waited_s >= min(patience_s, worth_s):
-                    raise self._given_up(checkpoint, file, error, broken, silent) from None
+                waited_s = now_s() - (begun_s if may_come else all_said_s)
+                worth_s = PATIENCE_S if may_come else COMPLETE_PATIENCE_S
+                alone = near.complete and not near.may_have
+                if alone or waited_s >= min(patience_s, worth_s):
+                    raise self._given_up(checkpoint, file, error, broken, near) from None
             await asyncio.sleep(RETRY_S)
 
     def _given_up(
@@ -170,13 +172,17 @@ class Bringer:
         file: File,
         error: NoGoodCopy,
         broken: str,
-        silent: frozenset[str],
+        near: Neighbours,
     ) -> StoreError:
         told = f"Checkpoint of step {checkpoint.step}: {error.detail}"
         if broken:
             told += f" The copy of node '{self._node}' is broken: {broken}."
         kind: type[StoreError] = CorruptCheckpoint
-        if silent:
+        silent = near.may_have - error.without
+        if not near.complete:
+            kind = CheckpointAway
+            told += " This node does not know all others yet."
+        elif silent:
             kind = CheckpointAway
             told += f" Away or silent, and may have it: {', '.join(sorted(silent)[:MAX_NAMED])}."
         return kind(told, path=file.path, checkpoint_step=checkpoint.step)

@@ -36,6 +36,7 @@ class Copies:
     Args:
         voters: of the cluster; every node has links with them, learners have none with each other.
         directory: this node's own part of the store ``local``.
+        current: whether ``state`` has all that was acknowledged before this node began; once true, it stays true.
         landed: called with the path of each file that came from another node.
         leaving: whether this node is about to stop.
     """
@@ -48,12 +49,13 @@ class Copies:
         directory: Path,
         links: Links,
         state: Callable[[], ClusterState],
+        current: Callable[[], bool],
         leads: Callable[[], bool],
         landed: Callable[[str], None] = lambda path: None,
         leaving: Callable[[], bool] = lambda: False,
     ) -> None:
         self._node, self._voters = node, voters
-        self._state, self._leaving = state, leaving
+        self._state, self._current, self._leaving = state, current, leaving
         self._begun_s = time.time()
         self.own = OwnCopies(directory, landed)
         self._exchange = Exchange(links)
@@ -61,7 +63,7 @@ class Copies:
         self._keeper = Keeper(node, self._exchange, self.neighbours, self._replicas)
         self.bringer = Bringer(node, self.own, self._fetcher, self.neighbours)
         self.store = ClusterStore(self.own, self._exchange, self._keeper)
-        self.for_workers = ForWorkers(self._keeper, self.bringer)
+        self.for_workers = ForWorkers(self._keeper, self.bringer, state, current)
         self.upkeep = Upkeep(
             node,
             voters,
@@ -99,6 +101,7 @@ class Copies:
                 for name, node in others.items()
                 if node.status is NodeStatus.ALIVE and self._may_link(name)
             ),
+            complete=self._current(),
             must_share=draining or self._leaving() or self._node not in self._voters,
             may_have=self._voters - {self._node}
             | {name for name, node in others.items() if self._may_be_back(node)},

@@ -2,18 +2,22 @@
 
 A shard that a worker has made durable on this node is taken for durable only once others have it too; until then the
 agent keeps the word of it to itself. Training does not wait for that. Before a restore the worker asks for the files.
+
+An agent that comes back hears of all shards of its workers at once, at a time when its replica may know neither job nor
+other nodes yet. It keeps them until it does: who takes itself for alone makes no copies.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+from distroml.consensus.state import ClusterState
 from distroml.errors import DistroMLError
-from distroml.model import Job
 from distroml.reports import ShardFact, kind_of
 from distroml.runtime.checkpoint.manifest import checkpoint_directory
 from distroml.runtime.checkpoint.stores.opening import LOCAL
@@ -29,10 +33,32 @@ from distroml.runtime.replicas.bringing import Bringer
 from distroml.runtime.replicas.keeping import Keeper
 from distroml.runtime.replicas.wire import File
 
+MAX_UNDER_WAY = 4
+"""Shards of one rank whose copies are made at a time."""
 MAX_WAITING = 4
-"""Shards of one rank whose copies are not made yet; a further one is given up, lest disks fill with what lags behind."""
+"""Further ones of it, the newest; older ones are given up, lest disks fill with what lags behind."""
+MAX_KEPT = 64
+"""In place of that while the log is not known: what an agent that comes back is told of one rank, and a little."""
 
 _log = logging.getLogger(__name__)
+
+
+class _Shard(NamedTuple):
+    """It is durable here."""
+
+    job_id: str
+    step: int
+    file: File
+    then: Callable[[str], None]
+    """Called once it counts, with "", or why it was given up."""
+
+
+class _Line:
+    """The shards of one rank, the oldest first."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[_Shard] = deque()
+        self.under_way = 0
 
 
 class ForWorkers:
@@ -40,36 +66,40 @@ class ForWorkers:
 
     Args:
         keeper: None, as ``bringer``: there are no other nodes.
+        state: what the log says, as far as this node knows it.
+        current: whether that is all that was acknowledged before this node began; once true, it stays true.
     """
 
-    def __init__(self, keeper: Keeper | None, bringer: Bringer | None) -> None:
+    def __init__(
+        self,
+        keeper: Keeper | None,
+        bringer: Bringer | None,
+        state: Callable[[], ClusterState] = ClusterState,
+        current: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._keeper, self._bringer = keeper, bringer
-        self._waiting: dict[tuple[str, int], int] = {}
-        """Shards on their way to other nodes, by run and rank."""
+        self._state, self._current = state, current
+        self._lines: dict[tuple[str, int], _Line] = {}
+        """By run and rank."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._stopped = False
 
     async def stop(self) -> None:
         """Leave it to the next agent, which hears of all shards again."""
+        self._stopped = True
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def takes(
-        self,
-        local: LocalWorker,
-        job: Job | None,
-        message: FromWorker,
-        changed: Callable[[], None],
-    ) -> bool:
+    def takes(self, local: LocalWorker, message: FromWorker, changed: Callable[[], None]) -> bool:
         """Take a message of a worker if it is for this part.
 
         Args:
-            job: the worker's, as the log knows it.
             changed: called when the worker's fact has changed.
         """
         match message:
-            case ShardDurable() if job is not None and self.must_secure(job):
-                self._take_shard(local, job, message, changed)
+            case ShardDurable() if self.must_secure(local.fact.job_id):
+                self._take_shard(local, message, changed)
             case NeedCheckpoint():
                 self.supply(message, partial(_answer, local))
             case _:
@@ -77,7 +107,7 @@ class ForWorkers:
         return True
 
     def _take_shard(
-        self, local: LocalWorker, job: Job, message: ShardDurable, changed: Callable[[], None]
+        self, local: LocalWorker, message: ShardDurable, changed: Callable[[], None]
     ) -> None:
         """Keep the word of a shard back until other nodes have it too."""
         step = message.shard.step
@@ -91,22 +121,64 @@ class ForWorkers:
 
         local.begin_copying(step)
         changed()
-        self.secure(job, message.shard, settled)
+        self.secure(local.fact.job_id, local.fact.run_id, message.shard, settled)
 
-    def must_secure(self, job: Job) -> bool:
-        """Whether shards of a job must be on other nodes before they count."""
-        if self._keeper is None or job.spec.checkpointing.store != LOCAL:
+    def must_secure(self, job_id: str) -> bool:
+        """Whether a shard of a job must be on other nodes before it counts, or may have to be."""
+        if self._keeper is None:
             return False
-        return self._keeper.copies_for(job.job_id) > 0
+        if not self._current():
+            return True
+        job = self._state().jobs.get(job_id)
+        if job is None or job.spec.checkpointing.store != LOCAL:
+            return False
+        return self._keeper.copies_for(job_id) > 0
 
-    def secure(self, job: Job, shard: ShardFact, then: Callable[[str], None]) -> None:
+    def secure(
+        self, job_id: str, run_id: str, shard: ShardFact, then: Callable[[str], None]
+    ) -> None:
         """Have other nodes keep a shard, then call ``then``, with why it was given up or ""."""
-        owner = (job.run_id, shard.rank)
-        if self._waiting.get(owner, 0) >= MAX_WAITING:
-            then(f"rank {shard.rank}: {MAX_WAITING} shards are still being copied to other nodes")
+        directory = checkpoint_directory(job_id, run_id, shard.step)
+        file = File(f"{directory}/{shard.file}", shard.sha256, shard.size_bytes)
+        owner = (run_id, shard.rank)
+        line = self._lines.setdefault(owner, _Line())
+        line.waiting.append(_Shard(job_id, shard.step, file, then))
+        self._go_on(owner, line)
+
+    def on_applied(self) -> None:
+        """The log says something else than before: what waited to know it may go on."""
+        if self._current():
+            for owner, line in list(self._lines.items()):
+                self._go_on(owner, line)
+
+    def _go_on(self, owner: tuple[str, int], line: _Line) -> None:
+        """Begin with what waits, as far as that may be."""
+        if self._stopped:
             return
-        self._waiting[owner] = self._waiting.get(owner, 0) + 1
-        self._start(self._secure(job, shard, owner, then))
+        if self._current():
+            self._settle_needless(line)
+            while line.waiting and line.under_way < MAX_UNDER_WAY:
+                line.under_way += 1
+                self._start(self._secure(owner, line, line.waiting.popleft()))
+        while len(line.waiting) > (MAX_WAITING if self._current() else MAX_KEPT):
+            line.waiting.popleft().then(
+                f"rank {owner[1]}: too many newer shards are still to be copied to other nodes"
+            )
+        if not line.waiting and not line.under_way:
+            self._lines.pop(owner, None)
+
+    def _settle_needless(self, line: _Line) -> None:
+        """Those of steps that are committed or passed, whose files may be gone: most of what is said once more."""
+        settled = [one for one in line.waiting if self._is_needless(one)]
+        line.waiting = deque(one for one in line.waiting if one not in settled)
+        for one in settled:
+            one.then("")
+
+    def _is_needless(self, shard: _Shard) -> bool:
+        if not self.must_secure(shard.job_id):
+            return True
+        newest = self._state().jobs[shard.job_id].newest_checkpoint()
+        return newest is not None and shard.step <= newest.step
 
     def supply(self, need: NeedCheckpoint, answer: Callable[[CheckpointHere], None]) -> None:
         """Have the files here that a worker asks for, then answer."""
@@ -115,19 +187,14 @@ class ForWorkers:
         else:
             self._start(self._supply(self._bringer, need, answer))
 
-    async def _secure(
-        self, job: Job, shard: ShardFact, owner: tuple[str, int], then: Callable[[str], None]
-    ) -> None:
-        directory = checkpoint_directory(job.job_id, job.run_id, shard.step)
-        file = File(f"{directory}/{shard.file}", shard.sha256, shard.size_bytes)
+    async def _secure(self, owner: tuple[str, int], line: _Line, shard: _Shard) -> None:
         assert self._keeper is not None  # or nothing is to be secured
         try:
-            await self._keeper.keep(file, job.job_id)
+            await self._keeper.keep(shard.file, shard.job_id)
         finally:
-            self._waiting[owner] -= 1
-            if not self._waiting[owner]:
-                del self._waiting[owner]
-        then("")
+            line.under_way -= 1
+            self._go_on(owner, line)
+        shard.then("")
 
     async def _supply(
         self, bringer: Bringer, need: NeedCheckpoint, answer: Callable[[CheckpointHere], None]

@@ -30,6 +30,8 @@ class Neighbours(Struct, frozen=True):
 
     others: frozenset[str]
     """Those that may hold copies and that this node can have links with."""
+    complete: bool = True
+    """Whether those are all: a node that comes back knows few before it has applied its log again."""
     must_share: bool = False
     """Whether another one must have what this one writes: it is to go, or some nodes have no link with it."""
     may_have: frozenset[str] = frozenset()

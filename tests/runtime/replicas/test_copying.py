@@ -74,7 +74,7 @@ async def test_as_many_nodes_keep_a_file_as_the_job_wants(
 async def test_a_node_alone_keeps_its_files_to_itself(tmp_path: Path) -> None:
     async with World(tmp_path, "a") as world:
         _, (_, shard, *_) = saved_at(world, "a")
-        assert not world.nodes["a"].for_workers.must_secure(world.state.jobs[JOB])
+        assert not world.nodes["a"].for_workers.must_secure(JOB)
         assert await kept(world, shard) == []
 
 
@@ -273,7 +273,7 @@ async def test_what_a_learner_wrote_is_always_on_a_voter_that_other_learners_can
 ) -> None:
     async with World(tmp_path, "abc", "lm", replicas=1) as world, within():
         checkpoint, files = saved_at(world, "l")
-        assert world.nodes["l"].for_workers.must_secure(world.state.jobs[JOB])
+        assert world.nodes["l"].for_workers.must_secure(JOB)
         with pytest.raises(CheckpointAway, match=r"may have it: l\b"):
             await world.nodes["m"].bringer.bring(checkpoint, mend=False)
         for file in files:

@@ -105,6 +105,8 @@ class World:
         )  # fmt: skip
         nodes = {name: Node(name=name, incarnation=1, http="", slots=1) for name in names}
         self.state = ClusterState(jobs={JOB: job}, nodes=nodes)
+        self.unaware: set[str] = set()
+        """Nodes that have just begun and not applied their log again."""
         self.nodes: dict[str, Copies] = {}
         self.landed: list[tuple[str, str]] = []
 
@@ -131,7 +133,8 @@ class World:
             voters=self.voters,
             directory=self.root / name,
             links=links,
-            state=lambda: self.state,
+            state=lambda: ClusterState() if name in self.unaware else self.state,
+            current=lambda: name not in self.unaware,
             leads=lambda: name == self.leader,
             landed=lambda path: self.landed.append((name, path)),
         )
@@ -151,6 +154,11 @@ class World:
         await self.stop(name)
         shutil.rmtree(self.root / name, ignore_errors=True)
         self.set_status(name, NodeStatus.LOST)
+
+    def catch_up(self, name: str) -> None:
+        """It has applied its log again."""
+        self.unaware.discard(name)
+        self.nodes[name].for_workers.on_applied()
 
     def set_status(self, name: str, status: NodeStatus, at: float = 0.0) -> None:
         node = msgspec.structs.replace(self.state.nodes[name], status=status, changed_at=at)
