@@ -18,11 +18,12 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from bench import commits
 from bench.object_store import uploads
 from bench.parts import Bench, Part, Say, run_parts
 from bench.players import Player, playing
 from bench.processes import Broken
-from bench.table import Aim, Row, compare, median
+from bench.table import Aim, Row, compare, median, percentiles
 from distroml.model import Checkpoint
 from distroml.reports import ShardFact
 from distroml.runtime.checkpoint.commit import write_manifest
@@ -45,10 +46,16 @@ class Scale(Struct, frozen=True, kw_only=True):
     state_bytes: int
     rounds: int
     ranks: tuple[int, ...]
+    commits: int
+    rate_s: float
+    """How long commits and steps are counted, each time."""
 
 
-FULL = Scale(state_bytes=1024 * MIB, rounds=5, ranks=(1, 4))
-QUICK = Scale(state_bytes=256 * MIB, rounds=3, ranks=(1, 4))
+FULL = Scale(state_bytes=1024 * MIB, rounds=5, ranks=(1, 4), commits=200, rate_s=20.0)
+QUICK = Scale(state_bytes=256 * MIB, rounds=3, ranks=(1, 4), commits=20, rate_s=5.0)
+COMMIT_EVERY = 25
+"""Steps between the checkpoints whose latency is measured: they follow one another without overlap."""
+RUST_PEER, RUST_RATE = "a Rust peer reports", 22.5
 
 
 class Ranks:
@@ -267,6 +274,39 @@ async def s3(bench: Bench[Scale]) -> list[Row]:
     ]
 
 
+async def commit(bench: Bench[Scale]) -> list[Row]:
+    """From the last durable shard until every node knows the commit, in a job of four ranks on three nodes."""
+    rows = []
+    shared = bench.directory / "shared"
+    shared.mkdir()
+    async with commits.cluster_at(bench.directory) as cluster:
+        for store in ("local", f"file://{shared}"):
+            kind = store.partition(":")[0]
+            bench.say(f"commit: {bench.scale.commits} to {kind}")
+            spec = commits.small(COMMIT_EVERY, store)
+            found = await commits.latencies_s(cluster, spec, bench.scale.commits)
+            what = f"last shard durable ({kind}) to committed on all nodes"
+            rows += percentiles(what, [1000 * one for one in found], unit="ms")
+    return rows
+
+
+async def rate(bench: Bench[Scale]) -> list[Row]:
+    """Commits per second of a job of four ranks that saves a small state after each step, and what that costs."""
+    committed, stepped, plain = [], [], []
+    async with commits.cluster_at(bench.directory) as cluster:
+        for number in range(bench.scale.rounds):
+            bench.say(f"rate: round {number + 1}")
+            per_s, steps_per_s = await commits.rates(cluster, commits.small(1), bench.scale.rate_s)
+            committed.append(per_s)
+            stepped.append(steps_per_s)
+            plain.append((await commits.rates(cluster, commits.small(None), bench.scale.rate_s))[1])
+    rounds = bench.scale.rounds
+    return [
+        compare("commits of a small state", "1/s", "higher", ours=committed, peer_name=RUST_PEER, peer=[RUST_RATE] * rounds),
+        compare("steps, each saved", "1/s", "higher", ours=stepped, peer_name="ours without checkpoints", peer=plain),
+    ]  # fmt: skip
+
+
 PARTS: dict[str, Part[Scale]] = {
     "save": save,
     "stall": stall,
@@ -274,6 +314,8 @@ PARTS: dict[str, Part[Scale]] = {
     "restore": restore,
     "compression": compression,
     "s3": s3,
+    "commit": commit,
+    "rate": rate,
 }
 
 

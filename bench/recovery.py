@@ -26,7 +26,7 @@ from bench import live_job, throughput, torchft, torchrun
 from bench.live_job import PHASES, LiveJob, Recovery
 from bench.parts import Bench, Part, Say, run_parts
 from bench.processes import cpu_s
-from bench.table import Aim, Row, Values, compare, median, percentile
+from bench.table import Aim, Row, Values, alone, compare, median, percentiles
 from bench.workloads import GLOBAL_BATCH, MILLION, TWENTY_FIVE_MILLION, Workload
 from distroml.local_cluster import LocalCluster
 from distroml.spec import Hyperparameters, JobSpec
@@ -132,7 +132,7 @@ async def kill(bench: Bench[Scale]) -> list[Row]:
     return [
         replace(best, runs=len(found), values=Values(ours=seen, peer=peer)),
         *torchft.rows(what, GLOBAL_BATCH // WORKERS, found, survivors),
-        *_percentiles(
+        *percentiles(
             f"{what} to the next step",
             stepped,
             p50=Aim("ours", "<=", 0.25),
@@ -165,7 +165,7 @@ async def stop(bench: Bench[Scale]) -> list[Row]:
     what = f"SIGSTOP of 1 of {WORKERS} workers"
     after = [one.phases_ms["total"] / 1000 for one in found]
     return [
-        _alone(
+        alone(
             f"{what}: from its detection to the next step",
             after,
             aim=Aim("ours", "<=", 0.5),
@@ -188,7 +188,7 @@ async def node(bench: Bench[Scale]) -> list[Row]:
     what = "power failure of a node with ranks"
     stepped = [one.first_step_s for one in found]
     return [
-        *_percentiles(f"{what} to the next step", stepped),
+        *percentiles(f"{what} to the next step", stepped),
         *_phases(what, found),
         _lost(what, found),
     ]
@@ -208,7 +208,7 @@ async def leader(bench: Bench[Scale]) -> list[Row]:
     what = "power failure of the leader, which has ranks"
     stepped = [one.first_step_s for one in found]
     return [
-        *_percentiles(f"{what} to the next step", stepped, p50=Aim("ours", "<=", 1.2)),
+        *percentiles(f"{what} to the next step", stepped, p50=Aim("ours", "<=", 1.2)),
         *_phases(what, found),
         _lost(what, found),
     ]
@@ -333,7 +333,7 @@ async def _agents(bench: Bench[Scale], cluster: LocalCluster, workload: Workload
         after, took_s = [cpu_s(pid) for pid in pids], time.monotonic() - began
         rate = ((await job.view())["step"] - step) / took_s
     shares = [100 * (b - a) / took_s for a, b in zip(before, after, strict=True)]
-    return _alone(
+    return alone(
         f"an agent's processor time, {workload.name} parameters",
         shares,
         unit="% of a core",
@@ -345,38 +345,16 @@ async def _agents(bench: Bench[Scale], cluster: LocalCluster, workload: Workload
 # --- rows ------------------------------------------------------------------------------------------------------
 
 
-def _alone(
-    quantity: str,
-    values: Sequence[float],
-    *,
-    unit: str = "s",
-    aim: Aim | None = None,
-    note: str = "",
-) -> Row:
-    return compare(quantity, unit, "lower", ours=values, peer_name="", peer=[], aim=aim, note=note)
-
-
-def _percentiles(quantity: str, values: Sequence[float], **aims: Aim) -> list[Row]:
-    wanted = (("p50", 0.5), ("p99", 0.99), ("max", 1.0))
-    rows = [
-        _alone(f"{quantity}: {name}", [percentile(values, share)], aim=aims.get(name))
-        for name, share in wanted
-    ]
-    return [
-        replace(row, runs=len(values), values=Values(ours=list(values), peer=[])) for row in rows
-    ]
-
-
 def _phases(what: str, found: Sequence[Recovery]) -> list[Row]:
     return [
-        _alone(f"{what}: {phase}", [one.phases_ms.get(phase, 0.0) for one in found], unit="ms")
+        alone(f"{what}: {phase}", [one.phases_ms.get(phase, 0.0) for one in found], unit="ms")
         for phase in PHASES
     ]
 
 
 def _lost(what: str, found: Sequence[Recovery]) -> Row:
     most = float(max(one.steps_lost for one in found))
-    row = _alone(f"{what}: most steps lost", [most], unit="1", aim=Aim("ours", "<=", 0))
+    row = alone(f"{what}: most steps lost", [most], unit="1", aim=Aim("ours", "<=", 0))
     return replace(row, runs=len(found))
 
 

@@ -17,6 +17,7 @@ from typing import Literal
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 from rich.console import Console
 from rich.table import Table
 
@@ -133,6 +134,32 @@ def compare(
         note=note,
         values=Values(ours=list(ours), peer=list(peer)),
     )
+
+
+def alone(
+    quantity: str,
+    values: Sequence[float],
+    *,
+    unit: str = "s",
+    aim: Aim | None = None,
+    note: str = "",
+) -> Row:
+    """A row without a peer; less is better."""
+    return compare(quantity, unit, "lower", ours=values, peer_name="", peer=[], aim=aim, note=note)
+
+
+def percentiles(
+    quantity: str, values: Sequence[float], *, unit: str = "s", **aims: Aim
+) -> list[Row]:
+    """Rows of p50, p99 and the greatest of ``values``; ``aims`` by these names (``max``)."""
+    wanted = (("p50", 0.5), ("p99", 0.99), ("max", 1.0))
+    rows = [
+        alone(f"{quantity}: {name}", [percentile(values, share)], unit=unit, aim=aims.get(name))
+        for name, share in wanted
+    ]
+    return [
+        replace(row, runs=len(values), values=Values(ours=list(values), peer=[])) for row in rows
+    ]
 
 
 def _ratio(ours: float, peer: float, better: Better) -> float | None:
