@@ -163,7 +163,7 @@ async def stop(bench: Bench[Scale]) -> list[Row]:
             bench, "stop", bench.scale.stops, job, signalling(rng, signal.SIGSTOP)
         )
     what = f"SIGSTOP of 1 of {WORKERS} workers"
-    after = [one.phases_ms["total"] / 1000 for one in found]
+    after = [(one.phases_ms["total"] - one.phases_ms["detect"]) / 1000 for one in found]
     return [
         alone(
             f"{what}: from its detection to the next step",

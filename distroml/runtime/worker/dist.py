@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 STOP, MOVE, VACATE = 1, 2, 4
 """Flags that reach all ranks with the next step: end after it; leave this generation after it; end after it with a
 checkpoint in any case, since the run goes on elsewhere."""
+BUSY = 8
+"""A flag that ends nothing: this rank's last shard is still being written."""
 MAX_BARRIER_NAME_CHARS = 100
 _FIXED = ("loss_sum", "samples", "flags", "waited_s", "ids_high", "ids_low", "save_request")
 """What each shard's note holds, as float64, before the metrics given to ``backward``."""
@@ -58,6 +60,8 @@ class StepTotals:
     """Of the rank that waited shortest for others in the step before."""
     save_request: int = 0
     """The newest request for a checkpoint that each rank is ready to answer after this step."""
+    any_busy: bool = False
+    """Whether a rank was still writing a shard when it began the step."""
 
 
 @dataclass
@@ -366,7 +370,8 @@ class Dist:
                 name: sum(note[len(_FIXED) + i] for note in notes) / total
                 for i, name in enumerate(step.names)
             },
-            flags=flags,
+            flags=flags & ~BUSY,
+            any_busy=bool(flags & BUSY),
             ids=tuple((note[4], note[5]) for note in notes),
             least_waited_s=min(note[3] for note in notes),
             save_request=int(min(note[6] for note in notes)),

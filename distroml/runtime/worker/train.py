@@ -21,7 +21,7 @@ from distroml.runtime.worker import lr_schedule
 from distroml.runtime.worker.adapter import FrameworkAdapter
 from distroml.runtime.worker.batches import BatchSource, LocalBatch
 from distroml.runtime.worker.control_link import ControlLink, Position
-from distroml.runtime.worker.dist import Dist, ShardDone, StepTotals
+from distroml.runtime.worker.dist import BUSY, Dist, ShardDone, StepTotals
 from distroml.runtime.worker.ledger import EMPTY_LEDGER, advance
 from distroml.runtime.worker.metrics import as_metrics, first_of
 from distroml.runtime.worker.rendezvous import CollectiveBroken
@@ -177,8 +177,10 @@ class Training:
         dist, run = self.dist, self.run
         parts = self.source.at(self.state.step, dist)
         data_s = time.perf_counter() - began_s
+        busy = self.checkpointer is not None and self.checkpointer.busy
+        request = self.save_request() if self.checkpointer and not busy else 0
         run.state, totals, further = take_step(
-            self.adapter, run.state, dist, parts, self.flags(), self._can_answer()
+            self.adapter, run.state, dist, parts, self.flags() | (BUSY if busy else 0), request
         )
         # From here on the step is done, whatever becomes of the others.
         state, epoch = self.state, parts[0].epoch
@@ -205,8 +207,11 @@ class Training:
             self._evaluate()
         asked = totals.save_request > self.answered
         self.answered = max(self.answered, totals.save_request)
-        if not totals.flags and state.step < self.total_steps:
-            self._save_if_due(asked=asked)
+        if not totals.flags and state.step < self.total_steps and self._is_due(asked=asked):
+            if totals.any_busy:
+                self._leave_out(mine=busy)
+            else:
+                self._save()
         self.clock.saw_pause(time.perf_counter() - done_s)
         return totals.flags
 
@@ -229,8 +234,8 @@ class Training:
         """What belongs to the step that the generation starts from, and may have been cut short before."""
         if self.state.step > 0 and self._is_end_of_epoch(self.state.step):
             self._evaluate()
-        if 0 < self.state.step < self.total_steps:
-            self._save_if_due()
+        if 0 < self.state.step < self.total_steps and self._is_due():
+            self._save()
 
     def _is_end_of_epoch(self, step: int) -> bool:
         return step == self.total_steps or self.source.cursor(step).batch == 0
@@ -253,18 +258,18 @@ class Training:
         run.records.append(record)
         self._report(record)
 
-    def _can_answer(self) -> int:
-        """The request that this rank could answer after the step that begins; 0 while its last shard is written."""
-        if self.checkpointer is None or self.checkpointer.busy:
-            return 0
-        return self.save_request()
+    def _is_due(self, *, asked: bool = False) -> bool:
+        return asked or self.state.step % self.adapter.spec.checkpointing.every_n_steps == 0
 
-    def _save_if_due(self, *, asked: bool = False) -> None:
-        step = self.state.step
-        due = asked or step % self.adapter.spec.checkpointing.every_n_steps == 0
-        if self.checkpointer and due:
-            blob, cursor = self.run.blob(self.adapter), self.source.cursor(step)
-            self.checkpointer.save(blob, step, cursor, self.answered)
+    def _save(self) -> None:
+        if self.checkpointer:
+            blob, cursor = self.run.blob(self.adapter), self.source.cursor(self.state.step)
+            self.checkpointer.save(blob, self.state.step, cursor, self.answered)
+
+    def _leave_out(self, *, mine: bool) -> None:
+        """Shards that one rank cannot add to are of no use: none saves this step, and who is busy says so."""
+        if self.checkpointer and mine:
+            self.checkpointer.leave_out(self.state.step)
 
     def _report(self, record: MetricRecord) -> None:
         records = (record,) if self.dist.rank == 0 else ()

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 import distroml
+from distroml.runtime.checkpoint.stores.file import FileStore
 
 NOT_A_CLASS = 1
 
@@ -211,6 +212,23 @@ class EvaluatesForLong(Regression):
 class EvaluatesToText(Regression):
     def evaluate(self, state, dist):  # type: ignore[no-untyped-def]
         return {"score": 0.5, "grade": "good"}
+
+
+class SavesSlowly(Endless):
+    """Rank 1 does so until the file ``GO`` is there."""
+
+    def set_up(self, dist):  # type: ignore[no-untyped-def]
+        if dist.rank == 1:
+            FileStore.stage = self._stage_late(FileStore.stage)
+
+    @staticmethod
+    def _stage_late(stage):  # type: ignore[no-untyped-def]
+        def late(*args, **keywords):  # type: ignore[no-untyped-def]
+            while not os.path.exists(os.environ["GO"]):
+                time.sleep(0.01)
+            return stage(*args, **keywords)
+
+        return late
 
 
 class NoModel(distroml.FrameworkAdapter):

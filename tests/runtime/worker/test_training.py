@@ -317,6 +317,26 @@ def test_a_request_to_save_is_answered_once_at_one_boundary(agent: AgentStub) ->
     assert [request for _, request in saved[0]] == [1, 3, 3], "the final one answers as well"
 
 
+def test_no_rank_saves_a_step_for_which_another_has_no_time(
+    agent: AgentStub, tmp_path: Path
+) -> None:
+    agent.env = {"GO": str(tmp_path / "go")}
+    spec = user_spec("SavesSlowly", 2, steps=1_000_000_000, checkpointing={"every_n_steps": 1})
+    workers = agent.start(spec, agent.new_run())
+    agent.wait_step(workers[0], 20)
+    slow = workers[1]
+    assert [[shard.step for shard in worker.shards] for worker in workers] == [[1], []]
+    told = [(one.step, one.reason) for one in slow.abandoned]
+    assert told == [(2, "rank 1: that of step 1 is still being written")], "once for all of them"
+    (tmp_path / "go").touch()
+    agent.pump(lambda: all(len(w.shards) >= 3 for w in workers), "both to save again")
+    agent.stop(workers[0])
+    agent.wait_exit(workers)
+    finished(workers)
+    first, second = [[shard.step for shard in worker.shards] for worker in workers]
+    assert first == second
+
+
 def test_a_run_begins_with_another_jobs_checkpoint(agent: AgentStub) -> None:
     """Some steps in one job and the rest in another end in the same bits as all in one."""
     spec = spec_of(2)
