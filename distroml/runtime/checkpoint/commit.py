@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
 from distroml.errors import CorruptCheckpoint, StoreError
 from distroml.model import Checkpoint
 from distroml.reports import ShardFact
+from distroml.runtime.checkpoint.concurrently import for_each
 from distroml.runtime.checkpoint.manifest import (
     LATEST_FILE,
     MANIFEST_FILE,
@@ -69,10 +70,10 @@ def write_manifest(
     if not shards:
         raise UnfitShards("A checkpoint without shards cannot be committed.")
     directory = checkpoint_directory(job_id, run_id, shards[0].step)
-    headers = {fact.file: read_header(store, f"{directory}/{fact.file}") for fact in shards}
+    headers = _headers(store, directory, shards, read_header)
     used = {record.file for header in headers.values() for record in header.note.references}
     try:
-        referred = {file: _read_referred(store, directory, file) for file in sorted(used)}
+        referred = _referred(store, directory, sorted(used))
         manifest = compose(generation, shards, headers, referred)
     except ValueError as error:
         raise UnfitShards(f"The shards in {directory} do not fit together: {error}.") from None
@@ -115,8 +116,8 @@ def recover(
             )
             for shard in told.shards
         ]
-        headers = {fact.file: header_of(store, f"{directory}/{fact.file}") for fact in facts}
-        referred = {one.file: _read_referred(store, directory, one.file) for one in told.referred}
+        headers = _headers(store, directory, facts, header_of)
+        referred = _referred(store, directory, [one.file for one in told.referred])
         found = encode_manifest(compose(told.generation, facts, headers, referred))
         if found != data:
             raise ValueError("its tensors or values differ from those of its shards")
@@ -162,6 +163,24 @@ def read_header(store: CheckpointStore, path: str) -> ShardHeader:
         return header_of(store, path)
     except ValueError as error:
         raise StoreError(f"{path} is not a usable shard: {error}.", path=path) from None
+
+
+def _headers(
+    store: CheckpointStore,
+    directory: str,
+    shards: Sequence[ShardFact],
+    read: Callable[[CheckpointStore, str], ShardHeader],
+) -> dict[str, ShardHeader]:
+    files = [shard.file for shard in shards]
+    found = for_each(lambda file: read(store, f"{directory}/{file}"), files)
+    return dict(zip(files, found, strict=True))
+
+
+def _referred(
+    store: CheckpointStore, directory: str, files: Sequence[str]
+) -> dict[str, ShardHeader]:
+    found = for_each(lambda file: _read_referred(store, directory, file), files)
+    return dict(zip(files, found, strict=True))
 
 
 def _read_referred(store: CheckpointStore, directory: str, file: str) -> ShardHeader:

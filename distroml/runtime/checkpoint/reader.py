@@ -7,16 +7,15 @@ they belong; each piece is hashed by the thread that read it. Nothing is handed 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
 
 from msgspec import Struct
 
 from distroml.errors import CorruptCheckpoint, StoreError
 from distroml.model import Checkpoint
 from distroml.runtime.checkpoint.codec import decompress_into
+from distroml.runtime.checkpoint.concurrently import for_each
 from distroml.runtime.checkpoint.host_memory import allocate
 from distroml.runtime.checkpoint.manifest import Manifest, ShardRecord, decode_manifest, path_of
 from distroml.runtime.checkpoint.shard_file import (
@@ -28,14 +27,10 @@ from distroml.runtime.checkpoint.shard_file import (
 )
 from distroml.runtime.checkpoint.stores.interface import CheckpointStore, MissingFile
 
-READ_THREADS = 8
-"""Ranges read at a time: enough for the latency of an object store, few enough for a disk."""
 JOINED_BYTES = 2 * 1024 * 1024
 """Smaller pieces that lie side by side are read as one range of up to this size."""
 WINDOW_BYTES = 256 * 1024 * 1024
 """What ``read_tensors`` reads ahead of its caller."""
-
-_T = TypeVar("_T")
 
 Targets = Mapping[str, memoryview]
 
@@ -85,7 +80,7 @@ def read_into(
     """
     _check_files(store, checkpoint, manifest)
     chosen = [tensor for tensor in manifest.tensors if tensor.name in targets]
-    _in_threads(partial(_read_span, store, checkpoint, targets), spans(chosen))
+    for_each(partial(_read_span, store, checkpoint, targets), spans(chosen))
 
 
 def read_tensors(
@@ -147,7 +142,7 @@ def _place_of(record: TensorRecord) -> tuple[str, int]:
 
 def _check_files(store: CheckpointStore, checkpoint: Checkpoint, manifest: Manifest) -> None:
     """Sizes and headers of all files, before any memory is taken for what they hold."""
-    _in_threads(partial(_check_file, store, checkpoint), manifest.files)
+    for_each(partial(_check_file, store, checkpoint), manifest.files)
 
 
 def _check_file(store: CheckpointStore, checkpoint: Checkpoint, file: ShardRecord) -> None:
@@ -168,7 +163,7 @@ def _read_window(
     store: CheckpointStore, checkpoint: Checkpoint, window: Sequence[TensorRecord]
 ) -> Iterator[TensorBytes]:
     targets = {tensor.name: allocate_for(tensor) for tensor in window}
-    _in_threads(partial(_read_span, store, checkpoint, targets), spans(window))
+    for_each(partial(_read_span, store, checkpoint, targets), spans(window))
     for tensor in window:
         yield TensorBytes(tensor.name, tensor.dtype, tensor.shape, targets[tensor.name])
 
@@ -242,18 +237,6 @@ def _verify(
             expected_sha256=expected,
             actual_sha256=actual,
         )
-
-
-def _in_threads(work: Callable[[_T], object], items: Sequence[_T]) -> None:
-    """Do it for all items, or raise the first failure and leave the rest undone."""
-    with ThreadPoolExecutor(min(READ_THREADS, max(1, len(items))), "checkpoint-read") as threads:
-        futures = [threads.submit(work, item) for item in items]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            threads.shutdown(wait=True, cancel_futures=True)
-            raise
 
 
 def _corrupt(checkpoint: Checkpoint, path: str, what: str, **extra: str | int) -> StoreError:

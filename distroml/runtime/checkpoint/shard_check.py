@@ -9,12 +9,14 @@ import hashlib
 from collections.abc import Callable
 
 from distroml.runtime.checkpoint.shard_file import (
-    LENGTH,
     ShardHeader,
     header_length,
     parse_safetensors_header,
 )
 from distroml.runtime.checkpoint.stores.interface import CheckpointStore
+
+LIKELY_BYTES = 64 * 1024
+"""Most headers end before that: one question to a store that is far away instead of two."""
 
 
 def header_of(store: CheckpointStore, path: str) -> ShardHeader:
@@ -24,8 +26,11 @@ def header_of(store: CheckpointStore, path: str) -> ShardHeader:
         ValueError: it is not a shard; says why.
         StoreError: the store cannot be read.
     """
-    size = header_length(store.read(path, 0, LENGTH.size))
-    return parse_safetensors_header(store.read(path, 0, size))
+    data = store.read(path, 0, LIKELY_BYTES)
+    size = header_length(data)
+    if size > len(data) == LIKELY_BYTES:
+        data += store.read(path, LIKELY_BYTES, size - LIKELY_BYTES)
+    return parse_safetensors_header(data[:size])
 
 
 def is_shard(store: CheckpointStore, path: str, header: bytes) -> bool:

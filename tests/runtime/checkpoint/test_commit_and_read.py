@@ -5,13 +5,15 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from distroml.errors import CorruptCheckpoint, StoreError
-from distroml.runtime.checkpoint import reader, shard_file
+from distroml.runtime.checkpoint import reader, shard_check, shard_file
 from distroml.runtime.checkpoint.commit import publish_latest, write_manifest
 from distroml.runtime.checkpoint.reader import read_into, read_manifest, read_tensors
 from distroml.runtime.checkpoint.stores.file import FileStore
@@ -60,6 +62,31 @@ def test_tensors_of_several_pieces_come_back(
         assert found == {t.name: bytes(t.data) for t in STATE}
         weight = next(t for t in manifest.tensors if t.name == "model.weight")
         assert len(weight.sha256) == -(-24 // piece_bytes)
+
+
+@pytest.mark.parametrize("likely_bytes", [8, 100, 1 << 20])
+def test_headers_are_read_whole_whatever_their_length(
+    store: FileStore, likely_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = committed(store, world_size=3)
+    monkeypatch.setattr(shard_check, "LIKELY_BYTES", likely_bytes)
+    assert commit(store, write_shards(store, world_size=3)) == replace(plain, committed_at=1.0)
+
+
+def test_the_headers_of_all_shards_are_read_side_by_side(
+    store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other they would take a far store's time once for each rank."""
+    facts = write_shards(store, world_size=4)
+    all_four = threading.Barrier(len(facts))
+    read = FileStore.read
+
+    def meet_first(self: FileStore, path: str, *place: int) -> bytes:
+        all_four.wait(timeout=20)
+        return read(self, path, *place)
+
+    monkeypatch.setattr(FileStore, "read", meet_first)
+    assert commit(store, facts).shards == 4
 
 
 def test_commit_can_be_repeated(store: FileStore) -> None:
