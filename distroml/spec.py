@@ -81,7 +81,8 @@ class Distributed(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
         str,
         Meta(
             description="deterministic (gradients summed in the order of logical shards: the same bits "
-            "whatever fails and however many workers there are) or fast (all-reduce)"
+            "whatever fails and however many workers there are) or fast (each worker adds its own shards first: less to "
+            "send where it has several, and other bits)"
         ),
     ] = "deterministic"
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from distroml.errors import DistroMLError
 from distroml.runtime.worker.buckets import Bucket, make_buckets
 from distroml.runtime.worker.logical_shards import LogicalShards
-from distroml.runtime.worker.process_group import Pending, RankGroup
-from distroml.runtime.worker.reduction import SMALL_BYTES, OrderedSum
+from distroml.runtime.worker.process_group import RankGroup
+from distroml.runtime.worker.reduction import SMALL_BYTES, FastSum, OrderedSum
 
 
 class GradientSync:
@@ -42,14 +42,13 @@ class GradientSync:
         unused_allowed: bool = False,
     ) -> None:
         self._group, self._shards = group, shards
-        self._fast = reduction == "fast"
         self._unused_allowed = unused_allowed
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._buckets = make_buckets(model.parameters(), len(shards.mine), shards.count)
-        self._sum = OrderedSum(group, shards)
+        self._ordered = OrderedSum(group, shards)
+        self._sum = FastSum(group, shards) if reduction == "fast" else self._ordered
         small = [bucket for bucket in self._buckets if bucket.size_bytes <= SMALL_BYTES]
-        ordered = not self._fast and shards.world_size > 1
-        self._carrier = small[0] if small and ordered else None
+        self._carrier = small[0] if small and shards.world_size > 1 else None
         """With whose gradients the notes of a step travel."""
         self.waited_s = 0.0
         """For how long the step loop has waited for others in all."""
@@ -72,7 +71,6 @@ class GradientSync:
         """The first bucket that is not yet on its way."""
         self._notes: Tensor | None = None
         self._gathered: Tensor | None = None
-        self._under_way: list[Pending] = []
         self._failure: BaseException | None = None
         self._lane: _Lane | None = None
 
@@ -113,7 +111,7 @@ class GradientSync:
             self._used, self._failure = set(), None
         if self._last:
             self._missing = [len(bucket.parameters) for bucket in self._buckets]
-            self._next, self._notes, self._gathered, self._under_way = 0, notes, None, []
+            self._next, self._notes, self._gathered = 0, notes, None
         try:
             loss.backward()
             self._fill_gaps()
@@ -189,28 +187,20 @@ class GradientSync:
             self._lane.drain()
             if self._lane.failure is not None:
                 raise self._lane.failure
-        if self._fast:
-            self._submit(self._buckets[-1])
-        else:  # nothing is left for it to hide behind
-            self._reduce(self._buckets[-1])
-        for pending in self._under_way:
-            pending.wait()
+        self._reduce(self._buckets[-1])  # nothing is left for it to hide behind
         if self._unused_allowed:
             self._drop_what_nobody_used()
         self._group.check()
         self.waited_s += time.monotonic() - began_s
 
     def _submit(self, bucket: Bucket) -> None:
-        if self._fast:
-            self._under_way.append(self._sum.begin_fast(bucket))
-            return
         if self._lane is None:
             self._lane = _Lane(self._reduce)
         self._lane.submit(bucket)
 
     def _reduce(self, bucket: Bucket) -> None:
         if bucket is self._carrier and self._notes is not None:
-            self._gathered = self._sum.reduce_with_note(bucket, self._notes)
+            self._gathered = self._ordered.reduce_with_note(bucket, self._notes)
         else:
             self._sum.reduce(bucket)
 

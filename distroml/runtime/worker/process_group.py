@@ -260,11 +260,10 @@ class RankGroup:
         if self.world_size > 1:
             self._start("broadcast", values, lambda: self._group.broadcast(values, source)).wait()
 
-    def all_reduce_async(self, values: Tensor) -> Pending:
-        """Start summing ``values`` in place, in Gloo's own order."""
-        if self.world_size == 1:
-            return Pending(self, "all_reduce", values)
-        return self._start("all_reduce", values, lambda: self._group.allreduce([values]))
+    def all_reduce(self, values: Tensor) -> None:
+        """Sum ``values`` in place, in Gloo's own order."""
+        if self.world_size > 1:
+            self._start("all_reduce", values, lambda: self._group.allreduce([values])).wait()
 
     def all_to_all(
         self, output: Tensor, values: Tensor, received: list[int], sent: list[int]

@@ -4,6 +4,9 @@ Every element is added as ((shard 0 + shard 1) + shard 2) + …, whoever holds w
 in buckets; an all-reduce promises neither. Large buckets: all_to_all gives each rank its part of every shard, it
 adds them, all_gather spreads the sums. Small ones: everybody gets everything and adds it itself, in one exchange
 instead of two.
+
+``FastSum`` gives up the bits where that is faster: a rank adds its own shards first and sends their sum, however many
+there are, and buckets that are too large for all_to_all are all-reduced.
 """
 
 from __future__ import annotations
@@ -11,9 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distroml.runtime.worker.buckets import Bucket
+from distroml.runtime.worker.buckets import BUCKET_BYTES, Bucket
 from distroml.runtime.worker.logical_shards import LogicalShards
-from distroml.runtime.worker.process_group import Pending, RankGroup
+from distroml.runtime.worker.process_group import RankGroup
 
 SMALL_BYTES = 256 * 1024
 """Up to this size latency is what counts."""
@@ -34,18 +37,11 @@ class OrderedSum:
             CollectiveBroken: a rank is gone.
         """
         if self._shards.world_size == 1:
-            total = _add_in_order(bucket.rows[:, : bucket.count])
-            assert total.data_ptr() == bucket.rows.data_ptr()
+            _add_in_order(bucket.rows[: len(self._shards.mine), : bucket.count])
         elif bucket.size_bytes <= SMALL_BYTES:
             self._reduce_small(bucket)
         else:
             self._reduce_large(bucket)
-
-    def begin_fast(self, bucket: Bucket) -> Pending:
-        """Start summing into the first row in whatever order is fastest."""
-        own = bucket.rows[:, : bucket.count]
-        _add_in_order(own)
-        return self._group.all_reduce_async(own[0])
 
     def reduce_with_note(self, bucket: Bucket, notes: Tensor) -> Tensor:
         """``reduce`` for a small bucket, with a few bytes of each shard in the same exchange.
@@ -89,7 +85,7 @@ class OrderedSum:
             sent = bucket.rows[0, : part * world]
         else:  # by destination first
             sent = self._memory(bucket, "sent", own * part * world, dtype)
-            by_rank = bucket.rows[:, : part * world].view(own, world, part).transpose(0, 1)
+            by_rank = bucket.rows[:own, : part * world].view(own, world, part).transpose(0, 1)
             sent.view(world, own, part).copy_(by_rank)
         received = self._memory(bucket, "received", shards.count * part, dtype)
         self._group.all_to_all(
@@ -105,6 +101,23 @@ class OrderedSum:
         if key not in self._scratch or self._scratch[key].numel() != size:
             self._scratch[key] = torch.zeros(size, dtype=dtype)
         return self._scratch[key]
+
+
+class FastSum:
+    """As ``OrderedSum``, but the sum depends on the number of ranks."""
+
+    def __init__(self, group: RankGroup, shards: LogicalShards) -> None:
+        self._group = group
+        world = shards.world_size
+        self._of_ranks = OrderedSum(group, LogicalShards(world, shards.rank, world))
+
+    def reduce(self, bucket: Bucket) -> None:
+        """See ``OrderedSum.reduce``."""
+        own = _add_in_order(bucket.rows[:, : bucket.count])
+        if bucket.size_bytes > BUCKET_BYTES:
+            self._group.all_reduce(own)
+        else:
+            self._of_ranks.reduce(bucket)
 
 
 def _first_for_all(rows: Tensor) -> Tensor:

@@ -136,7 +136,14 @@ def test_the_bits_do_not_depend_on_the_number_of_ranks(
         equal(result, whole[0])
 
 
-def test_fast_reduction_gives_the_mean_over_the_global_batch() -> None:
+@pytest.mark.parametrize("bucket_bytes", [buckets.BUCKET_BYTES, 0], ids=["parts", "all-reduce"])
+@pytest.mark.parametrize("small_bytes", [0, 1 << 20], ids=["large", "small"])
+def test_fast_reduction_gives_the_mean_over_the_global_batch(
+    bucket_bytes: int, small_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reduction, "BUCKET_BYTES", bucket_bytes)
+    for module in (gradient_sync, reduction):
+        monkeypatch.setattr(module, "SMALL_BYTES", small_bytes)
     exact = run_ranks(3, lambda group: train(group, UNEVEN))[0]
     for world_size in (3, 2, 1):
         for result in run_ranks(world_size, lambda group: train(group, UNEVEN, "fast")):
