@@ -76,7 +76,9 @@ class Distributed(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     """How the ranks work together."""
 
     strategy: Annotated[str, Meta(description="data_parallel")] = "data_parallel"
-    backend: Annotated[str, Meta(description="gloo")] = "gloo"
+    backend: Annotated[str, Meta(description="gloo, or nccl: each worker has a GPU of its own")] = (
+        "gloo"
+    )
     reduction: Annotated[
         str,
         Meta(
@@ -219,7 +221,7 @@ _CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("data_parallel",),
         ("fsdp", "zero", "tensor_parallel", "pipeline_parallel", "hybrid", "parameter_server"),
     ),
-    "distributed.backend": (("gloo",), ("nccl", "mpi")),
+    "distributed.backend": (("gloo", "nccl"), ("mpi",)),
     "distributed.reduction": (("deterministic", "fast"), ()),
     "hyperparameters.optimizer": (("adam", "adamw", "sgd"), ()),
     "checkpointing.best_is": (("min", "max"), ()),

@@ -46,7 +46,7 @@ def test_every_field_has_a_default() -> None:
         ({"framework": "lisp"}, "framework", InvalidSpec),
         ({"distributed": {"strategy": "fsdp"}}, "distributed.strategy", NotBuilt),
         ({"distributed": {"strategy": "magic"}}, "distributed.strategy", InvalidSpec),
-        ({"distributed": {"backend": "nccl"}}, "distributed.backend", NotBuilt),
+        ({"distributed": {"backend": "mpi"}}, "distributed.backend", NotBuilt),
         ({"checkpointing": {"store": "s3"}}, "checkpointing.store", InvalidSpec),
         ({"checkpointing": {"store": "ftp://host/x"}}, "checkpointing.store", InvalidSpec),
         ({"checkpointing": {"replicas": 0}}, "checkpointing.replicas", InvalidSpec),

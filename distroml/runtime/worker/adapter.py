@@ -35,6 +35,7 @@ from distroml.errors import DistroMLError
 from distroml.runtime.control import WorkerPlan
 from distroml.runtime.worker import lr_schedule, optimizer_state
 from distroml.runtime.worker.batches import Dataset, as_dataset
+from distroml.runtime.worker.device import CPU
 from distroml.runtime.worker.dist import Dist
 from distroml.runtime.worker.evaluation import evaluate
 from distroml.runtime.worker.state import StateBlob, TrainState
@@ -46,6 +47,8 @@ class FrameworkAdapter:
 
     spec: JobSpec
     """The job's specification, set before anything else is called."""
+    device: torch.device = CPU
+    """Where the worker computes, set like ``spec``. Models are put there and batches come from there."""
     find_unused_parameters = False
     """True where a step may leave parameters of the model without gradient; costs one small exchange per step."""
     evaluation_batch = 64
@@ -162,7 +165,7 @@ class FrameworkAdapter:
 
     def new_state(self) -> TrainState:
         """A state that has completed no step."""
-        model = self.build_model(self.spec)
+        model = self.build_model(self.spec).to(self.device)
         optimizer = self.build_optimizer(self.spec, model)
         scheduler = self.build_scheduler(self.spec, optimizer)
         return TrainState(model, optimizer, module=model, scheduler=scheduler)

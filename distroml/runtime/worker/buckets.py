@@ -29,7 +29,8 @@ class Bucket:
         self.parameters = parameters
         self.count = sum(parameter.numel() for parameter in parameters)
         """Elements of one row."""
-        self.rows = torch.zeros((rows, self.count + slack), dtype=parameters[0].dtype)
+        like = parameters[0]
+        self.rows = torch.zeros((rows, self.count + slack), dtype=like.dtype, device=like.device)
         self._spans: list[tuple[int, int]] = []
         at = 0
         for parameter in parameters:

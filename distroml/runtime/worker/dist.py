@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from distroml.errors import DistroMLError
+from distroml.runtime.worker.device import CPU
 from distroml.runtime.worker.gradient_sync import GradientSync
 from distroml.runtime.worker.logical_shards import LogicalShards
 from distroml.runtime.worker.meetings import NotMet
 from distroml.runtime.worker.metrics import as_metrics
 from distroml.runtime.worker.process_group import COLLECTIVE_TIMEOUT_S, RankGroup
-from distroml.runtime.worker.reduction import ALIGNMENT
+from distroml.runtime.worker.reduction import ALIGNMENT, Line
 from distroml.runtime.worker.statistics import RunningStatistics
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Dist:
     """This rank's place in the world and in the current step.
 
     Attributes that a train step may read: ``rank``, ``world_size``, ``local_rank`` (among the ranks of its node), ``shard`` (the logical shard that it computes now),
-    ``step`` (steps completed before this one), ``epoch``, ``samples`` (of this shard in this batch; 0 for a stand-in batch
+    ``device`` (where model and batches are), ``step`` (steps completed before this one), ``epoch``, ``samples`` (of this shard in this batch; 0 for a stand-in batch
     that must not count), and ``batch_samples`` (of the global batch).
 
     Ranks exchange what they like in ``set_up`` and ``evaluate``. ``train_step`` may do so before ``backward``, on ranks that
@@ -94,9 +95,10 @@ class Dist:
         *,
         meetings: Meetings | None = None,
         local_rank: int = 0,
+        device: torch.device = CPU,
     ) -> None:
         self._group = group
-        self.local_rank = local_rank
+        self.local_rank, self.device = local_rank, device
         self.rank, self.world_size = group.rank, group.world_size
         self.shards = LogicalShards(
             logical_shards or group.world_size, group.rank, group.world_size
@@ -117,12 +119,19 @@ class Dist:
         self._met = 0
         """Barriers that this rank has passed in this generation."""
 
-    def attach(self, model: nn.Module, reduction: str, *, unused_allowed: bool) -> None:
-        """Exchange the gradients and running statistics of ``model`` from now on."""
+    def attach(
+        self, model: nn.Module, reduction: str, *, unused_allowed: bool, line: Line | None = None
+    ) -> None:
+        """Exchange the gradients (over ``line``) and running statistics of ``model`` from now on."""
         self._statistics = RunningStatistics(model)
         if self.shards.count > 1:
             self._sync = GradientSync(
-                model, self._group, self.shards, reduction, unused_allowed=unused_allowed
+                model,
+                self._group,
+                self.shards,
+                reduction,
+                unused_allowed=unused_allowed,
+                line=line,
             )
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from distroml.runtime.worker.device import moved
 from distroml.runtime.worker.dist import Dist
 from distroml.runtime.worker.state import TrainState
 
@@ -39,7 +40,7 @@ def evaluate(adapter: FrameworkAdapter, state: TrainState, dist: Dist) -> dict[s
             # A rank beyond the last chunk computes the first one for the metrics' names alone.
             for chunk in range(dist.rank, chunks, dist.world_size) or [0]:
                 indices = np.arange(chunk * size, min(len(dataset), (chunk + 1) * size))
-                batch = dataset.batch(indices)
+                batch = moved(dataset.batch(indices), dist.device)
                 outputs = adapter.forward(state.model, batch)
                 means = {"eval_loss": adapter.loss(outputs, batch)}
                 means |= adapter.measure(outputs, batch)

@@ -13,15 +13,17 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from distroml.errors import DistroMLError
 from distroml.runtime.worker.buckets import Bucket, make_buckets
+from distroml.runtime.worker.device import CPU, Stream
 from distroml.runtime.worker.logical_shards import LogicalShards
 from distroml.runtime.worker.process_group import RankGroup
-from distroml.runtime.worker.reduction import SMALL_BYTES, FastSum, OrderedSum
+from distroml.runtime.worker.reduction import SMALL_BYTES, FastSum, Line, OrderedSum
 
 
 class GradientSync:
@@ -29,6 +31,7 @@ class GradientSync:
 
     Args:
         reduction: ``deterministic`` or ``fast``.
+        line: exchanges the buckets; None: the group does, as everything else.
         unused_allowed: parameters may stay without gradient in a step (costs one small exchange more).
     """
 
@@ -40,15 +43,18 @@ class GradientSync:
         reduction: str,
         *,
         unused_allowed: bool = False,
+        line: Line | None = None,
     ) -> None:
         self._group, self._shards = group, shards
         self._unused_allowed = unused_allowed
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._buckets = make_buckets(model.parameters(), len(shards.mine), shards.count)
-        self._ordered = OrderedSum(group, shards)
-        self._sum = FastSum(group, shards) if reduction == "fast" else self._ordered
+        line = line or group
+        self._ordered = OrderedSum(line, shards)
+        self._sum = FastSum(line, shards) if reduction == "fast" else self._ordered
+        self._stream = Stream(self._buckets[0].rows.device if self._buckets else CPU)
         small = [bucket for bucket in self._buckets if bucket.size_bytes <= SMALL_BYTES]
-        self._carrier = small[0] if small and shards.world_size > 1 else None
+        self._carrier = small[0] if small and line is group and shards.world_size > 1 else None
         """With whose gradients the notes of a step travel."""
         self.waited_s = 0.0
         """For how long the step loop has waited for others in all."""
@@ -85,6 +91,7 @@ class GradientSync:
             hook.remove()
         if self._lane is not None:
             self._lane.end()
+        self._stream.finish()  # what still runs would write into memory that has gone to others
 
     # --- a step ------------------------------------------------------------------------------------------------
 
@@ -187,7 +194,11 @@ class GradientSync:
             self._lane.drain()
             if self._lane.failure is not None:
                 raise self._lane.failure
-        self._reduce(self._buckets[-1])  # nothing is left for it to hide behind
+        self._reduce(
+            self._buckets[-1], self._stream.mark()
+        )  # nothing is left for it to hide behind
+        with self._group.waiting():
+            self._stream.finish()
         if self._unused_allowed:
             self._drop_what_nobody_used()
         self._group.check()
@@ -195,14 +206,15 @@ class GradientSync:
 
     def _submit(self, bucket: Bucket) -> None:
         if self._lane is None:
-            self._lane = _Lane(self._reduce)
-        self._lane.submit(bucket)
+            self._lane = _Lane()
+        self._lane.submit(partial(self._reduce, bucket, self._stream.mark()))
 
-    def _reduce(self, bucket: Bucket) -> None:
-        if bucket is self._carrier and self._notes is not None:
-            self._gathered = self._ordered.reduce_with_note(bucket, self._notes)
-        else:
-            self._sum.reduce(bucket)
+    def _reduce(self, bucket: Bucket, filled: torch.cuda.Event | None) -> None:
+        with self._stream.after(filled):
+            if bucket is self._carrier and self._notes is not None:
+                self._gathered = self._ordered.reduce_with_note(bucket, self._notes)
+            else:
+                self._sum.reduce(bucket)
 
     def _drop_what_nobody_used(self) -> None:
         """An optimizer treats no gradient and a zero gradient differently."""
@@ -216,19 +228,18 @@ class GradientSync:
 class _Lane:
     """A thread that reduces buckets in the order in which they come."""
 
-    def __init__(self, reduce: Callable[[Bucket], None]) -> None:
-        self._reduce = reduce
-        self._jobs: queue.SimpleQueue[Bucket | None] = queue.SimpleQueue()
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._open = 0
         self._done = threading.Condition()
         self.failure: BaseException | None = None
         """The first one; it ends the generation, so nothing follows it."""
         threading.Thread(target=self._run, name="gradient-sync", daemon=True).start()
 
-    def submit(self, bucket: Bucket) -> None:
+    def submit(self, reduce: Callable[[], None]) -> None:
         with self._done:
             self._open += 1
-        self._jobs.put(bucket)
+        self._jobs.put(reduce)
 
     def drain(self) -> None:
         """Wait until nothing is under way; an aborted group lets everything fail at once."""
@@ -239,11 +250,11 @@ class _Lane:
         self._jobs.put(None)
 
     def _run(self) -> None:
-        while (bucket := self._jobs.get()) is not None:
+        while (reduce := self._jobs.get()) is not None:
             try:
                 if self.failure is None:
                     with torch.no_grad():
-                        self._reduce(bucket)
+                        reduce()
             except BaseException as error:
                 self.failure = error
             with self._done:

@@ -30,6 +30,8 @@ from distroml.runtime.worker.batches import (
 )
 from distroml.runtime.worker.builtin import load_adapter
 from distroml.runtime.worker.control_link import ControlLink, Position
+from distroml.runtime.worker.device import CPU, prepare_device
+from distroml.runtime.worker.device_group import DeviceGroup
 from distroml.runtime.worker.digest import state_digest
 from distroml.runtime.worker.dist import STOP, VACATE, Dist
 from distroml.runtime.worker.process_group import RankGroup
@@ -84,6 +86,7 @@ def prepare(plan: WorkerPlan, tell: Callable[[], None]) -> Prepared:
     """
     tell()
     adapter = load_adapter(plan.spec)
+    adapter.device = prepare_device(plan.spec.distributed.backend)
     adapter.init_distributed(plan)
     loads = type(adapter).build_dataloader is not FrameworkAdapter.build_dataloader
     dataset = None if loads else as_dataset(adapter.build_dataset(plan.spec))
@@ -124,6 +127,7 @@ class Membership:
             self._spec.resources.workers,
             meetings=link.meetings,
             local_rank=join.local_rank,
+            device=prepared.adapter.device,
         )
         group.on_abort = partial(link.meetings.end, join.generation)
         self._marks = Marks(left_at=prepared.left_at)
@@ -145,6 +149,7 @@ class Membership:
         self._link.meetings.join(self._group.generation)
         self._tell(WorkerPhase.CONNECTING)
         self._group.open()
+        line = self._device_group()
         self._mark(met_at=time.time())
         self._tell(WorkerPhase.RESTORING)
         # Not before: a planned change begins once the new ranks are ready to connect, and they would wait here for the others.
@@ -158,6 +163,7 @@ class Membership:
             run.state.model,
             self._spec.distributed.reduction,
             unused_allowed=self._prepared.adapter.find_unused_parameters,
+            line=line,
         )
         self._tell(WorkerPhase.TRAINING)
         training = self._training(run, source)
@@ -172,6 +178,15 @@ class Membership:
         if flags & VACATE and not flags & STOP and training.checkpointer is None:
             training.checkpointer = self._checkpointer()
         return self._finish(training, stopped=bool(flags))
+
+    def _device_group(self) -> DeviceGroup | None:
+        """The line between the GPUs of all ranks, where they have any and are several."""
+        device = self._prepared.adapter.device
+        if device == CPU or self._group.world_size == 1:
+            return None
+        line = DeviceGroup(self._group, device)
+        line.open()
+        return line
 
     # --- the state ---------------------------------------------------------------------------------------------
 

@@ -101,6 +101,8 @@ class RankGroup:
         self._handle: c10d.ProcessGroup | None = None
         self._lock = threading.RLock()
         self._pending: set[Pending] = set()
+        self._companions: list[Callable[[], None]] = []
+        """What is aborted with it."""
         self._before: frozenset[str] | None = None
         self._sockets: frozenset[str] | None = None
         self._built = threading.Event()
@@ -159,6 +161,14 @@ class RankGroup:
         if self.broken is not None:
             raise CollectiveBroken(self.broken)
 
+    def accompany(self, abort: Callable[[], None]) -> None:
+        """Have ``abort`` called, in a thread, when this group is aborted; at once where it has been."""
+        with self._lock:
+            if self.broken is None:
+                self._companions.append(abort)
+                return
+        abort()
+
     def abort(self, reason: str) -> None:
         """End the generation for this rank; may be called from any thread, any number of times."""
         with self._lock:
@@ -168,10 +178,13 @@ class RankGroup:
             self.store.abort()
             self._built.set()
             pending, self._pending = self._pending, set()
+            companions, self._companions = self._companions, []
             if self._before is not None:
                 shut_down(self._sockets, but_for=self._before)
         for one in pending:
             one.release(reason)
+        for also in companions:  # they may take a while
+            threading.Thread(target=also, name="group-abort", daemon=True).start()
         self.on_abort(reason)
 
     @contextmanager

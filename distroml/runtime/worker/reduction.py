@@ -11,23 +11,36 @@ there are, and buckets that are too large for all_to_all are all-reduced.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from distroml.runtime.worker.buckets import BUCKET_BYTES, Bucket
 from distroml.runtime.worker.logical_shards import LogicalShards
-from distroml.runtime.worker.process_group import RankGroup
 
 SMALL_BYTES = 256 * 1024
 """Up to this size latency is what counts."""
 ALIGNMENT = 8
 
 
+class Line(Protocol):
+    """What exchanges the memory in which buckets lie: the ``RankGroup`` or the ``DeviceGroup`` of a generation."""
+
+    def all_to_all(
+        self, output: Tensor, values: Tensor, received: list[int], sent: list[int]
+    ) -> None: ...
+
+    def all_gather_into(self, output: Tensor, copies: Tensor) -> None: ...
+
+    def all_reduce(self, values: Tensor) -> None: ...
+
+
 class OrderedSum:
     """Reduces buckets over the shards of one generation; keeps the memory that it needs between steps."""
 
-    def __init__(self, group: RankGroup, shards: LogicalShards) -> None:
-        self._group, self._shards = group, shards
+    def __init__(self, line: Line, shards: LogicalShards) -> None:
+        self._line, self._shards = line, shards
         self._scratch: dict[tuple[int, str], Tensor] = {}
 
     def reduce(self, bucket: Bucket) -> None:
@@ -63,7 +76,7 @@ class OrderedSum:
             row = bucket.rows[place, : bucket.count]
             packed[place, note_bytes:end].copy_(row.view(torch.uint8))
         gathered = self._memory(bucket, "gathered", copies.numel(), torch.uint8)
-        self._group.all_gather_into(gathered, _first_for_all(copies.view(world, -1)))
+        self._line.all_gather_into(gathered, _first_for_all(copies.view(world, -1)))
         rows = (
             gathered.view(-1, width)[shards.rows()] if shards.most > 1 else gathered.view(-1, width)
         )
@@ -88,34 +101,34 @@ class OrderedSum:
             by_rank = bucket.rows[:own, : part * world].view(own, world, part).transpose(0, 1)
             sent.view(world, own, part).copy_(by_rank)
         received = self._memory(bucket, "received", shards.count * part, dtype)
-        self._group.all_to_all(
+        self._line.all_to_all(
             received, sent, [size * part for size in shards.sizes], [own * part] * world
         )
         parts = received.view(shards.count, part)
         _add_in_order(parts)
-        self._group.all_gather_into(bucket.rows[0, : part * world], _first_for_all(parts[:world]))
+        self._line.all_gather_into(bucket.rows[0, : part * world], _first_for_all(parts[:world]))
 
     def _memory(self, bucket: Bucket, use: str, size: int, dtype: torch.dtype) -> Tensor:
         """Touched once, then reused: fresh memory costs more than the copy into it."""
         key = (id(bucket), use)
         if key not in self._scratch or self._scratch[key].numel() != size:
-            self._scratch[key] = torch.zeros(size, dtype=dtype)
+            self._scratch[key] = torch.zeros(size, dtype=dtype, device=bucket.rows.device)
         return self._scratch[key]
 
 
 class FastSum:
     """As ``OrderedSum``, but the sum depends on the number of ranks."""
 
-    def __init__(self, group: RankGroup, shards: LogicalShards) -> None:
-        self._group = group
+    def __init__(self, line: Line, shards: LogicalShards) -> None:
+        self._line = line
         world = shards.world_size
-        self._of_ranks = OrderedSum(group, LogicalShards(world, shards.rank, world))
+        self._of_ranks = OrderedSum(line, LogicalShards(world, shards.rank, world))
 
     def reduce(self, bucket: Bucket) -> None:
         """See ``OrderedSum.reduce``."""
         own = _add_in_order(bucket.rows[:, : bucket.count])
         if bucket.size_bytes > BUCKET_BYTES:
-            self._group.all_reduce(own)
+            self._line.all_reduce(own)
         else:
             self._of_ranks.reduce(bucket)
 

@@ -16,6 +16,9 @@ import torch
 def seed_all(*words: int | str) -> None:
     """Seed torch, numpy and ``random`` from ``words``."""
     digest = hashlib.sha256(repr(words).encode()).digest()
-    torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    seed = int.from_bytes(digest[:8], "big") >> 1
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
     np.random.seed(int.from_bytes(digest[8:12], "big"))
     random.seed(digest[12:20])

@@ -80,8 +80,8 @@ class Parcel:
 
 
 def pack(blob: StateBlob, step: int, records: Sequence[MetricRecord] = ()) -> Parcel:
-    """What others need to have this state, without a copy of it."""
-    tensors = [tensor.detach().contiguous() for tensor in blob.tensors.values()]
+    """What others need to have this state, without a copy of what is on the CPU."""
+    tensors = [tensor.detach().cpu().contiguous() for tensor in blob.tensors.values()]
     header = Tensors(
         step=step,
         names=list(blob.tensors),

@@ -41,8 +41,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def tensor_view(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor on the CPU, row by row; without a copy where it is contiguous."""
-    flat = tensor.detach().contiguous().reshape(-1)
+    """The bytes of a tensor, row by row; without a copy where it is contiguous and on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy()).cast("B")
 
 

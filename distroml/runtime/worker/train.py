@@ -21,6 +21,7 @@ from distroml.runtime.worker import lr_schedule
 from distroml.runtime.worker.adapter import FrameworkAdapter
 from distroml.runtime.worker.batches import BatchSource, LocalBatch
 from distroml.runtime.worker.control_link import ControlLink, Position
+from distroml.runtime.worker.device import moved
 from distroml.runtime.worker.dist import BUSY, Dist, ShardDone, StepTotals
 from distroml.runtime.worker.ledger import EMPTY_LEDGER, advance
 from distroml.runtime.worker.metrics import as_metrics, first_of
@@ -300,7 +301,8 @@ def take_step(
             dist.begin_shard(state, place)
             seed_all(adapter.spec.seed, "step", state.step, dist.shard)
             try:
-                state, further = adapter.train_step(state, part.batch, dist)
+                batch = moved(part.batch, dist.device)
+                state, further = adapter.train_step(state, batch, dist)
             except ShardDone:
                 continue
             dist.end_shard(further.get("loss"))

@@ -16,7 +16,7 @@ from distroml.runtime.worker.buckets import Bucket
 from distroml.runtime.worker.dist import Dist
 from distroml.runtime.worker.logical_shards import LogicalShards
 from distroml.runtime.worker.process_group import RankGroup
-from distroml.runtime.worker.reduction import OrderedSum
+from distroml.runtime.worker.reduction import Line, OrderedSum
 from distroml.runtime.worker.state import TrainState
 from distroml.runtime.worker.train import take_step
 from distroml.spec import convert_spec
@@ -89,6 +89,7 @@ def train(
     reduction: str = "deterministic",
     rejoin_at: int | None = None,
     adapter: FrameworkAdapter | None = None,
+    line: Line | None = None,
 ) -> dict[str, torch.Tensor]:
     """Steps in which logical shard s holds ``counts[step][s]`` samples; the state after the last one."""
     adapter = adapter or Plain()
@@ -100,7 +101,8 @@ def train(
         if step in (0, rejoin_at):
             dist.close()
             dist = Dist(group, len(counts[0]))
-            dist.attach(state.model, reduction, unused_allowed=adapter.find_unused_parameters)
+            unused_allowed = adapter.find_unused_parameters
+            dist.attach(state.model, reduction, unused_allowed=unused_allowed, line=line)
         total = sum(shares)
         inputs = torch.randn(total + 2, 6, generator=generator)
         targets = torch.randint(0, 3, (total + 2,), generator=generator)

@@ -1,0 +1,142 @@
+"""Where a worker computes: on the host's processor, or with ``backend: nccl`` on a GPU that nobody else has.
+
+A GPU is claimed by a lock on a file of its name, which the kernel lets go of with the process, however that ends. So
+nobody has to keep account of GPUs, and the workers of several agents on one host do not take each other's. Nothing here
+runs before the worker was forked: CUDA does not survive a fork.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as c10d
+from torch import Tensor
+
+from distroml.errors import DistroMLError
+
+CPU = torch.device("cpu")
+NCCL = "nccl"
+CLAIM_TIMEOUT_S = 30.0
+"""A process that was killed keeps its GPU for as long as the driver needs to clean up."""
+CLAIM_POLL_S = 0.05
+_ENVIRONMENT = {
+    # Equal bits from the same cuBLAS calls (its documentation, "Results reproducibility").
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    # A collective that fails ends a generation, not the process, and no watchdog of torch's decides about either.
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+}
+
+
+def prepare_device(backend: str) -> torch.device:
+    """The device of this process from now on.
+
+    Raises:
+        DistroMLError: there is no GPU, none is free, or this torch cannot use NCCL.
+    """
+    if backend != NCCL:
+        return CPU
+    if not torch.cuda.is_available() or not c10d.is_nccl_available():
+        raise DistroMLError(
+            "distributed.backend is nccl, and on this node torch "
+            f"{torch.__version__} finds {torch.cuda.device_count()} GPUs and {_has_nccl()} NCCL; start the node "
+            "without slots, install a CUDA build of torch there, or use gloo."
+        )
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    names = [
+        str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())
+    ]
+    directory = Path(tempfile.gettempdir()) / f"distroml-gpus-{os.getuid()}"
+    device = torch.device("cuda", claim(directory, names))
+    torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = False  # or it chooses algorithms by how long they take
+    return device
+
+
+def claim(
+    directory: Path,
+    names: Sequence[str],
+    timeout_s: float = CLAIM_TIMEOUT_S,
+    monotonic: Callable[[], float] = time.monotonic,
+) -> int:
+    """The place in ``names`` of the first one that no other process has; it is this one's until it ends.
+
+    Raises:
+        DistroMLError: none became free in time.
+    """
+    directory.mkdir(mode=0o700, exist_ok=True)
+    ends_s = monotonic() + timeout_s
+    while True:
+        for place, name in enumerate(names):
+            if _lock(directory / f"{name}.lock"):
+                return place
+        if monotonic() >= ends_s:
+            raise DistroMLError(
+                f"All {len(names)} GPUs of this node have been taken by other workers for {timeout_s:g} s; "
+                "start the node with as many slots as it has GPUs (--slots)."
+            )
+        time.sleep(CLAIM_POLL_S)
+
+
+def _lock(path: Path) -> bool:
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        return False
+    return True  # the descriptor stays open, and the lock with it
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """``batch`` with all tensors in it on ``device``: in tuples, lists and mappings of any depth."""
+    if device == CPU:
+        return batch
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return type(batch)((key, moved(value, device)) for key, value in batch.items())  # type: ignore[call-arg]
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(moved(value, device) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(moved(value, device) for value in batch)
+    return batch
+
+
+class Stream:
+    """Where exchanges run beside backward: a CUDA stream of its own; on the host they just run."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def mark(self) -> torch.cuda.Event | None:
+        """What the present stream has been given so far."""
+        return None if self._stream is None else torch.cuda.current_stream().record_event()
+
+    @contextmanager
+    def after(self, mark: torch.cuda.Event | None) -> Iterator[None]:
+        """What is done in this context is done here, once all up to ``mark`` has been."""
+        if self._stream is None or mark is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(mark)
+            yield
+
+    def finish(self) -> None:
+        """Wait until all of it is done."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+
+def _has_nccl() -> str:
+    return "has" if c10d.is_nccl_available() else "has no"
