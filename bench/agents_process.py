@@ -195,6 +195,7 @@ class Host:
                 store_dir=directory / "store",
             ),
             sink=HistorySink(metrics=lambda *_: None, logs=lambda *_: None),
+            current=lambda: True,
             changed=lambda: None,
             arrived=self.wire.arrive,
             spawner=spawner,

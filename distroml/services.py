@@ -203,7 +203,6 @@ class NodeServices:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._started = time.monotonic()
-        self._caught_up = False
         self._digesting = asyncio.Lock()
         self._digest = (-1, "")
         self.events = JobEvents(parts.replica.recent_events)
@@ -269,12 +268,12 @@ class NodeServices:
         return leader
 
     def caught_up(self) -> bool:
-        """True from the moment on that this node applied its own registration: all that was acknowledged
-        before it started is then part of its state."""
-        if not self._caught_up:
-            own = self.state().nodes.get(self.name)
-            self._caught_up = own is not None and own.incarnation == self._parts.incarnation
-        return self._caught_up
+        """True from the moment on that this node's registration was applied here: all that was acknowledged before
+        it started is then part of its state.
+
+        That the state has this very incarnation says less: a node that lost its directory counts from 1 again.
+        """
+        return self._parts.proposer.registered
 
     def ready(self) -> tuple[bool, str]:
         parts = self._parts

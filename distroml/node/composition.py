@@ -145,7 +145,7 @@ class Node:
             directory=config.store_dir,
             links=self.links,
             state=lambda: self.replica.state,
-            current=lambda: self.services.caught_up(),
+            current=lambda: self.registration.done,
             leads=lambda: self.raft.is_leader,
             landed=lambda path: self.collector.landed(path),
             leaving=lambda: self.stopping,
@@ -161,6 +161,7 @@ class Node:
                 worker_threads=settings.worker_threads,
             ),
             sink=HistorySink(metrics=self.writer.take_metrics, logs=self.writer.take_logs),
+            current=lambda: self.registration.done,
             changed=self._local_change,
             arrived=self.barriers.arrive,
             copies=self.copies.for_workers,
@@ -255,7 +256,7 @@ class Node:
                     if register in done:
                         register.result()
                         ends.discard(register)
-                        self.replicator.sweep()
+                        self._on_registered()
                     if broken in done:
                         raise NodeBroken(self._breakage)
                     _raise_for_dead(parts & done)
@@ -370,6 +371,12 @@ class Node:
             if event.type == "removed" and event.job_id is not None:
                 self.replicator.forget(event.job_id)
                 self.services.history.forget(event.job_id)
+
+    def _on_registered(self) -> None:
+        """The state has all that was acknowledged before this node began."""
+        self.replicator.sweep()
+        self._converge_due.set()
+        self.copies.for_workers.on_applied()
 
     def _break(self, why: str) -> None:
         self._breakage = self._breakage or why

@@ -44,6 +44,8 @@ class Supervisor:
     """Runs this node's workers.
 
     Args:
+        current: whether the log has taken this incarnation in; once true, it stays true. What the state says before may be
+            of an earlier life that had the same number, where its directory was lost.
         changed: called after every change of ``facts`` that others should hear of soon.
         arrived: called with a barrier at which a local rank stands, that rank, and its value.
         copies: keeps copies of shards on other nodes, and brings what workers are to read.
@@ -56,6 +58,7 @@ class Supervisor:
         settings: SupervisorSettings,
         *,
         sink: HistorySink,
+        current: Callable[[], bool],
         changed: Callable[[], None],
         arrived: Callable[[Barrier, int, int], None],
         copies: ForWorkers = ALONE,
@@ -64,7 +67,7 @@ class Supervisor:
     ) -> None:
         self._settings = settings
         self._output = WorkerOutput(settings.log_dir, sink=sink, monotonic=monotonic)
-        self._changed = changed
+        self._current, self._changed = current, changed
         self._arrived = arrived
         self._copies = copies
         self._monotonic = monotonic
@@ -186,6 +189,8 @@ class Supervisor:
             self._converging = False
 
     def _converge_once(self, state: ClusterState) -> None:
+        if not self._current():
+            return
         if self._roster.has_strangers:
             return  # whose work cannot be shared out before it is known which it is
         self._awaited.clear()
@@ -398,13 +403,8 @@ class Supervisor:
         """Read the logs, and stop waiting for what should long have happened."""
         self._endings.tend()
 
-    def _knows_the_log(self) -> bool:
-        """Whether this replica has seen its own registration; before that it knows too few jobs to prune by."""
-        own = self._state.nodes.get(self._settings.node)
-        return own is not None and own.incarnation == self._settings.incarnation
-
     def _prune_when_due(self) -> None:
-        if self._output.prune_due and self._knows_the_log():
+        if self._output.prune_due and self._current():  # before, it knows too few jobs
             self._output.prune(
                 {job.run_id for job in self._state.jobs.values()},
                 {worker for worker, local in self._workers.items() if local.alive},

@@ -124,6 +124,7 @@ class Agent:
         self.data_dir = directory
         self.workers: list[FakeWorker] = []
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.registered = True
         self.supervisor = Supervisor(
             SupervisorSettings(
                 node="a",
@@ -133,6 +134,7 @@ class Agent:
                 store_dir=directory / "store",
             ),
             sink=HistorySink(metrics=self._take_metrics, logs=self._take_logs),
+            current=lambda: self.registered,
             changed=self._changed,
             arrived=self._arrive,
             spawner=FakeSpawner,  # type: ignore[arg-type]

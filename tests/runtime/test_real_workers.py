@@ -65,6 +65,7 @@ class RealAgent:
             sink=HistorySink(
                 metrics=lambda *_: None, logs=lambda _, lines: self.lines.extend(lines)
             ),
+            current=lambda: True,
             changed=lambda: None,
             arrived=self.wire.arrive,
         )

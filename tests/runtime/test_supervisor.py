@@ -137,6 +137,15 @@ class TestAssignment:
         assert agent.fact(0).phase is WorkerPhase.SPAWNING
         assert agent.find(1) is None
 
+    async def test_a_life_with_the_same_number_is_not_this_one(self, agent: Agent) -> None:
+        """Its directory was lost, so it counts from 1 again, and applies what the log says of its former life."""
+        agent.registered = False
+        agent.assign("a")
+        assert agent.spawner.plans == []
+        agent.registered = True
+        agent.converge()
+        assert len(agent.spawner.plans) == 1
+
     async def test_ranks_of_an_earlier_life_of_this_node_are_not_ours(self, agent: Agent) -> None:
         agent.log.incarnation, agent.log.sequence = 2, 0
         agent.log.ok(node("a", incarnation=2))
@@ -689,6 +698,7 @@ class TestLogs:
     async def test_before_that_they_stay(self, agent: Agent, tmp_path: Path) -> None:
         kept = log_path(tmp_path / "workers", "run-x", 7).parent
         kept.mkdir(parents=True)
+        agent.registered = False
         for _ in range(3):
             agent.supervisor._prune_when_due()
         assert agent.supervisor._output.prune_due, "nothing was looked for"
