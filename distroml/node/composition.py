@@ -147,6 +147,7 @@ class Node:
             state=lambda: self.replica.state,
             current=lambda: self.registration.done,
             leads=lambda: self.raft.is_leader,
+            shared=self.replicator.sharing.shared,
             landed=lambda path: self.collector.landed(path),
             leaving=lambda: self.stopping,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +37,7 @@ class Copies:
         voters: of the cluster; every node has links with them, learners have none with each other.
         directory: this node's own part of the store ``local``.
         current: whether ``state`` has all that was acknowledged before this node began; once true, it stays true.
+        shared: returns once other nodes have what this one has recorded of a job by now.
         landed: called with the path of each file that came from another node.
         leaving: whether this node is about to stop.
     """
@@ -51,6 +52,7 @@ class Copies:
         state: Callable[[], ClusterState],
         current: Callable[[], bool],
         leads: Callable[[], bool],
+        shared: Callable[[str], Awaitable[None]] | None = None,
         landed: Callable[[str], None] = lambda path: None,
         leaving: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -63,7 +65,7 @@ class Copies:
         self._keeper = Keeper(node, self._exchange, self.neighbours, self._replicas)
         self.bringer = Bringer(node, self.own, self._fetcher, self.neighbours)
         self.store = ClusterStore(self.own, self._exchange, self._keeper)
-        self.for_workers = ForWorkers(self._keeper, self.bringer, state, current)
+        self.for_workers = ForWorkers(self._keeper, self.bringer, state, current, shared)
         self.upkeep = Upkeep(
             node,
             voters,

@@ -1,7 +1,8 @@
 """What the workers of this node need of copies: shards that are safe, and checkpoints that are here.
 
-A shard that a worker has made durable on this node is taken for durable only once others have it too; until then the
-agent keeps the word of it to itself. Training does not wait for that. Before a restore the worker asks for the files.
+A shard that a worker has made durable on this node is taken for durable only once others have it too, and what was recorded of
+the steps up to it; until then the agent keeps the word of it to itself. Training does not wait for that. Before a
+restore the worker asks for the files.
 
 An agent that comes back hears of all shards of its workers at once, at a time when its replica may know neither job nor
 other nodes yet. It keeps them until it does: who takes itself for alone makes no copies.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -38,7 +39,10 @@ MAX_UNDER_WAY = 4
 MAX_WAITING = 4
 """Further ones of it, the newest; older ones are given up, lest disks fill with what lags behind."""
 MAX_KEPT = 64
-"""In place of that while the log is not known: what an agent that comes back is told of one rank, and a little."""
+"""In place of that where nothing is copied, or the log is not known: what an agent that comes back is told of one rank,
+and a little."""
+SHARE_PATIENCE_S = 2.0
+"""For how long a shard waits for the records: they are worth less than it is."""
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +72,7 @@ class ForWorkers:
         keeper: None, as ``bringer``: there are no other nodes.
         state: what the log says, as far as this node knows it.
         current: whether that is all that was acknowledged before this node began; once true, it stays true.
+        shared: returns once other nodes have what this one has recorded of a job by now.
     """
 
     def __init__(
@@ -76,9 +81,10 @@ class ForWorkers:
         bringer: Bringer | None,
         state: Callable[[], ClusterState] = ClusterState,
         current: Callable[[], bool] = lambda: True,
+        shared: Callable[[str], Awaitable[None]] | None = None,
     ) -> None:
         self._keeper, self._bringer = keeper, bringer
-        self._state, self._current = state, current
+        self._state, self._current, self._shared = state, current, shared
         self._lines: dict[tuple[str, int], _Line] = {}
         """By run and rank."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -124,15 +130,12 @@ class ForWorkers:
         self.secure(local.fact.job_id, local.fact.run_id, message.shard, settled)
 
     def must_secure(self, job_id: str) -> bool:
-        """Whether a shard of a job must be on other nodes before it counts, or may have to be."""
+        """Whether something must be on other nodes before a shard of a job counts, or may have to be."""
         if self._keeper is None:
             return False
         if not self._current():
             return True
-        job = self._state().jobs.get(job_id)
-        if job is None or job.spec.checkpointing.store != LOCAL:
-            return False
-        return self._keeper.copies_for(job_id) > 0
+        return job_id in self._state().jobs and self._keeper.has_others
 
     def secure(
         self, job_id: str, run_id: str, shard: ShardFact, then: Callable[[str], None]
@@ -160,12 +163,20 @@ class ForWorkers:
             while line.waiting and line.under_way < MAX_UNDER_WAY:
                 line.under_way += 1
                 self._start(self._secure(owner, line, line.waiting.popleft()))
-        while len(line.waiting) > (MAX_WAITING if self._current() else MAX_KEPT):
+        while line.waiting and len(line.waiting) > self._most(line.waiting[0].job_id):
             line.waiting.popleft().then(
                 f"rank {owner[1]}: too many newer shards are still to be copied to other nodes"
             )
         if not line.waiting and not line.under_way:
             self._lines.pop(owner, None)
+
+    def _most(self, job_id: str) -> int:
+        """How many shards of a rank may wait."""
+        return MAX_WAITING if self._current() and self._is_copied(job_id) else MAX_KEPT
+
+    def _is_copied(self, job_id: str) -> bool:
+        job = self._state().jobs.get(job_id)
+        return job is not None and job.spec.checkpointing.store == LOCAL
 
     def _settle_needless(self, line: _Line) -> None:
         """Those of steps that are committed or passed, whose files may be gone: most of what is said once more."""
@@ -189,12 +200,28 @@ class ForWorkers:
 
     async def _secure(self, owner: tuple[str, int], line: _Line, shard: _Shard) -> None:
         assert self._keeper is not None  # or nothing is to be secured
+        duties: list[Awaitable[object]] = [self._records_shared(shard.job_id)]
+        if self._is_copied(shard.job_id):
+            duties.append(self._keeper.keep(shard.file, shard.job_id))
         try:
-            await self._keeper.keep(shard.file, shard.job_id)
+            await asyncio.gather(*duties)
         finally:
             line.under_way -= 1
             self._go_on(owner, line)
         shard.then("")
+
+    async def _records_shared(self, job_id: str) -> None:
+        if self._shared is None:
+            return
+        try:
+            async with asyncio.timeout(SHARE_PATIENCE_S):
+                await self._shared(job_id)
+        except TimeoutError:
+            _log.warning(
+                "job %s: no other node has had its newest records within %g s",
+                job_id,
+                SHARE_PATIENCE_S,
+            )
 
     async def _supply(
         self, bringer: Bringer, need: NeedCheckpoint, answer: Callable[[CheckpointHere], None]

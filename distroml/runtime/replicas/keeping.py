@@ -57,6 +57,11 @@ class Keeper:
         self.counts = {"kept": 0, "refused": 0, "lacking": 0}
         """Copies that others took, that they did not, and that could not be made in time."""
 
+    @property
+    def has_others(self) -> bool:
+        """Whether there is any other node that could have something."""
+        return bool(self._neighbours().others)
+
     def copies_for(self, job_id: str) -> int:
         """How many other nodes are to have what this one writes for a job."""
         near = self._neighbours()

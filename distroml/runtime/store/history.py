@@ -131,6 +131,10 @@ class HistoryStore:
         """Accepted and not yet written."""
         return self._writeback.pending_bytes
 
+    def hurry(self) -> None:
+        """Begin to write what waits: somebody wants to know that it is there."""
+        self._writeback.hurry()
+
     def flush(self) -> None:
         """Write all that is pending now; for a store that was not started."""
         self._writeback.flush()
@@ -202,6 +206,12 @@ class HistoryStore:
         if job is None:
             return {}
         return {key: (stream.first_seq, stream.written) for key, stream in job.streams.items()}
+
+    def own_heads(self, job_id: str) -> dict[StreamKey, int]:
+        """The sequence number after the newest accepted record of each stream of a job that originates here."""
+        job = self._job(job_id)
+        streams = job.streams.items() if job else ()
+        return {key: stream.accepted for key, stream in streams if stream.local}
 
     def heads(self, job_id: str | None = None) -> dict[StreamKey, int]:
         """The sequence number after the newest readable record of each stream (None: of all jobs, slow)."""

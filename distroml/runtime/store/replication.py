@@ -22,9 +22,11 @@ from distroml.runtime.store import sync
 from distroml.runtime.store.history import HistoryStore
 from distroml.runtime.store.outgoing import Outgoing
 from distroml.runtime.store.records import StreamKey
+from distroml.runtime.store.sharing import Sharing
 from distroml.runtime.store.subscriptions import Written
 from distroml.runtime.store.sync import (
     AskHeads,
+    AskHeadsOf,
     Chunk,
     Digests,
     Heads,
@@ -110,6 +112,11 @@ class HistoryReplicator:
         self._known_jobs = known_jobs
         self._clock = clock
         self._outgoing = Outgoing()
+        self.sharing = Sharing(
+            store,
+            others=lambda: any(peer != name for peer in peers()),
+            ask=lambda keys: self._send_to_all(AskHeadsOf(keys)),
+        )
         self._offers: dict[str, dict[StreamKey, Offer]] = {}
         self._in_flight: dict[int, _InFlight] = {}
         self._next_pull = 1
@@ -157,14 +164,13 @@ class HistoryReplicator:
                 self._end_pull(number, answered=False)
         if now >= self._next_compare:
             self._next_compare = now + COMPARE_EVERY_S
-            page = self._digests_page()
-            for peer in self._reachable():
-                self._send(peer, page)
+            self._send_to_all(self._digests_page())
         self._pump()
 
     def forget(self, job_id: str) -> None:
         """A job was removed (and is no longer among ``known_jobs``): delete its history, take none of it again."""
         self._store.remove(job_id)
+        self.sharing.forget(job_id)
         for offers in self._offers.values():
             for key in [key for key in offers if key.job_id == job_id]:
                 del offers[key]
@@ -189,15 +195,16 @@ class HistoryReplicator:
             self._wake.set()
 
     def _push(self) -> None:
-        reachable = self._reachable()
         for message in self._outgoing.take(self._store.span):
-            for peer in reachable:
-                self.counts.pushed += self._send(peer, message)
+            self.counts.pushed += self._send_to_all(message)
 
     def _reachable(self) -> list[str]:
         return sorted(
             peer for peer in self._peers() if peer != self._name and self._links.connected(peer)
         )
+
+    def _send_to_all(self, message: Message) -> int:
+        return sum(self._send(peer, message) for peer in self._reachable())
 
     def _send(self, peer: str, message: Message) -> bool:
         return self._links.send(peer, Channel.STORE, sync.encode(message))
@@ -250,7 +257,13 @@ class HistoryReplicator:
             if not self._send(peer, Heads(page)):
                 return  # it will ask again after the next comparison
 
+    def _on_ask_heads_of(self, peer: str, message: AskHeadsOf) -> None:
+        self._store.hurry()
+        spans = (Span(key, *self._store.span(key)) for key in message.keys)
+        self._send(peer, Heads(tuple(spans)))
+
     def _on_heads(self, peer: str, message: Heads) -> None:
+        self.sharing.take(message.spans)
         for span in message.spans:
             self._note(peer, span)
         self._pump()
@@ -373,6 +386,8 @@ class HistoryReplicator:
                 self._on_digests(peer, message)
             case AskHeads():
                 self._on_ask_heads(peer, message)
+            case AskHeadsOf():
+                self._on_ask_heads_of(peer, message)
             case Heads():
                 self._on_heads(peer, message)
             case Pull():

@@ -82,7 +82,13 @@ class Records(Struct, frozen=True, array_like=True, tag=5):
     chunks: Annotated[tuple[Chunk, ...], Meta(max_length=MAX_CHUNKS)]
 
 
-Message = Digests | AskHeads | Heads | Pull | Records
+class AskHeadsOf(Struct, frozen=True, array_like=True, tag=6):
+    """The sender wants to know what is kept of its streams: tell it these heads."""
+
+    keys: Annotated[tuple[StreamKey, ...], Meta(max_length=MAX_SPANS)]
+
+
+Message = Digests | AskHeads | Heads | Pull | Records | AskHeadsOf
 
 Undecodable = UNDECODABLE
 """Raised by ``decode``."""

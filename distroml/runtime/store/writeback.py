@@ -45,6 +45,7 @@ class Writeback:
         self._dirty: dict[StreamKey, Stream] = {}
         self._doomed: list[Path] = []
         self._wake = asyncio.Event()
+        self._hurry = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         self._thread: ThreadPoolExecutor | None = None
@@ -86,6 +87,11 @@ class Writeback:
             self._thread = None
         self.flush()
 
+    def hurry(self) -> None:
+        """Begin to write what waits, without waiting for more."""
+        if self._dirty:
+            self._hurry.set()
+
     async def settled(self) -> None:
         """Return once everything accepted and doomed so far is dealt with."""
         await self._idle.wait()
@@ -114,8 +120,11 @@ class Writeback:
     async def _run(self) -> None:
         while True:
             await self._wake.wait()
-            await asyncio.sleep(self._flush_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._flush_s):
+                    await self._hurry.wait()
             self._wake.clear()
+            self._hurry.clear()
             batch, doomed = self._take(), self._take_doomed()
             loop = asyncio.get_running_loop()
             write = loop.run_in_executor(self._thread, _write, batch, doomed)

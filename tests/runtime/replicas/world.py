@@ -107,6 +107,9 @@ class World:
         self.state = ClusterState(jobs={JOB: job}, nodes=nodes)
         self.unaware: set[str] = set()
         """Nodes that have just begun and not applied their log again."""
+        self.records_shared = asyncio.Event()
+        """Whether what nodes recorded of jobs is on others."""
+        self.records_shared.set()
         self.nodes: dict[str, Copies] = {}
         self.landed: list[tuple[str, str]] = []
 
@@ -136,6 +139,7 @@ class World:
             state=lambda: ClusterState() if name in self.unaware else self.state,
             current=lambda: name not in self.unaware,
             leads=lambda: name == self.leader,
+            shared=self._shared,
             landed=lambda path: self.landed.append((name, path)),
         )
         copies.upkeep.start = lambda: None  # type: ignore[method-assign]
@@ -154,6 +158,9 @@ class World:
         await self.stop(name)
         shutil.rmtree(self.root / name, ignore_errors=True)
         self.set_status(name, NodeStatus.LOST)
+
+    async def _shared(self, job_id: str) -> None:
+        await self.records_shared.wait()
 
     def catch_up(self, name: str) -> None:
         """It has applied its log again."""
