@@ -208,10 +208,14 @@ class HistoryStore:
         return {key: (stream.first_seq, stream.written) for key, stream in job.streams.items()}
 
     def own_heads(self, job_id: str) -> dict[StreamKey, int]:
-        """The sequence number after the newest accepted record of each stream of a job that originates here."""
+        """The sequence number after the newest accepted record of the newest streams of a job that originate here.
+
+        Those of the two newest generations: others were written long ago, and may have been dropped elsewhere.
+        """
         job = self._job(job_id)
-        streams = job.streams.items() if job else ()
-        return {key: stream.accepted for key, stream in streams if stream.local}
+        own = {key: one.accepted for key, one in job.streams.items() if one.local} if job else {}
+        newest = max((key.generation for key in own), default=0)
+        return {key: head for key, head in own.items() if key.generation >= newest - 1}
 
     def heads(self, job_id: str | None = None) -> dict[StreamKey, int]:
         """The sequence number after the newest readable record of each stream (None: of all jobs, slow)."""

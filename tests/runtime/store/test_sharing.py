@@ -79,6 +79,14 @@ async def test_what_comes_later_and_what_others_recorded_is_not_waited_for(tmp_p
     assert task.done()
 
 
+async def test_generations_of_long_ago_are_not_asked_for(tmp_path: Path) -> None:
+    async with HistoryStore(tmp_path) as store:
+        for generation in (1, 2, 3):
+            store.append(key(0, generation), 0, lines(0, generation))
+        store.append(key(1, 9), 0, lines(0, 9), local=False)
+        assert store.own_heads(JOB) == {key(0, 2): 2, key(0, 3): 3}
+
+
 async def test_a_node_alone_waits_for_nobody(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path, "a")
     record(cluster, "a", 0, 5)
