@@ -203,12 +203,17 @@ class ForWorkers:
         duties: list[Awaitable[object]] = [self._records_shared(shard.job_id)]
         if self._is_copied(shard.job_id):
             duties.append(self._keeper.keep(shard.file, shard.job_id))
+        problem = ""
         try:
             await asyncio.gather(*duties)
+        except Exception as error:  # a defect; the shard must not count, nor wait for ever
+            problem = f"rank {owner[1]}: {type(error).__name__}: {error}"
+            raise
         finally:
             line.under_way -= 1
             self._go_on(owner, line)
-        shard.then("")
+            if not self._stopped:
+                shard.then(problem)
 
     async def _records_shared(self, job_id: str) -> None:
         if self._shared is None:

@@ -7,18 +7,19 @@ runs before the worker was forked: CUDA does not survive a fork.
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as c10d
-from torch import Tensor
 
 from distroml.errors import DistroMLError
 
@@ -27,6 +28,7 @@ NCCL = "nccl"
 CLAIM_TIMEOUT_S = 30.0
 """A process that was killed keeps its GPU for as long as the driver needs to clean up."""
 CLAIM_POLL_S = 0.05
+FINISH_POLL_S = 0.0001
 _ENVIRONMENT = {
     # Equal bits from the same cuBLAS calls (its documentation, "Results reproducibility").
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
@@ -98,13 +100,19 @@ def _lock(path: Path) -> bool:
 
 
 def moved(batch: Any, device: torch.device) -> Any:
-    """``batch`` with all tensors in it on ``device``: in tuples, lists and mappings of any depth."""
+    """``batch`` with all in it that can be moved on ``device``: in tuples, lists and mappings of any depth."""
     if device == CPU:
         return batch
-    if isinstance(batch, Tensor):
+    if callable(getattr(batch, "to", None)):  # tensors, packed sequences, graphs, encodings
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return type(batch)((key, moved(value, device)) for key, value in batch.items())  # type: ignore[call-arg]
+        there = {key: moved(value, device) for key, value in batch.items()}
+        if not isinstance(batch, MutableMapping):
+            return there
+        like = copy.copy(batch)
+        for key, value in there.items():  # ``update`` may mean something else
+            like[key] = value
+        return like
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(moved(value, device) for value in batch))
     if isinstance(batch, (tuple, list)):
@@ -113,10 +121,24 @@ def moved(batch: Any, device: torch.device) -> Any:
 
 
 class Stream:
-    """Where exchanges run beside backward: a CUDA stream of its own; on the host they just run."""
+    """Where exchanges run beside backward: a CUDA stream of its own; on the host they just run.
+
+    A process has one for good: torch keeps the memory that was used on a stream for that stream.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._device = device
+        self._stream = _stream_of(device) if device.type == "cuda" else None
+
+    def enter_thread(self) -> None:
+        """To be called first in each thread that uses it: CUDA's present device is a thread's own."""
+        if self._stream is not None:
+            torch.cuda.set_device(self._device)
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether work is put here rather than done."""
+        return self._stream is not None
 
     def mark(self) -> torch.cuda.Event | None:
         """What the present stream has been given so far."""
@@ -132,10 +154,21 @@ class Stream:
             self._stream.wait_event(mark)
             yield
 
-    def finish(self) -> None:
-        """Wait until all of it is done."""
-        if self._stream is not None:
-            self._stream.synchronize()
+    def finish(self, timeout_s: float) -> bool:
+        """Wait until all of it is done; False where that takes longer."""
+        if self._stream is None:
+            return True
+        end, ends_s = self._stream.record_event(), time.monotonic() + timeout_s
+        while not end.query():
+            if time.monotonic() >= ends_s:
+                return False
+            time.sleep(FINISH_POLL_S)
+        return True
+
+
+@cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _has_nccl() -> str:

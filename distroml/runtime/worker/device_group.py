@@ -54,7 +54,7 @@ class DeviceGroup:
             self.abort()
 
         self._group.accompany(abort)
-        # In a thread of its own: NCCL's way to connect cannot be interrupted, only left alone.
+        # In a thread of its own: NCCL's way to connect cannot be interrupted, only left alone (for good, if a rank is lost there).
         threading.Thread(target=build, name="nccl-build", daemon=True).start()
         with self._group.waiting():
             built.wait()
@@ -117,6 +117,7 @@ class DeviceGroup:
 def connect(group: RankGroup, device: torch.device) -> c10d.ProcessGroup:
     """NCCL among the ranks of ``group``, connected when this returns."""
     torch.cuda.set_device(device)  # each thread has its own
+    torch.cuda.empty_cache()  # NCCL takes memory that torch does not know of
     store = c10d.PrefixStore(PREFIX, group.store)
     options = c10d.ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,8 @@ checkpoint in any case, since the run goes on elsewhere."""
 BUSY = 8
 """A flag that ends nothing: this rank's last shard is still being written."""
 MAX_BARRIER_NAME_CHARS = 100
+ANY_REQUEST = 2**53
+"""Where only a later shard of the rank says which one it could answer."""
 _FIXED = ("loss_sum", "samples", "flags", "waited_s", "ids_high", "ids_low", "save_request")
 """What each shard's note holds, as float64, before the metrics given to ``backward``."""
 
@@ -62,14 +64,14 @@ class StepTotals:
     save_request: int = 0
     """The newest request for a checkpoint that each rank is ready to answer after this step."""
     any_busy: bool = False
-    """Whether a rank was still writing a shard when it began the step."""
+    """Whether a rank was still writing an earlier shard."""
 
 
 @dataclass
 class _Step:
     parts: Sequence[LocalBatch]
     flags: int
-    save_request: int
+    ready: Callable[[], int | None]
     values: dict[str, Any]
     place: int = 0
     notes: list[list[float]] = field(default_factory=list)
@@ -110,6 +112,8 @@ class Dist:
         self.batch_samples = 0
         self.waited_s = 0.0
         """For how long this rank waited for others in the step before."""
+        self.busy = False
+        """Whether this rank still wrote an earlier shard in the step before."""
         self._sync: GradientSync | None = None
         self._statistics: RunningStatistics | None = None
         self._packed = torch.empty((0, 0), dtype=torch.uint8)
@@ -258,18 +262,23 @@ class Dist:
     # --- for the step loop -------------------------------------------------------------------------------------
 
     def begin_step(
-        self, state: TrainState, parts: Sequence[LocalBatch], flags: int, save_request: int = 0
+        self,
+        state: TrainState,
+        parts: Sequence[LocalBatch],
+        flags: int,
+        ready: Callable[[], int | None] = lambda: 0,
     ) -> None:
         """A step with one part per logical shard of this rank.
 
         Args:
             flags: this rank's wishes; any rank's is granted.
-            save_request: what this rank has been asked to save and could save after the step; it takes all ranks.
+            ready: the newest request for a checkpoint that this rank could answer after the step, None while it still writes
+                an earlier shard; it takes all ranks. Asked as late as all can still hear of it.
         """
         self.step = state.step
         # Autograd would add to those of a step that was cut short.
         state.model.zero_grad(set_to_none=True)
-        self._current = _Step(parts, flags, save_request, copy.deepcopy(state.values))
+        self._current = _Step(parts, flags, ready, copy.deepcopy(state.values))
         if self._statistics is not None:
             self._statistics.remember()
 
@@ -332,13 +341,18 @@ class Dist:
             )
         weight = float(self.samples)
         part = step.parts[step.place]
+        request: int | None = ANY_REQUEST
+        if step.place == len(step.parts) - 1:
+            request = step.ready()
+            self.busy = request is None
+            step.flags |= BUSY * self.busy
         note = [
             float(loss) * weight if weight else 0.0,
             weight,
             float(step.flags),
             self.waited_s,
             *part.ids_digest,
-            float(step.save_request),
+            float(request or 0),
             *(metrics[name] * weight if weight else 0.0 for name in names),
         ]
         statistics_bytes = self._statistics.size_bytes if self._statistics else 0

@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -22,7 +23,7 @@ from distroml.errors import DistroMLError
 from distroml.runtime.worker.buckets import Bucket, make_buckets
 from distroml.runtime.worker.device import CPU, Stream
 from distroml.runtime.worker.logical_shards import LogicalShards
-from distroml.runtime.worker.process_group import RankGroup
+from distroml.runtime.worker.process_group import COLLECTIVE_TIMEOUT_S, RankGroup
 from distroml.runtime.worker.reduction import SMALL_BYTES, FastSum, Line, OrderedSum
 
 
@@ -91,7 +92,11 @@ class GradientSync:
             hook.remove()
         if self._lane is not None:
             self._lane.end()
-        self._stream.finish()  # what still runs would write into memory that has gone to others
+        for parameter in self._places:
+            parameter.grad = None  # it lies in a bucket, which the next generation has no use for
+        self._stream.finish(
+            COLLECTIVE_TIMEOUT_S
+        )  # what still runs would write into memory that has gone to others
 
     # --- a step ------------------------------------------------------------------------------------------------
 
@@ -189,7 +194,17 @@ class GradientSync:
     def _finish(self) -> None:
         for bucket in self._buckets[self._next : -1]:
             self._submit(bucket)
+        if self._stream.is_beside:
+            torch.cuda.current_stream().synchronize()  # its own work is no waiting for others
         began_s = time.monotonic()
+        with self._group.waiting() if self._stream.is_beside else nullcontext():
+            self._exchange_the_rest()
+        if self._unused_allowed:
+            self._drop_what_nobody_used()
+        self._group.check()
+        self.waited_s += time.monotonic() - began_s
+
+    def _exchange_the_rest(self) -> None:
         if self._lane is not None:
             self._lane.drain()
             if self._lane.failure is not None:
@@ -197,16 +212,14 @@ class GradientSync:
         self._reduce(
             self._buckets[-1], self._stream.mark()
         )  # nothing is left for it to hide behind
-        with self._group.waiting():
-            self._stream.finish()
-        if self._unused_allowed:
-            self._drop_what_nobody_used()
-        self._group.check()
-        self.waited_s += time.monotonic() - began_s
+        if not self._stream.finish(COLLECTIVE_TIMEOUT_S):
+            raise self._group.break_off(
+                "the exchange of gradients", f"no end within {COLLECTIVE_TIMEOUT_S:g} s"
+            )
 
     def _submit(self, bucket: Bucket) -> None:
         if self._lane is None:
-            self._lane = _Lane()
+            self._lane = _Lane(self._stream.enter_thread)
         self._lane.submit(partial(self._reduce, bucket, self._stream.mark()))
 
     def _reduce(self, bucket: Bucket, filled: torch.cuda.Event | None) -> None:
@@ -226,9 +239,14 @@ class GradientSync:
 
 
 class _Lane:
-    """A thread that reduces buckets in the order in which they come."""
+    """A thread that reduces buckets in the order in which they come.
 
-    def __init__(self) -> None:
+    Args:
+        enter: called in it first.
+    """
+
+    def __init__(self, enter: Callable[[], None]) -> None:
+        self._enter = enter
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._open = 0
         self._done = threading.Condition()
@@ -250,6 +268,7 @@ class _Lane:
         self._jobs.put(None)
 
     def _run(self) -> None:
+        self._enter()
         while (reduce := self._jobs.get()) is not None:
             try:
                 if self.failure is None:

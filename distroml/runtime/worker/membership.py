@@ -33,7 +33,7 @@ from distroml.runtime.worker.control_link import ControlLink, Position
 from distroml.runtime.worker.device import CPU, prepare_device
 from distroml.runtime.worker.device_group import DeviceGroup
 from distroml.runtime.worker.digest import state_digest
-from distroml.runtime.worker.dist import STOP, VACATE, Dist
+from distroml.runtime.worker.dist import BUSY, STOP, VACATE, Dist
 from distroml.runtime.worker.process_group import RankGroup
 from distroml.runtime.worker.rendezvous import CollectiveBroken
 from distroml.runtime.worker.seeding import seed_all
@@ -132,13 +132,17 @@ class Membership:
         group.on_abort = partial(link.meetings.end, join.generation)
         self._marks = Marks(left_at=prepared.left_at)
         self._total_steps: int | None = None
+        self._busy = self._any_busy = False
+        """Whether this rank, and whether any, was still writing a shard when they met."""
         self._wishes = 0
         """Of all ranks, when they met."""
 
     def close(self) -> None:
         """Leave, in whatever state the group is."""
-        self._dist.close()
-        self._group.close()
+        try:
+            self._group.close()  # first: what is under way ends by that
+        finally:
+            self._dist.close()
 
     def live(self) -> WorkerOutcome | None:
         """The outcome of the run, or None where the ranks left together for the next generation.
@@ -211,6 +215,7 @@ class Membership:
         """Make this rank's state the one that all ranks go on from."""
         prepared, group = self._prepared, self._group
         assert self._total_steps is not None
+        self._busy = prepared.checkpointer is not None and prepared.checkpointer.busy
         standings = gather_standings(
             group,
             Standing(
@@ -218,12 +223,13 @@ class Membership:
                 total_steps=self._total_steps,
                 dataset=hashlib.sha256(source.digest.encode()).digest(),
                 model=_model_sha256(prepared.run.state if prepared.run else prepared.fresh),
-                flags=self._flags(),
+                flags=self._flags() | BUSY * self._busy,
             ),
         )
         check_agreement(standings)
         for one in standings:
-            self._wishes |= one.flags
+            self._wishes |= one.flags & ~BUSY
+            self._any_busy |= bool(one.flags & BUSY)
         checkpoint = self._join.checkpoint
         holder = choose_source(standings, 2 * self._join.steps_done if checkpoint else None)
         if holder is not None:
@@ -315,6 +321,8 @@ class Membership:
             total_steps=self._total_steps,
             flags=self._flags,
             wishes=self._wishes,
+            busy=self._busy,
+            any_busy=self._any_busy,
             save_request=self._save_request,
             on_first_step=self._on_first_step,
         )

@@ -43,7 +43,7 @@ class Standing(msgspec.Struct, frozen=True):
     model: bytes
     """SHA-256 of its model's parameter names, shapes and types."""
     flags: int = 0
-    """What it wishes for the boundary at which the generation begins (``dist.STOP``, ``dist.MOVE``)."""
+    """What it wishes for the boundary at which the generation begins (``dist.STOP``, ``dist.MOVE``), and ``dist.BUSY``."""
 
 
 class Tensors(msgspec.Struct, frozen=True):

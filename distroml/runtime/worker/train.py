@@ -22,7 +22,7 @@ from distroml.runtime.worker.adapter import FrameworkAdapter
 from distroml.runtime.worker.batches import BatchSource, LocalBatch
 from distroml.runtime.worker.control_link import ControlLink, Position
 from distroml.runtime.worker.device import moved
-from distroml.runtime.worker.dist import BUSY, Dist, ShardDone, StepTotals
+from distroml.runtime.worker.dist import Dist, ShardDone, StepTotals
 from distroml.runtime.worker.ledger import EMPTY_LEDGER, advance
 from distroml.runtime.worker.metrics import as_metrics, first_of
 from distroml.runtime.worker.rendezvous import CollectiveBroken
@@ -123,6 +123,10 @@ class Training:
     """What this rank wishes for the next boundary (``dist.STOP``, ``dist.MOVE``)."""
     wishes: int = 0
     """What the ranks together wished for the boundary from which they go on."""
+    busy: bool = False
+    """Whether this rank was still writing a shard when the ranks met."""
+    any_busy: bool = False
+    """Whether one of them was."""
     save_request: Callable[[], int] = lambda: 0
     """The newest request for a checkpoint that this rank has heard of."""
     answered: int = 0
@@ -178,10 +182,8 @@ class Training:
         dist, run = self.dist, self.run
         parts = self.source.at(self.state.step, dist)
         data_s = time.perf_counter() - began_s
-        busy = self.checkpointer is not None and self.checkpointer.busy
-        request = self.save_request() if self.checkpointer and not busy else 0
         run.state, totals, further = take_step(
-            self.adapter, run.state, dist, parts, self.flags() | (BUSY if busy else 0), request
+            self.adapter, run.state, dist, parts, self.flags(), self._ready
         )
         # From here on the step is done, whatever becomes of the others.
         state, epoch = self.state, parts[0].epoch
@@ -210,7 +212,7 @@ class Training:
         self.answered = max(self.answered, totals.save_request)
         if not totals.flags and state.step < self.total_steps and self._is_due(asked=asked):
             if totals.any_busy:
-                self._leave_out(mine=busy)
+                self._leave_out(mine=dist.busy)
             else:
                 self._save()
         self.clock.saw_pause(time.perf_counter() - done_s)
@@ -235,8 +237,12 @@ class Training:
         """What belongs to the step that the generation starts from, and may have been cut short before."""
         if self.state.step > 0 and self._is_end_of_epoch(self.state.step):
             self._evaluate()
-        if 0 < self.state.step < self.total_steps and self._is_due():
-            self._save()
+        # Who is about to end saves then; who moves on does so in the next generation.
+        if not self.wishes and 0 < self.state.step < self.total_steps and self._is_due():
+            if self.any_busy:
+                self._leave_out(mine=self.busy)
+            else:
+                self._save()
 
     def _is_end_of_epoch(self, step: int) -> bool:
         return step == self.total_steps or self.source.cursor(step).batch == 0
@@ -258,6 +264,12 @@ class Training:
         record = MetricRecord(step, self.state.epoch, time.time(), values)
         run.records.append(record)
         self._report(record)
+
+    def _ready(self) -> int | None:
+        """The newest request that this rank could answer after the present step; None while its last shard is written."""
+        if self.checkpointer is None:
+            return 0
+        return None if self.checkpointer.busy else self.save_request()
 
     def _is_due(self, *, asked: bool = False) -> bool:
         return asked or self.state.step % self.adapter.spec.checkpointing.every_n_steps == 0
@@ -283,7 +295,7 @@ def take_step(
     dist: Dist,
     parts: Sequence[LocalBatch],
     flags: int = 0,
-    save_request: int = 0,
+    ready: Callable[[], int | None] = lambda: 0,
 ) -> tuple[TrainState, StepTotals, dict[str, Any]]:
     """Compute this rank's shards of a batch and change the parameters.
 
@@ -294,7 +306,7 @@ def take_step(
         CollectiveBroken: another rank is gone; the state is as it was.
         DistroMLError: ``train_step`` did what it must not; the state may be that of no step.
     """
-    dist.begin_step(state, parts, flags, save_request)
+    dist.begin_step(state, parts, flags, ready)
     further: dict[str, Any] = {}
     try:
         for place, part in enumerate(parts):

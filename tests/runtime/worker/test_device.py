@@ -5,13 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections import namedtuple
+from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as c10d
+from torch.nn.utils.rnn import pack_sequence
 
 from distroml.errors import DistroMLError
 from distroml.runtime.worker import device_group
@@ -91,6 +93,17 @@ def test_all_tensors_of_a_batch_are_moved_in_whatever_they_are() -> None:
     for one in (there["pair"].inputs, there["pair"].targets[0], there["rest"][0]):
         assert one.device == meta
     assert moved(batch, CPU) is batch
+
+
+def test_batches_keep_their_kind() -> None:
+    meta, tensor = torch.device("meta"), torch.zeros(2)
+    lists = moved(defaultdict(list, a=[tensor]), meta)
+    assert lists["a"][0].device == meta
+    assert lists["b"] == []
+    assert moved(Counter(a=2), meta) == Counter(a=2)
+    assert moved(MappingProxyType({"a": tensor}), meta)["a"].device == meta
+    packed = pack_sequence([torch.zeros(3), torch.zeros(2)])
+    assert moved(packed, meta).data.device == meta
 
 
 # --- the line between them ---------------------------------------------------------------------------------------

@@ -262,21 +262,37 @@ def test_flags_of_any_rank_reach_all() -> None:
     assert run_ranks(3, work) == [2, 2, 2]
 
 
+@pytest.mark.parametrize("shards", [3, 5])
 @pytest.mark.parametrize(
-    ("ready", "agreed"), [((2, 2, 2), 2), ((2, 0, 2), 0), ((1, 2, 2), 1)], ids=str
+    ("ready", "agreed"),
+    [((2, 2, 2), 2), ((2, None, 2), 0), ((2, 0, 2), 0), ((1, 2, 2), 1)],
+    ids=str,
 )
 def test_a_request_to_save_is_answered_once_every_rank_can(
-    ready: tuple[int, ...], agreed: int
+    ready: tuple[int | None, ...], agreed: int, shards: int
 ) -> None:
-    def work(group: RankGroup) -> int:
-        dist = Dist(group)
-        part = LocalBatch(None, 1, 3, 0, False)
-        dist.begin_step(Plain().new_state(), [part], flags=0, save_request=ready[group.rank])
-        dist.begin_shard(Plain().new_state(), 0)
-        dist.end_shard(1.0)
-        return dist.end_step().save_request
+    def work(group: RankGroup) -> tuple[int, bool, bool]:
+        dist, state = Dist(group, shards), Plain().new_state()
+        parts = [LocalBatch(None, 1, shards, 0, False) for _ in dist.shards.mine]
+        asked: list[int] = []
 
-    assert run_ranks(3, work) == [agreed] * 3
+        def own() -> int | None:
+            asked.append(dist.shard)
+            return ready[group.rank]
+
+        dist.begin_step(state, parts, 0, own)
+        for place in range(len(parts)):
+            dist.begin_shard(state, place)
+            assert asked == [], "asked before the last shard"
+            dist.end_shard(1.0)
+        totals = dist.end_step()
+        assert totals.flags == 0
+        assert len(asked) == 1
+        return totals.save_request, totals.any_busy, dist.busy
+
+    any_busy = None in ready
+    expected = [(agreed, any_busy, one is None) for one in ready]
+    assert run_ranks(3, work) == expected
 
 
 @pytest.mark.parametrize(("shards", "world_size"), [(4, 4), (4, 3), (7, 3), (5, 1)])

@@ -317,6 +317,14 @@ def test_a_request_to_save_is_answered_once_at_one_boundary(agent: AgentStub) ->
     assert [request for _, request in saved[0]] == [1, 3, 3], "the final one answers as well"
 
 
+def test_each_step_is_saved_where_the_disk_keeps_up(agent: AgentStub) -> None:
+    """Whether it does is asked as late as all ranks can still hear of it."""
+    spec = user_spec("WaitsForItsDisk", 2, steps=8, checkpointing={"every_n_steps": 1})
+    for worker in finished(agent.run(spec)):
+        assert [shard.step for shard in worker.shards] == list(range(1, 9))
+        assert worker.abandoned == []
+
+
 def test_no_rank_saves_a_step_for_which_another_has_no_time(
     agent: AgentStub, tmp_path: Path
 ) -> None:
