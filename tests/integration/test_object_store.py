@@ -141,9 +141,10 @@ async def test_what_s3_has_is_found_by_a_new_cluster(
             await client.import_checkpoints(f"s3://not-there?endpoint={server}")
         answer = await client.import_checkpoints(store, verify=True)
         assert answer["unusable"] == []
-        assert [(one["job_id"], one["steps"]) for one in answer["jobs"]] == [
-            (first["job_id"], [20])
-        ]
+        (found,) = answer["jobs"]
+        assert found["job_id"] == first["job_id"]
+        # The first cluster may have ended before it had deleted what it had retired.
+        assert found["steps"] in ([20], [10, 20])
         again = await done(client, {**spec(store, 40, 20), "init_from": {"job": first["job_id"]}})
         assert again["result"]["state_digest"] == whole["result"]["state_digest"]
 
