@@ -391,6 +391,18 @@ class Job(Struct, frozen=True, gc=False, kw_only=True):
         good = [c for c in self.checkpoints if c.status is CheckpointStatus.COMMITTED]
         return max(good, key=lambda c: c.step, default=None)
 
+    def passed_by(self, generation: int) -> int:
+        """The step behind which nothing of ``generation`` is committed any more; -1: there is none.
+
+        What lies behind and is not listed is garbage: its files may be gone. That the newest one turns out to be corrupt, and is
+        not even listed any more, does not bring them back.
+        """
+        newest = self.newest_checkpoint()
+        passed = newest.step if newest is not None else -1
+        return (
+            max(passed, self.committed_step) if generation <= self.committed_generation else passed
+        )
+
     def origin(self) -> Checkpoint | None:
         """What ranks without a state begin with: the newest checkpoint of the run, else the initial one."""
         return self.newest_checkpoint() or self.initial

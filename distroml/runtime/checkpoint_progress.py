@@ -43,6 +43,8 @@ def progress(turn: Turn, run: Running) -> Progress:
     number, checkpoints = run.generation.number, run.job.checkpoints
     saved = _saved(turn, run)
     floor = max((c.step for c in checkpoints if c.generation == number), default=-1)
+    # An earlier generation may have committed what was whole when it failed, while this one went on from further back.
+    floor = max(floor, run.job.passed_by(number) - 1)
     # Below the floor lies a corrupt one of this very generation too: the same shards are not committed again.
     settled = {c.step for c in checkpoints if c.status is CheckpointStatus.COMMITTED}
     shards = {

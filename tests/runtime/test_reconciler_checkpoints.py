@@ -8,7 +8,7 @@ from distroml import commands as c
 from distroml.model import Checkpoint, FailureKind, JobStatus
 from distroml.runtime.reconciler import WriteManifest
 from distroml.spec import Checkpointing, InitFrom
-from tests.builders import commit
+from tests.builders import commit, fail, form, members
 from tests.runtime.scenes import Scene, names, only, recovering
 
 POLICY = Checkpointing(keep_last=2)
@@ -53,6 +53,20 @@ def test_the_manifest_is_to_tell_the_metric_of_the_spec() -> None:
     for rank in (0, 1):
         scene.saves(rank, 20)
     assert only(scene.turn(), WriteManifest).best_metric == "accuracy"
+
+
+def test_what_a_late_commit_has_passed_is_neither_written_nor_waited_for() -> None:
+    """A survivor was thought to have 70 steps, and was gone too: generation 2 went on from step 2. Only then step 60 of
+    generation 1, which was whole, got into the log."""
+    scene = saved(Scene("a", "b").running("a", "b", checkpointing=POLICY), 2)
+    scene.log.ok(fail("job-1", 1), at=scene.wall_s)
+    scene.log.ok(form("job-1", 2, members("a", "b"), resume_step=70), at=scene.wall_s)
+    scene.log.ok(commit(60), at=scene.wall_s)
+    scene.train(step=90)
+    scene.log.ok(c.MarkRunning(job_id="job-1", generation=2, total_steps=100), at=scene.wall_s)
+    for rank in (0, 1):
+        scene.saves(rank, 20, 40, 60, 80)
+    assert only(scene.turn(), WriteManifest).step == 80
 
 
 class TestInitFrom:

@@ -99,14 +99,7 @@ def _commit_checkpoint(
 
 
 def _check_not_passed(job: Job, new: Checkpoint) -> None:
-    """What lies below the newest one and is not listed is garbage: its files may be gone by now.
-
-    That the newest one turns out to be corrupt, and is not even listed any more, does not bring them back.
-    """
-    newest = job.newest_checkpoint()
-    passed = newest.step if newest is not None else -1
-    if new.generation <= job.committed_generation:
-        passed = max(passed, job.committed_step)
+    passed = job.passed_by(new.generation)
     if new.step < passed:
         raise Refused(
             "conflict", f"step {new.step} is behind step {passed}, which was committed before it"
