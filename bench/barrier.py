@@ -22,10 +22,9 @@ from msgspec import Struct
 from bench.control_plane import SLOTS, ControlPlane, control_plane
 from bench.parts import Bench, Part, Say, run_parts
 from bench.players import Player, playing
-from bench.table import Aim, Row, compare, percentile
+from bench.table import RUST_PEER, Aim, Row, compare, percentile
 
 BARE = "bare asyncio, same sockets"
-RUST_PEER = "a Rust peer reports"
 RUST_P99_MS = 48.0
 """Of a barrier of 100 workers, on its own machine."""
 LEAD_S = 0.3

@@ -19,11 +19,12 @@ import msgspec
 from msgspec import Struct
 
 from bench import commits
+from bench.live_job import cluster_at
 from bench.object_store import uploads
 from bench.parts import Bench, Part, Say, run_parts
 from bench.players import Player, playing
 from bench.processes import Broken
-from bench.table import Aim, Row, compare, median, percentiles
+from bench.table import RUST_PEER, Aim, Row, compare, median, percentiles
 from distroml.model import Checkpoint
 from distroml.reports import ShardFact
 from distroml.runtime.checkpoint.commit import write_manifest
@@ -55,7 +56,7 @@ FULL = Scale(state_bytes=1024 * MIB, rounds=5, ranks=(1, 4), commits=200, rate_s
 QUICK = Scale(state_bytes=256 * MIB, rounds=3, ranks=(1, 4), commits=20, rate_s=5.0)
 COMMIT_EVERY = 25
 """Steps between the checkpoints whose latency is measured: they follow one another without overlap."""
-RUST_PEER, RUST_RATE = "a Rust peer reports", 22.5
+RUST_RATE = 22.5
 
 
 class Ranks:
@@ -279,7 +280,7 @@ async def commit(bench: Bench[Scale]) -> list[Row]:
     rows = []
     shared = bench.directory / "shared"
     shared.mkdir()
-    async with commits.cluster_at(bench.directory) as cluster:
+    async with cluster_at(bench.directory) as cluster:
         for store in ("local", f"file://{shared}"):
             kind = store.partition(":")[0]
             bench.say(f"commit: {bench.scale.commits} to {kind}")
@@ -293,7 +294,7 @@ async def commit(bench: Bench[Scale]) -> list[Row]:
 async def rate(bench: Bench[Scale]) -> list[Row]:
     """Commits per second of a job of four ranks that saves a small state after each step, and what that costs."""
     committed, stepped, plain = [], [], []
-    async with commits.cluster_at(bench.directory) as cluster:
+    async with cluster_at(bench.directory) as cluster:
         for number in range(bench.scale.rounds):
             bench.say(f"rate: round {number + 1}")
             per_s, steps_per_s = await commits.rates(cluster, commits.small(1), bench.scale.rate_s)

@@ -14,7 +14,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from bench import live_job
-from bench.live_job import LiveJob
+from bench.live_job import ENDLESS_EPOCHS, WORKERS, LiveJob
 from bench.processes import until
 from bench.workloads import SMALL
 from distroml.client import AsyncClient
@@ -22,8 +22,6 @@ from distroml.local_cluster import LocalCluster
 from distroml.runtime.checkpoint.manifest import checkpoint_directory
 from distroml.spec import JobSpec
 
-NODES, SLOTS, WORKERS = 3, 2, 4
-ENDLESS_EPOCHS = 1_000_000
 KEPT = 1000
 """Files must be there when they are looked at."""
 COMMIT_TIMEOUT_S = 30.0
@@ -37,14 +35,6 @@ def small(every_n_steps: int | None, store: str = "local") -> JobSpec:
     spec = SMALL.spec(WORKERS, epochs=ENDLESS_EPOCHS, checkpoint_every=every_n_steps)
     checkpointing = replace(spec.checkpointing, store=store, keep_last=KEPT)
     return replace(spec, checkpointing=checkpointing)
-
-
-@asynccontextmanager
-async def cluster_at(directory: Path) -> AsyncIterator[LocalCluster]:
-    """Three nodes, ready to fork workers."""
-    async with LocalCluster(directory / "cluster", nodes=NODES, slots=SLOTS) as cluster:
-        await live_job.until_warm(cluster)
-        yield cluster
 
 
 async def latencies_s(cluster: LocalCluster, spec: JobSpec, commits: int) -> list[float]:

@@ -18,9 +18,8 @@ from msgspec import Struct
 from bench.control_plane import SLOTS, ControlPlane, control_plane
 from bench.parts import Bench, Part, Say, run_parts
 from bench.processes import Broken
-from bench.table import Aim, Row, compare, percentile
+from bench.table import RUST_PEER, Aim, Row, compare, percentile
 
-RUST_PEER = "a Rust peer reports"
 RUST_RATE = 11_500.0
 """Worker-heartbeats per second, on its own machine."""
 INTERVAL_S = 0.2

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
@@ -22,6 +23,11 @@ from distroml.client import AsyncClient
 from distroml.local_cluster import LocalCluster
 from distroml.spec import JobSpec
 
+NODES = 3
+SLOTS = 2
+"""Of each node: the four ranks fit on any two of them."""
+WORKERS = 4
+ENDLESS_EPOCHS = 1_000_000
 NEXT_STEP_TIMEOUT_S = 60.0
 INCIDENT_TIMEOUT_S = 30.0
 STEPS_BETWEEN = 20
@@ -120,6 +126,14 @@ class LiveJob:
         )
         incident: dict[str, Any] = answer["incidents"][-1]
         return incident
+
+
+@asynccontextmanager
+async def cluster_at(directory: Path) -> AsyncIterator[LocalCluster]:
+    """Three nodes, ready to fork workers."""
+    async with LocalCluster(directory / "ours", nodes=NODES, slots=SLOTS) as cluster:
+        await until_warm(cluster)
+        yield cluster
 
 
 @asynccontextmanager

@@ -23,7 +23,7 @@ from msgspec.structs import replace
 
 from bench import goodput as under_fire
 from bench import live_job, throughput, torchft, torchrun
-from bench.live_job import PHASES, LiveJob, Recovery
+from bench.live_job import ENDLESS_EPOCHS, PHASES, WORKERS, LiveJob, Recovery, cluster_at
 from bench.parts import Bench, Part, Say, run_parts
 from bench.processes import cpu_s
 from bench.table import Aim, Row, Values, alone, compare, median, percentiles
@@ -31,11 +31,6 @@ from bench.workloads import GLOBAL_BATCH, MILLION, TWENTY_FIVE_MILLION, Workload
 from distroml.local_cluster import LocalCluster
 from distroml.spec import Hyperparameters, JobSpec
 
-NODES = 3
-SLOTS = 2
-"""Of each node: the four ranks fit on any two of them."""
-WORKERS = 4
-ENDLESS_EPOCHS = 1_000_000
 ENDLESS_RESTARTS = 10_000
 OWN_CHECKPOINT_EVERY = 200
 PEER_CHECKPOINT_EVERY = 10
@@ -218,7 +213,7 @@ async def steps(bench: Bench[Scale]) -> list[Row]:
     """Steady steps per second where nothing fails, and what the agents take of the processor meanwhile."""
     rows: list[Row] = []
     scale = bench.scale
-    async with _cluster(bench) as cluster:
+    async with cluster_at(bench.directory) as cluster:
         for workload in (MILLION, TWENTY_FIVE_MILLION):
             async with cluster.client() as client:
                 rows += await throughput.beside_torchrun(
@@ -309,15 +304,8 @@ async def _repeat(
 
 
 @asynccontextmanager
-async def _cluster(bench: Bench[Scale]) -> AsyncIterator[LocalCluster]:
-    async with LocalCluster(bench.directory / "ours", nodes=NODES, slots=SLOTS) as cluster:
-        await live_job.until_warm(cluster)
-        yield cluster
-
-
-@asynccontextmanager
 async def _job(bench: Bench[Scale]) -> AsyncIterator[LiveJob]:
-    async with _cluster(bench) as cluster, live_job.training(cluster, endless()) as job:
+    async with cluster_at(bench.directory) as cluster, live_job.training(cluster, endless()) as job:
         yield job
 
 

@@ -21,6 +21,8 @@ from msgspec.structs import replace
 from rich.console import Console
 from rich.table import Table
 
+RUST_PEER = "a Rust peer reports"
+"""Whose figures of itself stand in place of a measurement."""
 Better = Literal["lower", "higher"]
 
 _COMPARE: dict[str, Callable[[float, float], bool]] = {

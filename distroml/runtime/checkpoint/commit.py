@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import msgspec
 
@@ -70,10 +71,10 @@ def write_manifest(
     if not shards:
         raise UnfitShards("A checkpoint without shards cannot be committed.")
     directory = checkpoint_directory(job_id, run_id, shards[0].step)
-    headers = _headers(store, directory, shards, read_header)
+    headers = _by_file(partial(_read_shard, store, directory), [fact.file for fact in shards])
     used = {record.file for header in headers.values() for record in header.note.references}
     try:
-        referred = _referred(store, directory, sorted(used))
+        referred = _by_file(partial(_read_referred, store, directory), sorted(used))
         manifest = compose(generation, shards, headers, referred)
     except ValueError as error:
         raise UnfitShards(f"The shards in {directory} do not fit together: {error}.") from None
@@ -116,8 +117,12 @@ def recover(
             )
             for shard in told.shards
         ]
-        headers = _headers(store, directory, facts, header_of)
-        referred = _referred(store, directory, [one.file for one in told.referred])
+        headers = _by_file(
+            lambda file: header_of(store, f"{directory}/{file}"), [fact.file for fact in facts]
+        )
+        referred = _by_file(
+            partial(_read_referred, store, directory), [one.file for one in told.referred]
+        )
         found = encode_manifest(compose(told.generation, facts, headers, referred))
         if found != data:
             raise ValueError("its tensors or values differ from those of its shards")
@@ -165,22 +170,12 @@ def read_header(store: CheckpointStore, path: str) -> ShardHeader:
         raise StoreError(f"{path} is not a usable shard: {error}.", path=path) from None
 
 
-def _headers(
-    store: CheckpointStore,
-    directory: str,
-    shards: Sequence[ShardFact],
-    read: Callable[[CheckpointStore, str], ShardHeader],
-) -> dict[str, ShardHeader]:
-    files = [shard.file for shard in shards]
-    found = for_each(lambda file: read(store, f"{directory}/{file}"), files)
-    return dict(zip(files, found, strict=True))
+def _by_file(read: Callable[[str], ShardHeader], files: Sequence[str]) -> dict[str, ShardHeader]:
+    return dict(zip(files, for_each(read, files), strict=True))
 
 
-def _referred(
-    store: CheckpointStore, directory: str, files: Sequence[str]
-) -> dict[str, ShardHeader]:
-    found = for_each(lambda file: _read_referred(store, directory, file), files)
-    return dict(zip(files, found, strict=True))
+def _read_shard(store: CheckpointStore, directory: str, file: str) -> ShardHeader:
+    return read_header(store, f"{directory}/{file}")
 
 
 def _read_referred(store: CheckpointStore, directory: str, file: str) -> ShardHeader:

@@ -204,7 +204,8 @@ class HistoryReplicator:
         )
 
     def _send_to_all(self, message: Message) -> int:
-        return sum(self._send(peer, message) for peer in self._reachable())
+        body = sync.encode(message)
+        return sum(self._links.send(peer, Channel.STORE, body) for peer in self._reachable())
 
     def _send(self, peer: str, message: Message) -> bool:
         return self._links.send(peer, Channel.STORE, sync.encode(message))

@@ -12,7 +12,7 @@ import fcntl
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -46,17 +46,16 @@ def prepare_device(backend: str) -> torch.device:
     """
     if backend != NCCL:
         return CPU
-    if not torch.cuda.is_available() or not c10d.is_nccl_available():
+    gpus, has_nccl = torch.cuda.device_count(), c10d.is_nccl_available()
+    if not torch.cuda.is_available() or not has_nccl:
         raise DistroMLError(
             "distributed.backend is nccl, and on this node torch "
-            f"{torch.__version__} finds {torch.cuda.device_count()} GPUs and {_has_nccl()} NCCL; start the node "
+            f"{torch.__version__} finds {gpus} GPUs and has {'' if has_nccl else 'no '}NCCL; start the node "
             "without slots, install a CUDA build of torch there, or use gloo."
         )
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    names = [
-        str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())
-    ]
+    names = [str(torch.cuda.get_device_properties(i).uuid) for i in range(gpus)]
     directory = Path(tempfile.gettempdir()) / f"distroml-gpus-{os.getuid()}"
     device = torch.device("cuda", claim(directory, names))
     torch.cuda.set_device(device)
@@ -64,24 +63,19 @@ def prepare_device(backend: str) -> torch.device:
     return device
 
 
-def claim(
-    directory: Path,
-    names: Sequence[str],
-    timeout_s: float = CLAIM_TIMEOUT_S,
-    monotonic: Callable[[], float] = time.monotonic,
-) -> int:
+def claim(directory: Path, names: Sequence[str], timeout_s: float = CLAIM_TIMEOUT_S) -> int:
     """The place in ``names`` of the first one that no other process has; it is this one's until it ends.
 
     Raises:
         DistroMLError: none became free in time.
     """
     directory.mkdir(mode=0o700, exist_ok=True)
-    ends_s = monotonic() + timeout_s
+    ends_s = time.monotonic() + timeout_s
     while True:
         for place, name in enumerate(names):
             if _lock(directory / f"{name}.lock"):
                 return place
-        if monotonic() >= ends_s:
+        if time.monotonic() >= ends_s:
             raise DistroMLError(
                 f"All {len(names)} GPUs of this node have been taken by other workers for {timeout_s:g} s; "
                 "start the node with as many slots as it has GPUs (--slots)."
@@ -169,7 +163,3 @@ class Stream:
 @cache
 def _stream_of(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
-
-
-def _has_nccl() -> str:
-    return "has" if c10d.is_nccl_available() else "has no"

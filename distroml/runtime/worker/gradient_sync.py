@@ -94,9 +94,8 @@ class GradientSync:
             self._lane.end()
         for parameter in self._places:
             parameter.grad = None  # it lies in a bucket, which the next generation has no use for
-        self._stream.finish(
-            COLLECTIVE_TIMEOUT_S
-        )  # what still runs would write into memory that has gone to others
+        # What still runs would write into memory that has gone to others.
+        self._stream.finish(COLLECTIVE_TIMEOUT_S)
 
     # --- a step ------------------------------------------------------------------------------------------------
 
@@ -209,9 +208,8 @@ class GradientSync:
             self._lane.drain()
             if self._lane.failure is not None:
                 raise self._lane.failure
-        self._reduce(
-            self._buckets[-1], self._stream.mark()
-        )  # nothing is left for it to hide behind
+        # Nothing is left for it to hide behind.
+        self._reduce(self._buckets[-1], self._stream.mark())
         if not self._stream.finish(COLLECTIVE_TIMEOUT_S):
             raise self._group.break_off(
                 "the exchange of gradients", f"no end within {COLLECTIVE_TIMEOUT_S:g} s"

@@ -60,10 +60,8 @@ class Checkpointer:
         self._identity: ShardIdentity | None = None
         self._newest: int | None = None
         self._committed: int | None = None
-        self._begun = 0
-        """How many shards were begun."""
-        self._late = 0
-        """Which of them was last seen to be written still when another one was due."""
+        self._told_late = False
+        """Whether it was told that the shard which was begun last takes so long."""
         self._begun_step = self._save_request = 0
         """Those of the shard which was begun last."""
 
@@ -109,10 +107,10 @@ class Checkpointer:
         if step == self._newest:
             return
         if self._writer.busy:
-            self._abandoned(me, step, self._why_busy())
+            self._give_up(me, step)
             return
         self._newest = self._begun_step = step
-        self._begun, self._save_request = self._begun + 1, save_request
+        self._told_late, self._save_request = False, save_request
         tensors = share_of(blob, me.rank, me.world_size)
         copies = copy_into(self._writer.buffer(buffer_bytes(tensors)), tensors)
         self._writer.write(me, step, cursor, copies, _frozen(blob) if me.rank == 0 else None)
@@ -121,14 +119,13 @@ class Checkpointer:
         """Tell that no rank saves this step because of this one; once until the shard that takes so long is written."""
         me = self._identity
         assert me is not None
-        if self._late != self._begun:
-            self._late = self._begun
-            self._abandoned(me, step, self._why_busy())
+        if not self._told_late:
+            self._told_late = True
+            self._give_up(me, step)
 
-    def _why_busy(self) -> str:
-        me = self._identity
-        assert me is not None
-        return f"rank {me.rank}: that of step {self._begun_step} is still being written"
+    def _give_up(self, me: ShardIdentity, step: int) -> None:
+        busy = f"rank {me.rank}: that of step {self._begun_step} is still being written"
+        self._abandoned(me, step, busy)
 
     def save_last(
         self, blob: StateBlob, step: int, cursor: DataCursor, save_request: int = 0

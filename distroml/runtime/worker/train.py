@@ -210,11 +210,8 @@ class Training:
             self._evaluate()
         asked = totals.save_request > self.answered
         self.answered = max(self.answered, totals.save_request)
-        if not totals.flags and state.step < self.total_steps and self._is_due(asked=asked):
-            if totals.any_busy:
-                self._leave_out(mine=dist.busy)
-            else:
-                self._save()
+        if not totals.flags and state.step < self.total_steps:
+            self._save_if_due(busy=dist.busy, any_busy=totals.any_busy, asked=asked)
         self.clock.saw_pause(time.perf_counter() - done_s)
         return totals.flags
 
@@ -238,11 +235,8 @@ class Training:
         if self.state.step > 0 and self._is_end_of_epoch(self.state.step):
             self._evaluate()
         # Who is about to end saves then; who moves on does so in the next generation.
-        if not self.wishes and 0 < self.state.step < self.total_steps and self._is_due():
-            if self.any_busy:
-                self._leave_out(mine=self.busy)
-            else:
-                self._save()
+        if not self.wishes and 0 < self.state.step < self.total_steps:
+            self._save_if_due(busy=self.busy, any_busy=self.any_busy)
 
     def _is_end_of_epoch(self, step: int) -> bool:
         return step == self.total_steps or self.source.cursor(step).batch == 0
@@ -271,18 +265,17 @@ class Training:
             return 0
         return None if self.checkpointer.busy else self.save_request()
 
-    def _is_due(self, *, asked: bool = False) -> bool:
-        return asked or self.state.step % self.adapter.spec.checkpointing.every_n_steps == 0
-
-    def _save(self) -> None:
-        if self.checkpointer:
-            blob, cursor = self.run.blob(self.adapter), self.source.cursor(self.state.step)
-            self.checkpointer.save(blob, self.state.step, cursor, self.answered)
-
-    def _leave_out(self, *, mine: bool) -> None:
-        """Shards that one rank cannot add to are of no use: none saves this step, and who is busy says so."""
-        if self.checkpointer and mine:
-            self.checkpointer.leave_out(self.state.step)
+    def _save_if_due(self, *, busy: bool, any_busy: bool, asked: bool = False) -> None:
+        """Save this step; but shards that one rank cannot add to are of no use: then none does, and who is busy says so."""
+        step = self.state.step
+        due = asked or step % self.adapter.spec.checkpointing.every_n_steps == 0
+        if self.checkpointer is None or not due:
+            return
+        if not any_busy:
+            blob, cursor = self.run.blob(self.adapter), self.source.cursor(step)
+            self.checkpointer.save(blob, step, cursor, self.answered)
+        elif busy:
+            self.checkpointer.leave_out(step)
 
     def _report(self, record: MetricRecord) -> None:
         records = (record,) if self.dist.rank == 0 else ()

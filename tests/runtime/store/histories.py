@@ -190,3 +190,10 @@ class Cluster:
         while not condition():
             assert self.now < end, f"{limit_s} virtual seconds passed without: {what}"
             self.step()
+
+
+def originate(cluster: Cluster, name: str, stream: StreamKey, count: int) -> None:
+    """A node records so many lines more of a stream."""
+    store = cluster.stores[name]
+    start = store.next_seq(stream)
+    store.append(stream, start, lines(start, start + count))

@@ -14,13 +14,7 @@ from distroml.runtime.store.outgoing import MAX_OUTGOING_BYTES
 from distroml.runtime.store.records import StreamKey
 from distroml.runtime.store.retention import HistoryLimits
 from distroml.runtime.store.sync import MAX_WANTS, Offer, Want, choose, plan_pulls
-from tests.runtime.store.histories import JOB, Cluster, content, key, lines
-
-
-def originate(cluster: Cluster, name: str, stream: StreamKey, count: int) -> None:
-    store = cluster.stores[name]
-    start = store.next_seq(stream)
-    store.append(stream, start, lines(start, start + count))
+from tests.runtime.store.histories import JOB, Cluster, content, key, lines, originate
 
 
 def alike(cluster: Cluster, job_id: str = JOB) -> bool:

@@ -7,13 +7,7 @@ from pathlib import Path
 
 from distroml.runtime.store.history import HistoryStore
 from distroml.runtime.store.retention import HistoryLimits
-from tests.runtime.store.histories import JOB, Cluster, key, lines
-
-
-def record(cluster: Cluster, name: str, rank: int, count: int) -> None:
-    store = cluster.stores[name]
-    start = store.next_seq(key(rank))
-    store.append(key(rank), start, lines(start, start + count))
+from tests.runtime.store.histories import JOB, Cluster, key, lines, originate
 
 
 async def steps(cluster: Cluster, task: asyncio.Task[None], most: int) -> None:
@@ -31,7 +25,7 @@ def has_all(cluster: Cluster, name: str, rank: int, count: int) -> bool:
 
 async def test_records_are_shared_once_another_node_has_them(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path)
-    record(cluster, "a", 0, 5)
+    originate(cluster, "a", key(0), 5)
     task = asyncio.create_task(cluster.replicators["a"].sharing.shared(JOB))
     await asyncio.sleep(0)
     assert not task.done()
@@ -45,7 +39,7 @@ async def test_they_are_not_while_nobody_can_be_reached(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path)
     for peer in "bc":
         cluster.wire.set_link("a", peer, up=False)
-    record(cluster, "a", 0, 5)
+    originate(cluster, "a", key(0), 5)
     task = asyncio.create_task(cluster.replicators["a"].sharing.shared(JOB))
     await steps(cluster, task, 100)
     assert not task.done()
@@ -58,7 +52,7 @@ async def test_they_are_not_while_nobody_can_be_reached(tmp_path: Path) -> None:
 async def test_losses_on_the_way_are_made_good(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path)
     cluster.wire.loss = 0.5
-    record(cluster, "a", 0, 40)
+    originate(cluster, "a", key(0), 40)
     task = asyncio.create_task(cluster.replicators["a"].sharing.shared(JOB))
     await steps(cluster, task, 5000)
     assert task.done()
@@ -67,13 +61,13 @@ async def test_losses_on_the_way_are_made_good(tmp_path: Path) -> None:
 
 async def test_what_comes_later_and_what_others_recorded_is_not_waited_for(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path)
-    record(cluster, "a", 0, 5)
-    record(cluster, "b", 1, 5)
+    originate(cluster, "a", key(0), 5)
+    originate(cluster, "b", key(1), 5)
     cluster.run(5)
-    record(cluster, "b", 1, 5)
+    originate(cluster, "b", key(1), 5)
     task = asyncio.create_task(cluster.replicators["a"].sharing.shared(JOB))
     await asyncio.sleep(0)
-    record(cluster, "a", 0, 5)
+    originate(cluster, "a", key(0), 5)
     cluster.wire.set_link("a", "b", up=False)
     await steps(cluster, task, 2000)
     assert task.done()
@@ -89,7 +83,7 @@ async def test_generations_of_long_ago_are_not_asked_for(tmp_path: Path) -> None
 
 async def test_a_node_alone_waits_for_nobody(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path, "a")
-    record(cluster, "a", 0, 5)
+    originate(cluster, "a", key(0), 5)
     await asyncio.wait_for(cluster.replicators["a"].sharing.shared(JOB), 5)
 
 
