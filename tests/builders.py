@@ -88,6 +88,8 @@ def members(*nodes: str, incarnation: int = 1) -> tuple[Member, ...]:
 
 
 def form(job_id: str, number: int, where: Iterable[Member], **fields: Any) -> c.FormGeneration:
+    """From the steps of the checkpoint that it names, unless ``resume_step`` says that survivors have more."""
+    fields.setdefault("resume_step", fields.get("checkpoint_step") or 0)
     generation = Generation(
         number=number,
         members=tuple(where),

@@ -150,6 +150,7 @@ def next_join(job: Job, rank: int, process: Process | None = None) -> Join:
         world_size=len(generation.members),
         checkpoint=source if source and source.status is CheckpointStatus.COMMITTED else None,
         weights_only=generation.from_initial and job.takes_weights_only,
+        resume_step=generation.resume_step,
         at_boundary=generation.planned and trains_on,
     )
 

@@ -45,6 +45,9 @@ class Join(Struct, frozen=True, tag=True, kw_only=True):
     """The newest committed one; None: from scratch. The same for all ranks of a generation."""
     weights_only: bool = False
     """Of the checkpoint only the model is taken: the run begins at step 0 with it."""
+    resume_step: int = 0
+    """Steps that a rank or the checkpoint has, as the coordinator believed: what it then commits late lies no further. If the
+    last one that had them is gone, the generation is over before it begins."""
     at_boundary: bool = False
     """A planned change: the ranks leave the present generation together after a whole step. Otherwise at once."""
 

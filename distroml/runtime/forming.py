@@ -47,11 +47,12 @@ _Left = tuple[tuple[Member, WorkerFact], ...]
 
 
 def _left_of(job: Job, facts: Facts, seen: Survey) -> _Left:
-    """What a failed generation left on nodes that can tell: survivors with their former ranks, and spares."""
+    """What a failed generation left on nodes where ranks can be: survivors with their former ranks, and spares."""
+    incarnations = {host.node: host.incarnation for host in seen.hosts}
     return tuple(
-        (Member(fact.rank, 0, name, view.node.incarnation), fact)
+        (Member(fact.rank, 0, name, incarnations[name]), fact)
         for name, fact in workers_of(job, facts)
-        if (view := seen.views.get(name)) is not None and view.speaks and may_go_on(fact, name, job)
+        if name in incarnations and may_go_on(fact, name, job)
     )
 
 
@@ -106,7 +107,9 @@ def _form(turn: Turn, job: Job, placement: Placement) -> Decision:
     newest = job.origin()
     number = job.generation_number + 1
     saved = job.steps_in(newest)
-    done = _survivors_step(_left_of(job, turn.facts, turn.survey)) if number > 1 else None
+    staying = {one.node for one in placement.members if one.rank not in placement.joining}
+    left = _left_of(job, turn.facts, turn.survey) if number > 1 else ()
+    done = _survivors_step(tuple(one for one in left if one[0].node in staying))
     source = ""
     if done is not None and done >= saved:
         source = f" from the {done} steps that its survivors have"

@@ -161,7 +161,7 @@ def test_what_was_whole_before_a_planned_change_that_failed_may_still_be_committ
     late = c.CommitCheckpoint(job_id="job-1", generation=1, checkpoint=checkpoint(12))
     log.ok(late)
     assert log.job().newest_checkpoint().step == 12
-    log.ok(form("job-1", 3, members("a", "b")))
+    log.ok(form("job-1", 3, members("a", "b"), checkpoint_step=12))
     beyond = c.CommitCheckpoint(job_id="job-1", generation=1, checkpoint=checkpoint(18))
     assert log(beyond).outcome.error == "stale-generation"
 
@@ -275,6 +275,18 @@ def test_the_commit_of_a_failed_generation_may_come_when_its_survivors_went_on()
     assert log(beyond).outcome.error == "stale-generation"
     log.ok(late)
     assert log.job().newest_checkpoint().step == 12
+
+
+def test_a_generation_is_not_formed_from_behind_what_was_committed_since_that_was_decided() -> None:
+    log = running(Log())
+    log.ok(commit(10))
+    log.ok(fail("job-1", 1))
+    log.ok(commit(20))
+    stale = form("job-1", 2, members("a", "b"), checkpoint_step=10)
+    refused = log(stale).outcome
+    assert refused.error == "conflict"
+    assert refused.detail == "step 20 was committed since this was decided"
+    log.ok(form("job-1", 2, members("a", "b"), checkpoint_step=10, resume_step=21))
 
 
 def test_the_commit_of_a_failed_generation_may_come_when_its_survivors_are_gone_too() -> None:

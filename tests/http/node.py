@@ -230,8 +230,11 @@ class MemoryNode:
         return job_id
 
     def form(self, job_id: str, workers: int = 2, node: str = "a", **more: Any) -> None:
-        """The next generation, with its workers reported as training."""
-        number = self.job(job_id).generation_number + 1
+        """The next generation, with its workers reported as training; from the newest checkpoint, unless ``more`` says otherwise."""
+        job = self.job(job_id)
+        number, newest = job.generation_number + 1, job.newest_checkpoint()
+        if newest is not None:
+            more = {"checkpoint_step": newest.step, "resume_step": newest.step} | more
         members = tuple(Member(rank, rank, node, 1) for rank in range(workers))
         generation = Generation(
             number=number, members=members, formed_at=time.time(), reason="placed", **more

@@ -168,10 +168,13 @@ class Agent:
         generation: int = 1,
         spares: tuple[Member, ...] = (),
     ) -> None:
-        """A generation of the job with one rank per name."""
+        """A generation of the job with one rank per name, from its newest checkpoint."""
         if job_id not in self.state.jobs:
             self.log.ok(submit(job_id, workers=len(where)))
-        self.log.ok(form(job_id, generation, members(*where), spares=spares))
+        newest = self.state.jobs[job_id].newest_checkpoint()
+        step = newest.step if newest else None
+        where_to = members(*where)
+        self.log.ok(form(job_id, generation, where_to, spares=spares, checkpoint_step=step))
         self.converge()
 
     def converge(self) -> None:

@@ -14,7 +14,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from distroml.consensus.state import ClusterState
-from distroml.model import CheckpointStatus, FailureKind, Job
+from distroml.model import ASSIGNED, CheckpointStatus, FailureKind, Job
 from distroml.reports import (
     DataCursor,
     Marks,
@@ -149,6 +149,8 @@ class Fleet:
         self.nodes = {name: SimNode(name, slots) for name, slots in nodes.items()}
         self.ticks = 0
         self.world_sizes: dict[tuple[str, int], int] = {}
+        self.resumed: dict[str, tuple[int, int]] = {}
+        """By job: the newest generation whose ranks went on, and from which step."""
         self.corrupt: set[tuple[str, int]] = set()
         self.holders_away = False
         """Whether no checkpoint's files can be had."""
@@ -434,6 +436,12 @@ class Fleet:
         saved = source.step if source else 0
         furthest = max((p.fact.step for p in there if p.has_state), default=-1)
         step = furthest if furthest >= saved else saved
+        joins = [p.told for p in there if p.told and p.told.generation == p.fact.generation]
+        if step < max((join.resume_step for join in joins), default=0):
+            for process in there:
+                self._park(process, "no rank has the steps any more")
+            return
+        self._check_nothing_done_twice(there[0].fact, step)
         for process in there:
             fact = process.fact
             reads = furthest < saved and source is not None
@@ -454,6 +462,17 @@ class Fleet:
                 fact.marks, restored_at=self.wall_s, resume_step=step, source=f"step {step}"
             )
             process.update(phase=_P.TRAINING, step=step, marks=marks, step_at=self.wall_s)
+
+    def _check_nothing_done_twice(self, fact: WorkerFact, step: int) -> None:
+        """Ranks that go on from ``step`` do nothing again that is committed, or will be of generations before theirs."""
+        job = self.state.jobs[fact.job_id]
+        if job.status not in ASSIGNED or fact.generation not in job.generation_numbers:
+            return  # they have yet to hear that this is over
+        newest = job.newest_checkpoint()
+        assert newest is None or newest.generation >= fact.generation or newest.step <= step, (
+            f"generation {fact.generation} of {fact.job_id} goes on from {step}, behind {newest.step}"
+        )
+        self.resumed[fact.job_id] = fact.generation, step
 
     def _train(self, group: list[tuple[SimNode, SimProcess]]) -> None:
         places = [(sim, p) for sim, p in group if p.met and p.alive and p.fact.outcome is None]

@@ -293,12 +293,15 @@ class World(Fleet):
             )
             # A job that was cancelled meanwhile refuses it, which is fine.
             self.corrupt.discard((effect.job_id, effect.step))
-            self.log(
+            committed = self.log(
                 c.CommitCheckpoint(
                     job_id=effect.job_id, generation=effect.generation, checkpoint=checkpoint
                 ),
                 at=self.wall_s,
             )
+            resumed, step = self.resumed.get(effect.job_id, (0, 0))
+            late = not committed.outcome.error and effect.generation < resumed
+            assert not late or effect.step <= step, f"{key} after {resumed} went on from {step}"
 
     def _haunting(self) -> None:
         for due, decisions in list(self.ghosts):

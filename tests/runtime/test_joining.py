@@ -133,7 +133,7 @@ class TestFailures:
         answer = msgspec.structs.replace(checkpoint(10, 2), save_request=1)
         agent.log.ok(c.CommitCheckpoint(job_id="job", generation=2, checkpoint=answer))
         agent.log.ok(fail("job", 2, collateral=(0,)))
-        agent.log.ok(form("job", 3, members("a")))
+        agent.log.ok(form("job", 3, members("a"), checkpoint_step=10))
         agent.converge()
         await until(lambda: joins(worker)[-1][0] == 3, "generation 3")
         assert saves(worker) == [(1, 1), (2, 1)], "it was answered"

@@ -271,6 +271,27 @@ def test_a_replacement_that_has_no_state_yet_is_no_survivor() -> None:
     assert (formed.checkpoint_step, formed.resume_step) == (90, 90)
 
 
+def test_whoever_is_on_a_node_that_no_rank_can_be_on_is_no_survivor() -> None:
+    """The others died with it at once, and its agent was silent before it could tell how its ranks ended."""
+    scene = Scene("a", "b", "c").running("a", "b")
+    scene.train(step=100)
+    for rank in (0, 1):
+        scene.saves(rank, 90)
+    scene.dies(0)
+    decisions = scene.step()
+    assert names(decisions) == ["FailGeneration", "WriteManifest"]
+    scene.writing.add(("job-1", 1, 90))
+    scene.health["b"] = (Health.SUSPECT, "connection closed")
+    scene.turn()
+    assert scene.turn(after_s=1.0) == []
+    assert why_waiting(scene) == {"job-1": "checkpoint of step 90 is being committed"}
+    commit(scene, only(decisions, WriteManifest))
+    scene.writing.clear()
+    formed = only(scene.turn(), c.FormGeneration).generation
+    assert (formed.checkpoint_step, formed.resume_step) == (90, 90)
+    assert "from the checkpoint of step 90" in formed.reason
+
+
 def test_one_that_was_about_to_pass_its_state_on_is_a_survivor() -> None:
     scene = Scene("a", "b").running("a", "b")
     scene.dies(1)

@@ -155,6 +155,24 @@ def test_up_to_max_restarts_failures_never_fail_a_job(crashes: list[tuple[int, i
 
 
 @settings(max_examples=60, deadline=None)
+@given(
+    st.integers(8, 25), st.lists(st.tuples(_index, st.integers(0, 3)), min_size=2, max_size=6)
+)
+@example(11, [(1, 1), (9, 0)])
+def test_ranks_that_die_one_after_another_do_nothing_twice_that_is_committed(
+    begin: int, deaths: list[tuple[int, int]]
+) -> None:
+    """The coordinator takes the last ones for survivors, and a checkpoint may be committed meanwhile."""
+    world = World(NODES)
+    _submit(world, 2)
+    world.run(begin)
+    for index, pause in deaths:
+        world.crash_worker(index)
+        world.run(pause)
+    world.run(40)
+
+
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 12), max_size=6))
 def test_leader_changes_never_disturb_a_job(pauses: list[int]) -> None:
     world = World(NODES)

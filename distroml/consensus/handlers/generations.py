@@ -41,6 +41,9 @@ def _form_generation(state: ClusterState, context: Context, command: c.FormGener
         return _plan_generation(state, context, command)
     job = current_job(state, command.job_id, before, S.QUEUED, S.RECOVERING)
     _check_members(state, job, generation.members)
+    newest = job.steps_in(job.origin())
+    if generation.resume_step < newest:
+        raise Refused("conflict", f"step {newest} was committed since this was decided")
     incidents = job.incidents
     if incidents and incidents[-1].next_generation is None:
         recovering = replace(

@@ -232,6 +232,7 @@ class Membership:
             self._any_busy |= bool(one.flags & BUSY)
         checkpoint = self._join.checkpoint
         holder = choose_source(standings, 2 * self._join.steps_done if checkpoint else None)
+        self._check_not_bereft(standings, holder)
         if holder is not None:
             told = f"rank {holder}"
             furthest = standings[holder].position
@@ -254,6 +255,21 @@ class Membership:
             # Those that rank 0 reported last may have died with it; who has them already ignores them.
             self._link.progress(self._position(WorkerPhase.RESTORING), list(run.records))
         return run
+
+    def _check_not_bereft(self, standings: list[Standing], holder: int | None) -> None:
+        """Check that the ranks have what they were to go on with: all draw the same conclusion.
+
+        Raises:
+            CollectiveBroken: who had it ended when this generation was being formed. What the checkpoints of the one before
+                are worth was judged by that: a newer one than this one names may be committed by now, or any moment.
+        """
+        step = self._join.steps_done if holder is None else standings[holder].position // 2
+        if step < self._join.resume_step:
+            with contextlib.suppress(CollectiveBroken):  # so that each can say why it leaves
+                self._group.barrier()
+            raise CollectiveBroken(
+                f"no rank has the {self._join.resume_step} steps from which this generation was to go on any more"
+            )
 
     def _share(
         self, transfer: Transfer, holder: int, behind: list[int], since_step: int = 0

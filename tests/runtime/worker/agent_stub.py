@@ -154,6 +154,7 @@ class AgentStub:
         generation: int = 1,
         checkpoint: Checkpoint | None = None,
         at_boundary: bool = False,
+        resume_step: int = 0,
     ) -> Join:
         return Join(
             generation=generation,
@@ -162,6 +163,7 @@ class AgentStub:
             world_size=world_size,
             checkpoint=checkpoint,
             at_boundary=at_boundary,
+            resume_step=resume_step,
         )
 
     def plan(self, spec: JobSpec, run_id: str = "run-0", join: Join | None = None) -> WorkerPlan:
@@ -213,6 +215,7 @@ class AgentStub:
         *,
         checkpoint: Checkpoint | None = None,
         at_boundary: bool = False,
+        resume_step: int = 0,
     ) -> list[StubWorker]:
         """Make ``members`` the ranks of a generation, in this order; None is a new process."""
         ranks = []
@@ -223,6 +226,7 @@ class AgentStub:
                 generation,
                 checkpoint,
                 at_boundary=at_boundary and member is not None,
+                resume_step=resume_step,
             )
             if member is None:
                 ranks.append(self.spawn(self.plan(spec, run_id, join)))

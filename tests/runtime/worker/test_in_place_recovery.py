@@ -14,6 +14,7 @@ from distroml.reports import WorkerOutcome, WorkerPhase
 from distroml.runtime.control import Vacate
 from distroml.spec import JobSpec
 from tests.runtime.worker.agent_stub import AgentStub, StubWorker
+from tests.runtime.worker.test_failures import FIRST
 from tests.runtime.worker.test_training import finished, spec_of, user_spec
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -214,6 +215,28 @@ def test_the_world_shrinks_and_grows_and_nothing_changes(
     run.next([*run.ranks, None], at_boundary=True)
     same(run.outcome(), undisturbed[model][0])
     assert series(run.everybody) == undisturbed[model][1]
+
+
+def test_ranks_that_find_nobody_with_the_steps_to_go_on_from_go_back_to_no_checkpoint(
+    agent: AgentStub,
+) -> None:
+    """What the generation before had whole may be committed any moment: the coordinator thinks that they need it no more."""
+    spec = spec_of(2)
+    whole = finished(agent.run(spec))
+    checkpoint = agent.commit(whole, FIRST)
+    run_id = agent.new_run()
+    new = [None, None]
+    ranks = agent.form(spec, run_id, new, 1, checkpoint=checkpoint, resume_step=FIRST + 1)
+    agent.pump(lambda: all(worker.parked for worker in ranks), "both ranks to leave")
+    parked = [one for worker in ranks for one in worker.parked]
+    assert [(one.step, one.has_state) for one in parked] == [(FIRST, False)] * 2
+    assert any(f"no rank has the {FIRST + 1} steps" in one.reason for one in parked), parked
+    agent.form(spec, run_id, ranks, 2, checkpoint=checkpoint, resume_step=FIRST)
+    agent.wait_exit(ranks)
+    outcome, expected = finished(ranks)[0].outcome, whole[0].outcome
+    assert outcome is not None
+    assert expected is not None
+    same(outcome, expected)
 
 
 def test_a_smaller_world_from_the_start(agent: AgentStub, undisturbed: Any) -> None:
