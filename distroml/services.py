@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -55,10 +55,15 @@ class _Latest(NamedTuple):
 
 
 class HistoryView:
-    """The history of jobs in the words of the API."""
+    """The history of jobs in the words of the API.
 
-    def __init__(self, store: HistoryStore) -> None:
+    Args:
+        caught_up: returns once this node has what others recorded while it was away.
+    """
+
+    def __init__(self, store: HistoryStore, caught_up: Callable[[], Awaitable[None]]) -> None:
         self._store = store
+        self._caught_up = caught_up
         self._queries = HistoryQueries(store)
         self._latest: dict[str, dict[str, _Latest]] = {}
         """By job and metric."""
@@ -66,12 +71,14 @@ class HistoryView:
         store.listen(self._on_written)
 
     async def metric_names(self, job_id: str) -> MetricNames:
+        await self._caught_up()
         names, complete = await self._queries.metric_names(job_id)
         return MetricNames(names=tuple(names), complete=complete)
 
     async def metric_series(
         self, job_id: str, name: str, from_step: int, to_step: int | None, max_points: int
     ) -> Series:
+        await self._caught_up()
         found = await self._queries.metric_series(job_id, name, from_step, to_step, max_points)
         return Series(
             steps=tuple(point.step for point in found.points),
@@ -83,6 +90,7 @@ class HistoryView:
         return {name: latest.value for name, latest in self._latest.get(job_id, {}).items()}
 
     async def log_lines(self, job_id: str, rank: int | None, tail: int) -> Sequence[LogLine]:
+        await self._caught_up()
         page = await self._queries.log_lines(job_id, rank=rank, tail=tail)
         return [
             LogLine(generation=one.generation, rank=one.rank, at=one.at, line=one.line)
@@ -207,7 +215,7 @@ class NodeServices:
         self._digest = (-1, "")
         self.events = JobEvents(parts.replica.recent_events)
         self.tally = Tally(self.state, self.caught_up)
-        self.history = HistoryView(parts.history)
+        self.history = HistoryView(parts.history, parts.replicator.caught_up)
         self.files = parts.files
         self.settings = HttpSettings(allowed_hosts=parts.config.allowed_hosts)
         self.version = __version__

@@ -45,13 +45,17 @@ class Recorded:
         await self.store.settled()
 
 
+async def at_once() -> None:
+    """Nothing was missed."""
+
+
 @pytest.fixture
 async def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Recorded]:
     monkeypatch.setattr(messages, "END_SETTLE_S", 0.05)
     async with HistoryStore(tmp_path / "history") as store:
         node = MemoryNode()
         node.register("a")
-        node.history = HistoryView(store)  # type: ignore[assignment]
+        node.history = HistoryView(store, at_once)  # type: ignore[assignment]
         async with served(node) as api:
             yield Recorded(store, api, running(node))
 
@@ -106,7 +110,7 @@ async def test_one_who_reads_much_lets_others_have_their_turn(tmp_path: Path) ->
     store = HistoryStore(tmp_path / "history")
     node = MemoryNode()
     node.register("a")
-    node.history = HistoryView(store)  # type: ignore[assignment]
+    node.history = HistoryView(store, at_once)  # type: ignore[assignment]
     job = node.job(running(node))
     for rank in range(8):
         key = StreamKey(job.job_id, "run-1", 1, rank, "logs")
@@ -152,7 +156,7 @@ def test_newest_values_are_those_of_the_newest_generation_whatever_comes_last(
 ) -> None:
     """A node that was away pulls the generations that it lacks side by side; a short one is there first."""
     store = HistoryStore(tmp_path)
-    view = HistoryView(store)
+    view = HistoryView(store, at_once)
 
     def pull(generation: int, step: int, **values: float) -> None:
         key = StreamKey("job-1", "run-1", generation, 0, "metrics")
@@ -171,7 +175,7 @@ def test_newest_values_are_those_of_the_newest_generation_whatever_comes_last(
 
 def test_newest_values_are_bounded_in_names(tmp_path: Path) -> None:
     store = HistoryStore(tmp_path)
-    view = HistoryView(store)
+    view = HistoryView(store, at_once)
     key = StreamKey("job-1", "run-1", 1, 0, "metrics")
     for step in range(1, MAX_LATEST_NAMES + 100):
         values = {"loss": 1 / step, f"loss/batch_{step}": 1.0}

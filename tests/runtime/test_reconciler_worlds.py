@@ -155,9 +155,7 @@ def test_up_to_max_restarts_failures_never_fail_a_job(crashes: list[tuple[int, i
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.integers(8, 25), st.lists(st.tuples(_index, st.integers(0, 3)), min_size=2, max_size=6)
-)
+@given(st.integers(8, 25), st.lists(st.tuples(_index, st.integers(0, 3)), min_size=2, max_size=6))
 @example(11, [(1, 1), (9, 0)])
 def test_ranks_that_die_one_after_another_do_nothing_twice_that_is_committed(
     begin: int, deaths: list[tuple[int, int]]

@@ -19,12 +19,14 @@ from typing import Protocol
 
 from distroml.consensus.frames import Channel
 from distroml.runtime.store import sync
+from distroml.runtime.store.catching_up import CatchingUp
 from distroml.runtime.store.history import HistoryStore
 from distroml.runtime.store.outgoing import Outgoing
 from distroml.runtime.store.records import StreamKey
 from distroml.runtime.store.sharing import Sharing
 from distroml.runtime.store.subscriptions import Written
 from distroml.runtime.store.sync import (
+    AskDigests,
     AskHeads,
     AskHeadsOf,
     Chunk,
@@ -117,6 +119,7 @@ class HistoryReplicator:
             others=lambda: any(peer != name for peer in peers()),
             ask=lambda keys: self._send_to_all(AskHeadsOf(keys)),
         )
+        self._catching_up = CatchingUp(clock)
         self._offers: dict[str, dict[StreamKey, Offer]] = {}
         self._in_flight: dict[int, _InFlight] = {}
         self._next_pull = 1
@@ -166,6 +169,21 @@ class HistoryReplicator:
             self._next_compare = now + COMPARE_EVERY_S
             self._send_to_all(self._digests_page())
         self._pump()
+        self._settle()
+
+    def catch_up(self) -> None:
+        """Ask all who are connected for what this node lacks, now that it has applied all that was committed when it started."""
+        self._catching_up.start(self._reachable())
+        self._send_to_all(AskDigests())
+
+    async def caught_up(self) -> None:
+        """Return once this node has what those had with whom it is connected when it started, or was connected with them again;
+        or after some seconds."""
+        if await self._catching_up.finished():
+            await self._store.settled()
+
+    def _settle(self) -> None:
+        self._catching_up.settle(lambda peer: bool(self._offers.get(peer)))
 
     def forget(self, job_id: str) -> None:
         """A job was removed (and is no longer among ``known_jobs``): delete its history, take none of it again."""
@@ -244,8 +262,11 @@ class HistoryReplicator:
         }
         own = [(job_id, self._store.digest(job_id)) for job_id in self._affordable(theirs)]
         theirs = {job_id: theirs[job_id] for job_id, _ in own}
-        if jobs := sync.differing(own, theirs):
+        jobs = sync.differing(own, theirs)
+        if jobs:
             self._send(peer, AskHeads(jobs))
+        self._catching_up.compared(peer, jobs)
+        self._settle()
 
     def _on_ask_heads(self, peer: str, message: AskHeads) -> None:
         spans = (
@@ -257,6 +278,7 @@ class HistoryReplicator:
         while page := tuple(islice(spans, sync.MAX_SPANS)):
             if not self._send(peer, Heads(page)):
                 return  # it will ask again after the next comparison
+        self._send(peer, Heads((), complete=message.jobs))
 
     def _on_ask_heads_of(self, peer: str, message: AskHeadsOf) -> None:
         self._store.hurry()
@@ -267,7 +289,9 @@ class HistoryReplicator:
         self.sharing.take(message.spans)
         for span in message.spans:
             self._note(peer, span)
+        self._catching_up.told(peer, message.complete)
         self._pump()
+        self._settle()
 
     def _wanted(self, key: StreamKey) -> int | None:
         """The next sequence number that this node lacks; None for what it does not keep.
@@ -341,6 +365,7 @@ class HistoryReplicator:
             empty = not any(chunk.records for chunk in message.chunks)
             self._end_pull(message.number, answered=not empty)
         self._pump()
+        self._settle()
 
     def _take(self, chunk: Chunk, skip: bool) -> None:
         key = chunk.span.key
@@ -369,9 +394,14 @@ class HistoryReplicator:
         self._offers.pop(peer, None)
         for number in [n for n, pull in self._in_flight.items() if pull.peer == peer]:
             self._end_pull(number, answered=False)
-        if up:
-            self._next_compare = 0.0
-            self._wake.set()
+        if not up:
+            self._catching_up.drop(peer)
+            return
+        self._next_compare = 0.0
+        self._wake.set()
+        if self._catching_up.started:
+            self._catching_up.ask(peer)
+            self._send(peer, AskDigests())
 
     def _on_body(self, peer: str, body: bytes) -> None:
         if peer not in self._peers():
@@ -385,6 +415,8 @@ class HistoryReplicator:
         match message:
             case Digests():
                 self._on_digests(peer, message)
+            case AskDigests():
+                self._send(peer, self._digests_page())
             case AskHeads():
                 self._on_ask_heads(peer, message)
             case AskHeadsOf():

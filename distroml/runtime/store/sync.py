@@ -66,6 +66,8 @@ class Heads(Struct, frozen=True, array_like=True, tag=3):
     """What the sender holds of some streams."""
 
     spans: Annotated[tuple[Span, ...], Meta(max_length=MAX_SPANS)]
+    complete: Annotated[tuple[Id, ...], Meta(max_length=MAX_DIGESTS)] = ()
+    """Jobs of which it has told all by now."""
 
 
 class Pull(Struct, frozen=True, array_like=True, tag=4):
@@ -88,7 +90,11 @@ class AskHeadsOf(Struct, frozen=True, array_like=True, tag=6):
     keys: Annotated[tuple[StreamKey, ...], Meta(max_length=MAX_SPANS)]
 
 
-Message = Digests | AskHeads | Heads | Pull | Records | AskHeadsOf
+class AskDigests(Struct, frozen=True, array_like=True, tag=7):
+    """The sender was away: tell it now how much there is."""
+
+
+Message = Digests | AskHeads | Heads | Pull | Records | AskHeadsOf | AskDigests
 
 Undecodable = UNDECODABLE
 """Raised by ``decode``."""
