@@ -58,7 +58,7 @@ class CatchingUp:
 
     def compared(self, peer: str, differing: Collection[str]) -> None:
         """It told how much it has; of these jobs it has something else, and is asked for more."""
-        if self._awaited.get(peer, differing) is None:
+        if peer in self._awaited and self._awaited[peer] is None:
             self._awaited[peer] = set(differing)
 
     def told(self, peer: str, jobs: Collection[str]) -> None:
