@@ -13,7 +13,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
@@ -22,7 +21,7 @@ from distroml.runtime.store import sync
 from distroml.runtime.store.catching_up import CatchingUp
 from distroml.runtime.store.history import HistoryStore
 from distroml.runtime.store.outgoing import Outgoing
-from distroml.runtime.store.records import StreamKey
+from distroml.runtime.store.pulls import Pulls, ReplicationCounts
 from distroml.runtime.store.sharing import Sharing
 from distroml.runtime.store.subscriptions import Written
 from distroml.runtime.store.sync import (
@@ -33,11 +32,9 @@ from distroml.runtime.store.sync import (
     Digests,
     Heads,
     Message,
-    Offer,
     Pull,
     Records,
     Span,
-    Want,
 )
 
 log = logging.getLogger(__name__)
@@ -49,12 +46,6 @@ RECENT_JOBS = 16
 """Compared every time; the rest in turn."""
 MAX_OPENS = 32
 """Jobs read from disk for one comparison."""
-PULLS_PER_PEER = 2
-PULL_TIMEOUT_S = 5.0
-SKIP_AFTER_S = 10.0
-"""How long to look for records that a peer has dropped, before going on without them."""
-MAX_OFFERS = 2048
-"""Remembered per peer; what is beyond comes up again at the next comparison."""
 
 
 class Links(Protocol):
@@ -64,26 +55,6 @@ class Links(Protocol):
     def on_link(self, handler: Callable[[str, bool], None]) -> None: ...
     def connected(self, peer: str) -> bool: ...
     def send(self, peer: str, channel: Channel, body: bytes) -> bool: ...
-
-
-@dataclass(slots=True)
-class _InFlight:
-    peer: str
-    wants: dict[StreamKey, Want]
-    deadline: float
-
-
-@dataclass(slots=True)
-class ReplicationCounts:
-    """What happened, for ``/metrics``."""
-
-    pushed: int = 0
-    push_dropped: int = 0
-    pulled: int = 0
-    served: int = 0
-    skipped: int = 0
-    timeouts: int = 0
-    malformed: int = 0
 
 
 class HistoryReplicator:
@@ -120,9 +91,14 @@ class HistoryReplicator:
             ask=lambda keys: self._send_to_all(AskHeadsOf(keys)),
         )
         self._catching_up = CatchingUp(clock)
-        self._offers: dict[str, dict[StreamKey, Offer]] = {}
-        self._in_flight: dict[int, _InFlight] = {}
-        self._next_pull = 1
+        self._pulls = Pulls(
+            store,
+            self.counts,
+            known_jobs=known_jobs,
+            reachable=self._reachable,
+            send=self._send,
+            clock=clock,
+        )
         self._next_compare = 0.0
         self._rotation = 0
         self._wake = asyncio.Event()
@@ -158,17 +134,13 @@ class HistoryReplicator:
                 await asyncio.sleep(TICK_S)
 
     def tick(self) -> None:
-        """Push what is new, give up on late answers, compare when it is time, ask for what is missing."""
+        """Push what is new, compare when it is time, ask for what is missing."""
         now = self._clock()
         self._push()
-        for number, pull in list(self._in_flight.items()):
-            if pull.deadline <= now:
-                self.counts.timeouts += 1
-                self._end_pull(number, answered=False)
         if now >= self._next_compare:
             self._next_compare = now + COMPARE_EVERY_S
             self._send_to_all(self._digests_page())
-        self._pump()
+        self._pulls.pump()
         self._settle()
 
     def catch_up(self) -> None:
@@ -183,15 +155,13 @@ class HistoryReplicator:
             await self._store.settled()
 
     def _settle(self) -> None:
-        self._catching_up.settle(lambda peer: bool(self._offers.get(peer)))
+        self._catching_up.settle(self._pulls.lacks)
 
     def forget(self, job_id: str) -> None:
         """A job was removed (and is no longer among ``known_jobs``): delete its history, take none of it again."""
         self._store.remove(job_id)
         self.sharing.forget(job_id)
-        for offers in self._offers.values():
-            for key in [key for key in offers if key.job_id == job_id]:
-                del offers[key]
+        self._pulls.forget(job_id)
 
     def sweep(self) -> list[str]:
         """Delete the history of all jobs that are not known, and return their ids.
@@ -288,56 +258,12 @@ class HistoryReplicator:
     def _on_heads(self, peer: str, message: Heads) -> None:
         self.sharing.take(message.spans)
         for span in message.spans:
-            self._note(peer, span)
+            self._pulls.note(peer, span)
         self._catching_up.told(peer, message.complete)
-        self._pump()
+        self._pulls.pump()
         self._settle()
 
-    def _wanted(self, key: StreamKey) -> int | None:
-        """The next sequence number that this node lacks; None for what it does not keep.
-
-        A job that is not known here yet is asked for by the first comparison after it is.
-        """
-        return self._store.wanted(key) if key.job_id in self._known_jobs() else None
-
-    def _note(self, peer: str, span: Span) -> None:
-        """Remember that ``peer`` has more of a stream, or that it has not."""
-        offers = self._offers.setdefault(peer, {})
-        wanted = self._wanted(span.key)
-        if wanted is None or span.next <= wanted:
-            offers.pop(span.key, None)
-            return
-        before = offers.get(span.key)
-        if before is None and len(offers) >= MAX_OFFERS:
-            return
-        since = before.since if before else self._clock()
-        offers[span.key] = Offer(span.first, span.next, since)
-
     # --- pull --------------------------------------------------------------------------------------------------
-
-    def _pump(self) -> None:
-        """Ask for what is missing, as far as pulls in flight and the disk allow."""
-        if self._store.pending_bytes > self._store.limits.pending_bytes // 2:
-            return
-        slots = dict.fromkeys(self._reachable(), PULLS_PER_PEER)
-        for pull in self._in_flight.values():
-            if pull.peer in slots:
-                slots[pull.peer] -= 1
-        if not any(slots.values()):
-            return
-        mine: dict[StreamKey, int] = {}
-        for offers in self._offers.values():
-            for key in offers:
-                if (wanted := self._wanted(key)) is not None:
-                    mine[key] = wanted
-        busy = {key for pull in self._in_flight.values() for key in pull.wants}
-        now = self._clock()
-        for peer, wants in sync.plan_pulls(mine, self._offers, busy, slots, now - SKIP_AFTER_S):
-            number = self._next_pull
-            if self._send(peer, Pull(number, wants)):
-                self._next_pull += 1
-                by_key = {want.key: want for want in wants}
-                self._in_flight[number] = _InFlight(peer, by_key, now + PULL_TIMEOUT_S)
 
     def _on_pull(self, peer: str, message: Pull) -> None:
         chunks: list[Chunk] = []
@@ -352,48 +278,14 @@ class HistoryReplicator:
         self._send(peer, Records(message.number, tuple(chunks)))
 
     def _on_records(self, peer: str, message: Records) -> None:
-        pull = self._in_flight.get(message.number)
-        if pull is not None and pull.peer != peer:
-            pull = None
-        for chunk in message.chunks:
-            key = chunk.span.key
-            if chunk.records and self._wanted(key) is not None:
-                want = pull.wants.get(key) if pull else None
-                self._take(chunk, skip=want is not None and want.skip)
-            self._note(peer, chunk.span)
-        if pull is not None:
-            empty = not any(chunk.records for chunk in message.chunks)
-            self._end_pull(message.number, answered=not empty)
-        self._pump()
+        self._pulls.take(peer, message)
+        self._pulls.pump()
         self._settle()
-
-    def _take(self, chunk: Chunk, skip: bool) -> None:
-        key = chunk.span.key
-        if (
-            skip
-            and chunk.span.first == chunk.from_seq
-            and chunk.from_seq > self._store.next_seq(key)
-        ):
-            self._store.skip_to(key, chunk.from_seq)
-            self.counts.skipped += 1
-        before = self._store.next_seq(key)
-        self._store.append(key, chunk.from_seq, chunk.records, local=False)
-        self.counts.pulled += self._store.next_seq(key) - before
-
-    def _end_pull(self, number: int, answered: bool) -> None:
-        """Without an answer of use the peer's offers count as withdrawn until it makes them again."""
-        pull = self._in_flight.pop(number)
-        if not answered:
-            offers = self._offers.get(pull.peer, {})
-            for key in pull.wants:
-                offers.pop(key, None)
 
     # --- links -------------------------------------------------------------------------------------------------
 
     def _on_link(self, peer: str, up: bool) -> None:
-        self._offers.pop(peer, None)
-        for number in [n for n, pull in self._in_flight.items() if pull.peer == peer]:
-            self._end_pull(number, answered=False)
+        self._pulls.link_changed(peer)
         if not up:
             self._catching_up.drop(peer)
             return
