@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from distroml.config import NodeConfig, load
-from distroml.node import composition, process, registration
-from distroml.node.composition import Node, NodeBroken, _raise_for_dead
+from distroml.node import composition, endings, process, registration
+from distroml.node.composition import Node
+from distroml.node.endings import NodeBroken, raise_for_dead
 
 OPERATIONS = Path(__file__).parents[1] / "docs/operations.md"
 
@@ -24,18 +25,18 @@ async def test_a_node_whose_part_has_died_ends_and_names_it() -> None:
     task = asyncio.create_task(_fails(), name="coordinator")
     await asyncio.wait({task})
     with pytest.raises(NodeBroken, match=r"its coordinator ended: RuntimeError\('defect'\)"):
-        _raise_for_dead({task})
+        raise_for_dead({task})
 
 
 async def test_a_part_that_just_returned_is_dead_too() -> None:
     task = asyncio.create_task(asyncio.sleep(0), name="reporter")
     await asyncio.wait({task})
     with pytest.raises(NodeBroken, match="its reporter ended"):
-        _raise_for_dead({task})
+        raise_for_dead({task})
 
 
 def test_while_all_live_nothing_happens() -> None:
-    _raise_for_dead(set())
+    raise_for_dead(set())
 
 
 def _config(directory: Path) -> NodeConfig:
@@ -54,7 +55,7 @@ async def test_the_limit_of_the_stop_begins_after_ranks_have_saved_their_state(
     monkeypatch.setattr(composition, "leave_within", told.append)
     monkeypatch.setattr(node.registration, "leave", leave)
     await node._farewell()
-    assert told == ["left", composition.STOP_LIMIT_S]
+    assert told == ["left", endings.STOP_LIMIT_S]
 
 
 async def test_a_node_is_given_the_time_for_all_its_waits_and_no_more(
@@ -76,5 +77,5 @@ async def test_a_node_is_given_the_time_for_all_its_waits_and_no_more(
     (limit_s,) = limits
     saved_s = registration.MOVE_TIMEOUT_S + registration.SAVE_TIMEOUT_S
     said_goodbye_s = saved_s + 2 * registration.FAREWELL_TIMEOUT_S
-    assert said_goodbye_s + composition.STOP_LIMIT_S < limit_s
+    assert said_goodbye_s + endings.STOP_LIMIT_S < limit_s
     assert f"{limit_s:g} s" in OPERATIONS.read_text(), "who sets up an init system reads it there"

@@ -14,9 +14,7 @@ import contextlib
 import gc
 import logging
 import os
-import threading
 import time
-from collections.abc import Iterator
 
 from distroml.checkpoint_files import CheckpointFiles
 from distroml.commands import Outcome
@@ -31,10 +29,17 @@ from distroml.consensus.proposer import Proposer
 from distroml.consensus.raft import RaftNode
 from distroml.consensus.raft_types import EntryTooLarge, NotLeader, Overloaded
 from distroml.consensus.replica import Replica
-from distroml.errors import ConfigError
 from distroml.http.app import HttpServer
 from distroml.model import Event
-from distroml.node.registration import FAREWELL_TIMEOUT_S, LEAVE_LIMIT_S, Registration
+from distroml.node.endings import (
+    STOP_LIMIT_S,
+    NodeBroken,
+    address_errors,
+    directory_errors,
+    leave_within,
+    raise_for_dead,
+)
+from distroml.node.registration import FAREWELL_TIMEOUT_S, Registration
 from distroml.node.tracing import trace_recoveries
 from distroml.runtime.assignment import SupervisorSettings
 from distroml.runtime.barrier_wire import BarrierWire
@@ -42,7 +47,6 @@ from distroml.runtime.checkpoint.stores.opening import Stores
 from distroml.runtime.collecting import Collector
 from distroml.runtime.coordinator import Coordinator, CoordinatorSettings
 from distroml.runtime.history_sink import HistoryWriter
-from distroml.runtime.identity import unusable
 from distroml.runtime.observations import Observations
 from distroml.runtime.replicas.copies import Copies
 from distroml.runtime.report_relay import ReportRelay
@@ -53,10 +57,6 @@ from distroml.runtime.supervisor import Supervisor
 from distroml.runtime.worker_output import HistorySink
 from distroml.services import NodeServices, Parts
 
-STOP_LIMIT_S = 12.0
-"""A node that has left and not stopped by then (a disk that hangs) just goes: crashing at any time is safe."""
-SHUTDOWN_LIMIT_S = LEAVE_LIMIT_S + STOP_LIMIT_S
-"""From the signal to the end of the process at the latest; who sets up an init system is told to wait longer."""
 CONFIRM_TIMEOUT_S = 5.0
 """How long the collector of garbage waits to learn that this node's state is up to date."""
 CONVERGE_S = 1.0
@@ -65,10 +65,6 @@ CONVERGE_PAUSE_PARTS = 3.0
 """Pause after a comparison in parts of its own duration."""
 
 _log = logging.getLogger("distroml.node")
-
-
-class NodeBroken(Exception):
-    """This process cannot do its duty any more; what is on disk is sound, so start it again."""
 
 
 class Node:
@@ -260,7 +256,7 @@ class Node:
                         self._on_registered()
                     if broken in done:
                         raise NodeBroken(self._breakage)
-                    _raise_for_dead(parts & done)
+                    raise_for_dead(parts & done)
             except NodeBroken:
                 leave_within(STOP_LIMIT_S)
                 raise
@@ -283,7 +279,7 @@ class Node:
         stack.push_async_callback(self.history.close)
         self.replicator.start()
         stack.push_async_callback(self.replicator.close)
-        with _address_errors("listen", self.config.listen):
+        with address_errors("listen", self.config.listen):
             await self.links.start()
         stack.push_async_callback(self.links.close)
         with directory_errors(self.config):
@@ -291,7 +287,7 @@ class Node:
         stack.push_async_callback(self.raft.stop)
         self.copies.start()
         stack.push_async_callback(self.copies.stop)
-        with _address_errors("http", self.config.http):
+        with address_errors("http", self.config.http):
             await self.http.start(self.config.http.host, self.config.http.port)
         stack.push_async_callback(self.http.stop)
         with directory_errors(self.config):
@@ -429,41 +425,3 @@ class Node:
             await asyncio.sleep(
                 min(CONVERGE_PAUSE_PARTS * (time.monotonic() - began_s), CONVERGE_S)
             )
-
-
-def _raise_for_dead(tasks: set[asyncio.Task[None]]) -> None:
-    """Crash-only: a node whose coordinator or supervisor is gone would look alive and do nothing."""
-    for task in tasks:
-        error = None if task.cancelled() else task.exception()
-        raise NodeBroken(f"its {task.get_name()} ended: {error!r}") from error
-
-
-@contextlib.contextmanager
-def directory_errors(config: NodeConfig) -> Iterator[None]:
-    """An error of the disk as a ConfigError that names the data directory."""
-    try:
-        yield
-    except OSError as error:
-        raise unusable(config.data_dir, error) from None
-
-
-@contextlib.contextmanager
-def _address_errors(field: str, address: Address | None) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"{field} {address} cannot be used: {error.strerror or error}.", field=field
-        ) from None
-
-
-def leave_within(limit_s: float) -> None:
-    """Make sure that the process ends, whatever its disk or a thread does."""
-
-    def leave() -> None:
-        _log.error("did not stop within %g s; leaving", limit_s)
-        os._exit(1)
-
-    timer = threading.Timer(limit_s, leave)
-    timer.daemon = True
-    timer.start()

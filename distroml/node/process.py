@@ -13,13 +13,8 @@ from typing import NoReturn
 from distroml.config import NodeConfig, load
 from distroml.consensus.raft_types import ConsensusError
 from distroml.errors import ConfigError
-from distroml.node.composition import (
-    SHUTDOWN_LIMIT_S,
-    Node,
-    NodeBroken,
-    directory_errors,
-    leave_within,
-)
+from distroml.node.composition import Node
+from distroml.node.endings import SHUTDOWN_LIMIT_S, NodeBroken, directory_errors, leave_within
 from distroml.node.registration import Reincarnate
 from distroml.runtime.identity import DataDirectory
 from distroml.settings import unknown_variables
