@@ -15,6 +15,7 @@ def services(proposer: Any, state: ClusterState) -> NodeServices:
         proposer=proposer,
         replica=SimpleNamespace(state=state, recent_events=lambda: ()),
         history=SimpleNamespace(listen=lambda listener: None),
+        replicator=SimpleNamespace(caught_up=None),
         files=None,
         config=SimpleNamespace(name="a", allowed_hosts=()),
         incarnation=1,

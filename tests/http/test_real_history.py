@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from distroml.history_view import MAX_LATEST_NAMES, HistoryView
 from distroml.http import messages
 from distroml.http.messages import MessageType, Reader
 from distroml.runtime.control import MetricRecord
 from distroml.runtime.store.cursors import Position
 from distroml.runtime.store.history import HistoryStore
 from distroml.runtime.store.records import StreamKey, encode_log, encode_metric
-from distroml.services import MAX_LATEST_NAMES, HistoryView
 from tests.http.node import WAIT_S, Api, MemoryNode, served
 from tests.http.test_jobs import finish
 from tests.http.test_streams import read, read_all, running
