@@ -173,13 +173,21 @@ class FailureKind(StrEnum):
     CHECKPOINT_AWAY = "checkpoint_away"
     """Nodes that may have its files cannot be reached; the run waits for them."""
     DIVERGED = "diverged"
+    STATE_GONE = "state_gone"
+    """Who had the state that it was to go on from ended while it was being formed."""
 
 
 BLAMELESS = frozenset(
-    {FailureKind.NODE_LEFT, FailureKind.CORRUPT_CHECKPOINT, FailureKind.CHECKPOINT_AWAY}
+    {
+        FailureKind.NODE_LEFT,
+        FailureKind.CORRUPT_CHECKPOINT,
+        FailureKind.CHECKPOINT_AWAY,
+        FailureKind.STATE_GONE,
+    }
 )
 """Ends of a generation that say nothing about the user's code and do not count as restarts; there are finitely
-many of them: each is planned, takes a checkpoint out of use, or comes in the time that runs wait before they do that."""
+many of them: each is planned, takes a checkpoint out of use, comes in the time that runs wait before they do that, or
+follows the end of a process that had trained."""
 
 
 class Cause(Struct, frozen=True, gc=False, kw_only=True):

@@ -171,6 +171,8 @@ class WorkerFact(Struct, frozen=True, gc=False, kw_only=True):
     timing: StepTiming | None = None
     parked_at: float | None = None
     parked_reason: str = ""
+    bereft: bool = False
+    """It parked since no rank had the state that the generation was to go on from."""
     has_state: bool = False
     """Whether it said, when it parked, that it holds a state of the run."""
     step_at: float = 0.0

@@ -141,6 +141,8 @@ class Parked(Struct, frozen=True, tag=True, kw_only=True):
     """What broke, or that the agent asked."""
     has_state: bool = True
     """False where it never got one; ``step`` is what it was to begin with then."""
+    bereft: bool = False
+    """It left since no rank had the state that the generation was to go on from."""
 
 
 class ShardDurable(Struct, frozen=True, tag=True, kw_only=True):

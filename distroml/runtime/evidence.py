@@ -181,6 +181,8 @@ def describe_end(fact: WorkerFact) -> str:
     if fact.failure is not None:
         error = clip(fact.failure.error, MAX_ERROR_BYTES)
         return f"lost its peers: {error}" if _is_echo(fact) else f"failed: {error}"
+    if _is_bereft(fact):
+        return f"has nothing to go on from: {clip(fact.parked_reason, MAX_ERROR_BYTES)}"
     if fact.exit_code is None and fact.phase is WorkerPhase.PARKED:
         return f"lost its peers: {clip(fact.parked_reason, MAX_ERROR_BYTES)}"
     if fact.exit_code is None:
@@ -266,19 +268,26 @@ def _of_worker(member: Member, fact: WorkerFact) -> Evidence:
         said=describe_end(fact),
         at=failure.at if failure else ended_at,
         echo=_is_echo(fact),
-        culprit=Culprit(member.node, fact.worker),
+        culprit=None if _is_bereft(fact) else Culprit(member.node, fact.worker),
         fact=fact,
     )
 
 
+def _is_bereft(fact: WorkerFact) -> bool:
+    """Whether it lives and is sound, and tells what is wrong with its generation."""
+    return fact.bereft and fact.phase is WorkerPhase.PARKED
+
+
 def _kind_of_end(fact: WorkerFact) -> FailureKind:
+    if _is_bereft(fact):
+        return FailureKind.STATE_GONE
     return FailureKind.ERROR if fact.phase is WorkerPhase.PARKED else FailureKind.EXIT
 
 
 def _is_echo(fact: WorkerFact) -> bool:
     failure = fact.failure
     if failure is None:
-        return fact.phase is WorkerPhase.PARKED
+        return fact.phase is WorkerPhase.PARKED and not fact.bereft
     if failure.kind in CHECKPOINT_ERRORS:
         return False
     return failure.collateral or _ECHO.search(failure.error) is not None

@@ -11,7 +11,7 @@ from distroml.model import Generation, Job, JobStatus, Member
 from distroml.reports import WorkerFact, WorkerPhase
 from distroml.runtime.checkpoint_progress import progress, write_decisions
 from distroml.runtime.completion import finish
-from distroml.runtime.decisions import Decision, Running, Turn, at_work, running
+from distroml.runtime.decisions import Decision, Running, Turn, WriteManifest, at_work, running
 from distroml.runtime.evidence import MAX_REASON_BYTES, clip
 from distroml.runtime.facts import Facts, Now, ReconcilerSettings, sighting_of, workers_of
 from distroml.runtime.node_survey import Survey
@@ -72,21 +72,40 @@ def _held(job: Job, facts: Facts, now: Now, settings: ReconcilerSettings, left: 
     waited_s = now.monotonic_s - sighting_of(job, facts).since_s
     if waited_s < job.backoff_s:
         return f"restart in {job.backoff_s - waited_s:.1f} s"
+    awaited = _awaited(job, facts, _survivors_step(left))
+    if awaited is not None and waited_s < settings.commit_wait_s:
+        return f"checkpoint of step {awaited} is being committed"
+    return ""
+
+
+def _awaited(job: Job, facts: Facts, done: int | None) -> int | None:
+    """The newest step that is being committed, where the run would go back behind it with the ``done`` steps of its survivors."""
     # Also what the one before had whole: the one that failed now may never have begun.
     numbers = (job.generation_number, job.generation_number - 1)
     committing = [step for j, g, step in facts.writing if j == job.job_id and g in numbers]
     # Survivors go on from their own steps; the commit may come when they do (see the state machine).
-    done = _survivors_step(left)
-    awaited = [step for step in committing if done is None or done < step]
-    if awaited and waited_s < settings.commit_wait_s:
-        return f"checkpoint of step {max(awaited)} is being committed"
-    return ""
+    return max((step for step in committing if done is None or done < step), default=None)
 
 
 def on_waiting(turn: Turn, job: Job) -> list[Decision]:
-    """QUEUED and RECOVERING: form the next generation once the scheduler found slots for its ranks."""
+    """QUEUED: form the first generation once the scheduler found slots for its ranks."""
     placement = turn.schedule.placements.get(job.job_id)
-    return [_form(turn, job, placement)] if placement else []
+    return [_form(turn, job, placement, None)] if placement else []
+
+
+def _steps_kept(turn: Turn, job: Job, placement: Placement) -> int | None:
+    """Most steps that a survivor among the ranks has for certain; None where none of them has a state.
+
+    Where fewer stay on a node than there are, it is up to its agent who.
+    """
+    kept: list[_Left] = []
+    left = _left_of(job, turn.facts, turn.survey)
+    staying = [one.node for one in placement.members if one.rank not in placement.joining]
+    for node in set(staying):
+        here = [one for one in left if one[0].node == node and one[1].generation > 0]
+        here.sort(key=lambda one: _survivors_step((one,)) or 0)
+        kept.append(tuple(here[: staying.count(node)]))
+    return _survivors_step(tuple(one for some in kept for one in some))
 
 
 def on_recovering(turn: Turn, job: Job) -> list[Decision]:
@@ -97,19 +116,24 @@ def on_recovering(turn: Turn, job: Job) -> list[Decision]:
         why = f"it cannot begin with {_initial_text(job)}: {initial.reason}"
         return [finish(run, JobStatus.FAILED, why)]
     writing = write_decisions(turn, run, progress(turn, run).whole)
-    forming = on_waiting(turn, job)
-    if writing and _survivors_step(_left_of(job, turn.facts, turn.survey)) is None:
+    placement = turn.schedule.placements.get(job.job_id)
+    if placement is None:
+        return writing
+    done = _steps_kept(turn, job, placement)
+    if any(
+        one.action.step > (done or 0) for one in writing if isinstance(one.action, WriteManifest)
+    ):
         return writing  # and then resumed from
-    return [*writing, *forming]
+    waited_s = turn.now.monotonic_s - sighting_of(job, turn.facts).since_s
+    if _awaited(job, turn.facts, done) is not None and waited_s < turn.settings.commit_wait_s:
+        return writing  # there was no room for the survivors who need not wait
+    return [*writing, _form(turn, job, placement, done)]
 
 
-def _form(turn: Turn, job: Job, placement: Placement) -> Decision:
+def _form(turn: Turn, job: Job, placement: Placement, done: int | None) -> Decision:
     newest = job.origin()
     number = job.generation_number + 1
     saved = job.steps_in(newest)
-    staying = {one.node for one in placement.members if one.rank not in placement.joining}
-    left = _left_of(job, turn.facts, turn.survey) if number > 1 else ()
-    done = _survivors_step(tuple(one for one in left if one[0].node in staying))
     source = ""
     if done is not None and done >= saved:
         source = f" from the {done} steps that its survivors have"

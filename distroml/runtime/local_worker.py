@@ -263,6 +263,7 @@ class LocalWorker:
                 step=step,
                 parked_at=message.at,
                 parked_reason=message.reason[:MAX_REASON_CHARS],
+                bereft=message.bereft,
                 rendezvous={},
                 waiting_s=0.0,
             )
@@ -287,6 +288,7 @@ class LocalWorker:
             timing=None,
             parked_at=None,
             parked_reason="",
+            bereft=False,
             shards=(),
             abandoned=(),
             rendezvous={},

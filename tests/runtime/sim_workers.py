@@ -67,6 +67,8 @@ class SimProcess(Struct):
     ranks: dict[int, int] = {}
     """By generation, of all that it was in: its rank there."""
     has_state: bool = False
+    former: int = 0
+    """The generation in which it met the others last."""
     met: bool = False
     """Whether it met the other ranks of its generation."""
     called_off: bool = False
@@ -111,6 +113,7 @@ class SimProcess(Struct):
             marks=Marks(left_at=self.fact.parked_at),
             parked_at=None,
             parked_reason="",
+            bereft=False,
             shards=(),
             abandoned=(),
         )
@@ -407,11 +410,12 @@ class Fleet:
                 self.world_sizes[fact.run_id, fact.generation] = one.told.world_size
         return self.world_sizes[fact.run_id, fact.generation]
 
-    def _park(self, process: SimProcess, reason: str) -> None:
+    def _park(self, process: SimProcess, reason: str, *, bereft: bool = False) -> None:
         process.update(
             phase=_P.PARKED,
             parked_at=self.wall_s,
             parked_reason=reason,
+            bereft=bereft,
             has_state=process.has_state,
         )
         process.met = False
@@ -436,10 +440,15 @@ class Fleet:
         saved = source.step if source else 0
         furthest = max((p.fact.step for p in there if p.has_state), default=-1)
         step = furthest if furthest >= saved else saved
+        formerly = max((p.former for p in there if p.has_state and p.fact.step == step), default=-1)
         joins = [p.told for p in there if p.told and p.told.generation == p.fact.generation]
-        if step < max((join.resume_step for join in joins), default=0):
-            for process in there:
-                self._park(process, "no rank has the steps any more")
+        wanted = max((join.resume_step for join in joins), default=0)
+        bereft = step < wanted and formerly < there[0].fact.generation - 1
+        for process in there:
+            process.former = process.fact.generation
+            if bereft:
+                self._park(process, f"no rank has the {wanted} steps any more", bereft=True)
+        if bereft:
             return
         self._check_nothing_done_twice(there[0].fact, step)
         for process in there:

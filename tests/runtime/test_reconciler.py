@@ -11,6 +11,7 @@ from distroml.reports import WorkerPhase
 from distroml.runtime import reconciler
 from distroml.runtime.decisions import WriteManifest
 from distroml.runtime.failure_detector import Health
+from distroml.spec import Resources
 from tests.builders import checkpoint, node, submit
 from tests.runtime.scenes import (
     Scene,
@@ -290,6 +291,47 @@ def test_whoever_is_on_a_node_that_no_rank_can_be_on_is_no_survivor() -> None:
     formed = only(scene.turn(), c.FormGeneration).generation
     assert (formed.checkpoint_step, formed.resume_step) == (90, 90)
     assert "from the checkpoint of step 90" in formed.reason
+
+
+def test_of_survivors_that_cannot_all_stay_the_steps_of_any_are_certain() -> None:
+    """A job of higher priority takes one of their slots, and it is up to the agent who makes room."""
+    resources = Resources(workers=4, min_workers=1)
+    scene = Scene("a", "b").running("a", "a", "b", "b", resources=resources)
+    scene.train(step=59)
+    scene.change(1, step=60)
+    scene.log.ok(submit("job-2", workers=1, priority=10), at=scene.wall_s)
+    scene.dies(2)
+    scene.dies(3)
+    scene.step()
+    formed = [d.action for d in scene.turn() if isinstance(d.action, c.FormGeneration)]
+    kept, other = sorted(formed, key=lambda one: one.job_id)
+    assert [member.node for member in other.generation.members] == ["a"]
+    assert [member.node for member in kept.generation.members] == ["a", "b", "b"]
+    assert (kept.generation.joining, kept.generation.resume_step) == ((1, 2), 59)
+
+
+def test_a_commit_is_waited_for_where_survivors_have_to_go() -> None:
+    resources = Resources(workers=2, min_workers=1)
+    scene = Scene("a", "b", "c", slots=1)
+    for name in "abc":
+        scene.hears(name, slots=1)
+    scene.running("a", "b", resources=resources)
+    scene.train(step=60)
+    for rank in (0, 1):
+        scene.saves(rank, 50)
+    scene.dies(1)
+    decisions = scene.step()
+    assert names(decisions) == ["FailGeneration", "WriteManifest"]
+    scene.writing.add(("job-1", 1, 50))
+    scene.log.ok(submit("job-2", workers=2, priority=10), at=scene.wall_s)
+    formed = only(scene.step(), c.FormGeneration)
+    assert (formed.job_id, [m.node for m in formed.generation.members]) == ("job-2", ["a", "b"])
+    assert scene.turn() == []
+    commit(scene, only(decisions, WriteManifest))
+    scene.writing.clear()
+    formed = only(scene.turn(), c.FormGeneration)
+    assert (formed.job_id, [m.node for m in formed.generation.members]) == ("job-1", ["c"])
+    assert formed.generation.resume_step == 50
 
 
 def test_one_that_was_about_to_pass_its_state_on_is_a_survivor() -> None:

@@ -366,3 +366,25 @@ def test_where_the_run_ends_or_backs_off_there_is_nothing_to_decide_together(
     scene.train(step=step)
     scene.dies(1)
     assert len(ahead(scene)) == 1
+
+
+def test_ranks_that_find_nobody_with_the_state_are_not_to_blame_and_it_costs_no_restart() -> None:
+    scene = Scene("a", "b").running("a", "b")
+    scene.dies(1)
+    scene.step()
+    assert names(scene.step()) == ["FormGeneration"]
+    restarts = scene.job().restarts
+    scene.hears("a", scene.worker(0, worker=8, phase=WorkerPhase.RESTORING))
+    scene.hears("b", scene.worker(1, worker=9, phase=WorkerPhase.RESTORING))
+    scene.turn()
+    parked = {"phase": WorkerPhase.PARKED, "parked_at": scene.wall_s}
+    scene.change(0, **parked, bereft=True, parked_reason="no rank has the 10 steps")
+    scene.change(1, **parked, parked_reason="connection closed by peer")
+    failed = only(scene.step(), c.FailGeneration)
+    assert failed.reason == (
+        "generation 2: worker 0 on node a has nothing to go on from: no rank has the 10 steps"
+    )
+    assert (failed.cause.kind, failed.culprits) == (FailureKind.STATE_GONE, ())
+    assert (failed.backoff_s, scene.job().restarts) == (0.0, restarts)
+    formed = only(scene.turn(), c.FormGeneration).generation
+    assert (formed.number, formed.resume_step, formed.joining) == (3, 0, ())

@@ -20,7 +20,7 @@ from distroml.runtime.worker.control_link import ControlLink, Position
 from distroml.runtime.worker.membership import Membership, Prepared, prepare
 from distroml.runtime.worker.orders import Orders
 from distroml.runtime.worker.process_group import RankGroup
-from distroml.runtime.worker.rendezvous import CollectiveBroken
+from distroml.runtime.worker.rendezvous import Bereft, CollectiveBroken
 
 MAX_TRACEBACK_BYTES = 8 * 1024
 MAX_ERROR_BYTES = 2 * 1024
@@ -93,6 +93,7 @@ class Worker:
     def _one_generation(self, prepared: Prepared) -> bool:
         """Be part of the next generation; True at the end of the run."""
         self.join, group = self.orders.wait_for_join()
+        bereft = False
         membership = Membership(
             self.join,
             group,
@@ -109,7 +110,7 @@ class Worker:
                 self.link.send(Finished(generation=group.generation, outcome=outcome))
                 return True
         except CollectiveBroken as error:
-            reason = _cut(str(error), MAX_REASON_BYTES)
+            reason, bereft = _cut(str(error), MAX_REASON_BYTES), isinstance(error, Bereft)
         except BaseException:
             self._echo = group.broken is not None
             raise
@@ -127,6 +128,7 @@ class Worker:
                 at=at,
                 reason=reason,
                 has_state=prepared.run is not None,
+                bereft=bereft,
             )
         )
         return False

@@ -266,7 +266,10 @@ class _Lane:
         self._jobs.put(None)
 
     def _run(self) -> None:
-        self._enter()
+        try:
+            self._enter()
+        except BaseException as error:
+            self.failure = error
         while (reduce := self._jobs.get()) is not None:
             try:
                 if self.failure is None:

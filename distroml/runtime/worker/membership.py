@@ -35,7 +35,7 @@ from distroml.runtime.worker.device_group import DeviceGroup
 from distroml.runtime.worker.digest import state_digest
 from distroml.runtime.worker.dist import BUSY, STOP, VACATE, Dist
 from distroml.runtime.worker.process_group import RankGroup
-from distroml.runtime.worker.rendezvous import CollectiveBroken
+from distroml.runtime.worker.rendezvous import Bereft, CollectiveBroken
 from distroml.runtime.worker.seeding import seed_all
 from distroml.runtime.worker.snapshot import (
     Checkpointer,
@@ -73,6 +73,8 @@ class Prepared:
     checkpointer: Checkpointer | None = None
     committed: Callable[[], Checkpoint | None] = lambda: None
     """The log's newest good checkpoint, as far as this process has been told."""
+    former: int = 0
+    """The generation in which it met the others last; 0: in none."""
     left_at: float | None = None
     """When (Unix seconds) it left the generation before."""
     source: BatchSource | None = None
@@ -224,8 +226,10 @@ class Membership:
                 dataset=hashlib.sha256(source.digest.encode()).digest(),
                 model=_model_sha256(prepared.run.state if prepared.run else prepared.fresh),
                 flags=self._flags() | BUSY * self._busy,
+                former=prepared.former,
             ),
         )
+        prepared.former = self._join.generation
         check_agreement(standings)
         for one in standings:
             self._wishes |= one.flags & ~BUSY
@@ -259,15 +263,19 @@ class Membership:
     def _check_not_bereft(self, standings: list[Standing], holder: int | None) -> None:
         """Check that the ranks have what they were to go on with: all draw the same conclusion.
 
+        Who was in the generation before has all that was ever whole there, if maybe not the last step of all.
+
         Raises:
-            CollectiveBroken: who had it ended when this generation was being formed. What the checkpoints of the one before
-                are worth was judged by that: a newer one than this one names may be committed by now, or any moment.
+            Bereft: who had it ended when this generation was being formed. The coordinator thinks that the checkpoints of the one
+                before lie behind: one that the ranks would go back behind may be committed by now, or any moment.
         """
-        step = self._join.steps_done if holder is None else standings[holder].position // 2
-        if step < self._join.resume_step:
+        step, formerly = self._join.steps_done, -1
+        if holder is not None:
+            step, formerly = standings[holder].position // 2, standings[holder].former
+        if step < self._join.resume_step and formerly < self._join.generation - 1:
             with contextlib.suppress(CollectiveBroken):  # so that each can say why it leaves
                 self._group.barrier()
-            raise CollectiveBroken(
+            raise Bereft(
                 f"no rank has the {self._join.resume_step} steps from which this generation was to go on any more"
             )
 

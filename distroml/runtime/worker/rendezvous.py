@@ -24,6 +24,10 @@ class CollectiveBroken(RuntimeError):
     """
 
 
+class Bereft(CollectiveBroken):
+    """No rank has the state that the generation was to go on from."""
+
+
 class RendezvousStore(c10d.Store):
     """What Gloo needs of a store, carried by the control link; keys live under the generation's prefix.
 

@@ -27,7 +27,7 @@ PIECE_BYTES = 64 * 1024 * 1024
 NO_STATE = -1
 FIRST_BYTES = 64 * 1024
 """Of the first message: sizes, and what describes the state as far as there is room for it."""
-_ROW = struct.Struct(">qq32s32sq")
+_ROW = struct.Struct(">qq32s32sqq")
 _SIZES = struct.Struct(">qq")
 _HEADER_BYTES = FIRST_BYTES - _SIZES.size
 
@@ -44,6 +44,8 @@ class Standing(msgspec.Struct, frozen=True):
     """SHA-256 of its model's parameter names, shapes and types."""
     flags: int = 0
     """What it wishes for the boundary at which the generation begins (``dist.STOP``, ``dist.MOVE``), and ``dist.BUSY``."""
+    former: int = 0
+    """The generation in which it met the others last; 0: in none."""
 
 
 class Tensors(msgspec.Struct, frozen=True):

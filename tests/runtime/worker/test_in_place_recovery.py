@@ -230,13 +230,28 @@ def test_ranks_that_find_nobody_with_the_steps_to_go_on_from_go_back_to_no_check
     agent.pump(lambda: all(worker.parked for worker in ranks), "both ranks to leave")
     parked = [one for worker in ranks for one in worker.parked]
     assert [(one.step, one.has_state) for one in parked] == [(FIRST, False)] * 2
-    assert any(f"no rank has the {FIRST + 1} steps" in one.reason for one in parked), parked
+    assert any(
+        one.bereft and f"no rank has the {FIRST + 1} steps" in one.reason for one in parked
+    ), parked
     agent.form(spec, run_id, ranks, 2, checkpoint=checkpoint, resume_step=FIRST)
     agent.wait_exit(ranks)
     outcome, expected = finished(ranks)[0].outcome, whole[0].outcome
     assert outcome is not None
     assert expected is not None
     same(outcome, expected)
+
+
+def test_a_survivor_goes_on_although_another_had_one_step_more(
+    agent: AgentStub, undisturbed: Any
+) -> None:
+    """It was in the generation before, so nothing that is whole there lies beyond what it has."""
+    run = Run(agent, spec("mlp"), world_size=2)
+    run.train_to(10)
+    agent.kill(run.ranks[1])
+    agent.wait_exit(run.ranks[1:])
+    agent.abort(run.ranks[:1], 1)
+    run.ranks = agent.form(run.spec, run.run_id, [run.ranks[0], None], 2, resume_step=10_000)
+    same(run.outcome(), undisturbed["mlp"][0])
 
 
 def test_a_smaller_world_from_the_start(agent: AgentStub, undisturbed: Any) -> None:
