@@ -32,10 +32,10 @@ class HistoryView:
     """The history of jobs in the words of the API.
 
     Args:
-        caught_up: returns once this node has what others recorded while it was away.
+        caught_up: returns once this node has what others recorded of a job while it was away.
     """
 
-    def __init__(self, store: HistoryStore, caught_up: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, store: HistoryStore, caught_up: Callable[[str], Awaitable[None]]) -> None:
         self._store = store
         self._caught_up = caught_up
         self._queries = HistoryQueries(store)
@@ -45,14 +45,14 @@ class HistoryView:
         store.listen(self._on_written)
 
     async def metric_names(self, job_id: str) -> MetricNames:
-        await self._caught_up()
+        await self._caught_up(job_id)
         names, complete = await self._queries.metric_names(job_id)
         return MetricNames(names=tuple(names), complete=complete)
 
     async def metric_series(
         self, job_id: str, name: str, from_step: int, to_step: int | None, max_points: int
     ) -> Series:
-        await self._caught_up()
+        await self._caught_up(job_id)
         found = await self._queries.metric_series(job_id, name, from_step, to_step, max_points)
         return Series(
             steps=tuple(point.step for point in found.points),
@@ -64,7 +64,7 @@ class HistoryView:
         return {name: latest.value for name, latest in self._latest.get(job_id, {}).items()}
 
     async def log_lines(self, job_id: str, rank: int | None, tail: int) -> Sequence[LogLine]:
-        await self._caught_up()
+        await self._caught_up(job_id)
         page = await self._queries.log_lines(job_id, rank=rank, tail=tail)
         return [
             LogLine(generation=one.generation, rank=one.rank, at=one.at, line=one.line)

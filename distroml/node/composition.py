@@ -372,7 +372,6 @@ class Node:
     def _on_registered(self) -> None:
         """The state has all that was acknowledged before this node began."""
         self.replicator.sweep()
-        self.replicator.catch_up()
         self._converge_due.set()
         self.copies.for_workers.on_applied()
 

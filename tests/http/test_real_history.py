@@ -45,7 +45,7 @@ class Recorded:
         await self.store.settled()
 
 
-async def at_once() -> None:
+async def at_once(job_id: str) -> None:
     """Nothing was missed."""
 
 

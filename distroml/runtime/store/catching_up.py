@@ -1,90 +1,119 @@
-"""Whether this node has caught up with what others recorded, for whoever is about to read history.
+"""Whether this node has what others recorded of a job while it was away, for whoever is about to read that.
 
-A node that comes back, or was cut off, lacks what was recorded meanwhile. It asks each peer how much that one has, and pulls
-what it lacks; until that is over, or takes too long, readers wait: a series with a hole in it looks like a whole one.
+A node that comes back, or was cut off, lacks what was recorded meanwhile, and a series with a hole in it looks like a whole one.
+So who reads a job for the first time since a link came up asks the peer how much that one has of it, and waits until this node
+has it too. From then on the peer's news come by themselves.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 
-START_S = 5.0
-"""How long a node that starts may take until it knows which jobs there are."""
+from msgspec import Struct
+
+from distroml.runtime.store.records import StreamKey
+from distroml.runtime.store.sync import Span
+
 COMPARISON_S = 3.0
-"""How long readers wait for one peer."""
+"""How long readers wait for a peer, once."""
 LOOK_S = 0.05
 
-_START = ""
-"""In the place of a peer: no name is empty."""
+
+class _Comparison(Struct):
+    """What a peer told of a job."""
+
+    due: dict[StreamKey, int] = {}
+    """By stream: the sequence number after its newest record there."""
+    told: bool = False
+    """Whether that was all."""
 
 
 class CatchingUp:
-    """The comparisons with peers that are not over.
+    """Compares jobs with peers, each once for each link.
 
     Args:
+        peers: those that are connected.
+        ask: asks a peer how much it has of a job.
+        has: whether a stream can be read here up to a sequence number, or is not kept here.
         clock: monotonic seconds.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._due_s = {_START: clock() + START_S}
-        """By peer: until when readers wait for it."""
-        self._awaited: dict[str, set[str] | None] = {_START: None}
-        """By peer: the jobs of which it has yet to tell how much it has; None: it has yet to tell which differ."""
+    def __init__(
+        self,
+        *,
+        peers: Callable[[], Iterable[str]],
+        ask: Callable[[str, str], object],
+        has: Callable[[StreamKey, int], bool],
+        clock: Callable[[], float],
+    ) -> None:
+        self._peers, self._ask, self._has, self._clock = peers, ask, has, clock
+        self._over: dict[str, set[str]] = {}
+        """By peer: the jobs that were compared since its link came up."""
+        self._open: dict[tuple[str, str], _Comparison] = {}
+        """By peer and job."""
         self._news = asyncio.Event()
 
-    @property
-    def started(self) -> bool:
-        """Whether this node knows which jobs there are, and peers were asked."""
-        return _START not in self._due_s
-
-    def start(self, peers: Collection[str]) -> None:
-        """All that are connected are asked now."""
-        for peer in peers:
-            self.ask(peer)
-        self.drop(_START)
-
-    def ask(self, peer: str) -> None:
-        """A peer is asked how much it has of which job."""
-        self._due_s[peer], self._awaited[peer] = self._clock() + COMPARISON_S, None
-
-    def drop(self, peer: str) -> None:
-        """Nothing is to be had of it any more, or not now."""
-        if self._due_s.pop(peer, None) is not None:
-            del self._awaited[peer]
-            self._news.set()
-
-    def compared(self, peer: str, differing: Collection[str]) -> None:
-        """It told how much it has; of these jobs it has something else, and is asked for more."""
-        if peer in self._awaited and self._awaited[peer] is None:
-            self._awaited[peer] = set(differing)
-
-    def told(self, peer: str, jobs: Collection[str]) -> None:
-        """It told how much it has of each stream of these jobs."""
-        awaited = self._awaited.get(peer)
-        if awaited is not None:
-            awaited.difference_update(jobs)
-
-    def settle(self, lacks: Callable[[str], bool]) -> None:
-        """End the comparisons that are over, or take too long.
-
-        Args:
-            lacks: whether this node has yet to get something that the peer said to have.
-        """
-        now_s = self._clock()
-        for peer, due_s in list(self._due_s.items()):
-            over = self._awaited[peer] == set() and not lacks(peer)
-            if over or due_s <= now_s:
-                self.drop(peer)
-
-    async def finished(self) -> bool:
-        """Return once no comparison is open; whether that took any time."""
-        waited = bool(self._due_s)
-        while self._due_s:
+    async def caught_up(self, job_id: str) -> None:
+        """Return once this node has what its peers had of the job, or after ``COMPARISON_S``."""
+        due_s = self._clock() + COMPARISON_S
+        while waiting := self._waiting(job_id):
+            if self._clock() >= due_s:
+                for peer in waiting:
+                    self._end(peer, job_id)
+                return
             self._news.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_S):
                     await self._news.wait()
-        return waited
+
+    def _waiting(self, job_id: str) -> list[str]:
+        """The connected peers whose comparison is not over; those not asked yet are asked."""
+        waiting = []
+        for peer in self._peers():
+            if job_id in self._over.get(peer, ()):
+                continue
+            comparison = self._open.get((peer, job_id))
+            if comparison is None:
+                comparison = self._open[peer, job_id] = _Comparison()
+                self._ask(peer, job_id)
+            if comparison.told and all(self._has(*due) for due in comparison.due.items()):
+                self._end(peer, job_id)
+            else:
+                waiting.append(peer)
+        return waiting
+
+    def _end(self, peer: str, job_id: str) -> None:
+        del self._open[peer, job_id]
+        self._over.setdefault(peer, set()).add(job_id)
+
+    def take(self, peer: str, spans: Iterable[Span], complete: Iterable[str]) -> None:
+        """A peer told how much it has of some streams, and of some jobs that this is all."""
+        for span in spans:
+            comparison = self._open.get((peer, span.key.job_id))
+            if comparison is not None:
+                comparison.due[span.key] = span.next
+        for job_id in complete:
+            comparison = self._open.get((peer, job_id))
+            if comparison is not None:
+                comparison.told = True
+        self._news.set()
+
+    def written(self) -> None:
+        """Records can be read now that could not before."""
+        self._news.set()
+
+    def link_changed(self, peer: str) -> None:
+        """The link with a peer came up or went down: what it said before says nothing of what follows."""
+        self._over.pop(peer, None)
+        for key in [key for key in self._open if key[0] == peer]:
+            del self._open[key]
+        self._news.set()
+
+    def forget(self, job_id: str) -> None:
+        """A job was removed."""
+        for jobs in self._over.values():
+            jobs.discard(job_id)
+        for key in [key for key in self._open if key[1] == job_id]:
+            del self._open[key]

@@ -25,7 +25,6 @@ from distroml.runtime.store.pulls import Pulls, ReplicationCounts
 from distroml.runtime.store.sharing import Sharing
 from distroml.runtime.store.subscriptions import Written
 from distroml.runtime.store.sync import (
-    AskDigests,
     AskHeads,
     AskHeadsOf,
     Chunk,
@@ -90,7 +89,15 @@ class HistoryReplicator:
             others=lambda: any(peer != name for peer in peers()),
             ask=lambda keys: self._send_to_all(AskHeadsOf(keys)),
         )
-        self._catching_up = CatchingUp(clock)
+        self._catching_up = CatchingUp(
+            peers=self._reachable,
+            ask=lambda peer, job_id: self._send(
+                peer, AskHeads((job_id,), digests=(store.digest(job_id),))
+            ),
+            has=lambda key, seq: store.wanted(key) is None or store.span(key)[1] >= seq,
+            clock=clock,
+        )
+        self.caught_up = self._catching_up.caught_up
         self._pulls = Pulls(
             store,
             self.counts,
@@ -141,27 +148,13 @@ class HistoryReplicator:
             self._next_compare = now + COMPARE_EVERY_S
             self._send_to_all(self._digests_page())
         self._pulls.pump()
-        self._settle()
-
-    def catch_up(self) -> None:
-        """Ask all who are connected for what this node lacks, now that it has applied all that was committed when it started."""
-        self._catching_up.start(self._reachable())
-        self._send_to_all(AskDigests())
-
-    async def caught_up(self) -> None:
-        """Return once this node has what those had with whom it is connected when it started, or was connected with them again;
-        or after some seconds."""
-        if await self._catching_up.finished():
-            await self._store.settled()
-
-    def _settle(self) -> None:
-        self._catching_up.settle(self._pulls.lacks)
 
     def forget(self, job_id: str) -> None:
         """A job was removed (and is no longer among ``known_jobs``): delete its history, take none of it again."""
         self._store.remove(job_id)
         self.sharing.forget(job_id)
         self._pulls.forget(job_id)
+        self._catching_up.forget(job_id)
 
     def sweep(self) -> list[str]:
         """Delete the history of all jobs that are not known, and return their ids.
@@ -178,6 +171,7 @@ class HistoryReplicator:
     # --- push --------------------------------------------------------------------------------------------------
 
     def _on_written(self, written: Written, local: bool) -> None:
+        self._catching_up.written()
         if local:
             self.counts.push_dropped += self._outgoing.add(written)
             self._wake.set()
@@ -232,16 +226,19 @@ class HistoryReplicator:
         }
         own = [(job_id, self._store.digest(job_id)) for job_id in self._affordable(theirs)]
         theirs = {job_id: theirs[job_id] for job_id, _ in own}
-        jobs = sync.differing(own, theirs)
-        if jobs:
+        if jobs := sync.differing(own, theirs):
             self._send(peer, AskHeads(jobs))
-        self._catching_up.compared(peer, jobs)
-        self._settle()
 
     def _on_ask_heads(self, peer: str, message: AskHeads) -> None:
+        alike = {
+            job_id
+            for job_id, digest in zip(message.jobs, message.digests, strict=False)
+            if digest and digest == self._store.digest(job_id)
+        }
         spans = (
             Span(key, first, head)
             for job_id in message.jobs
+            if job_id not in alike
             for key, (first, head) in self._store.spans(job_id).items()
             if head
         )
@@ -259,9 +256,8 @@ class HistoryReplicator:
         self.sharing.take(message.spans)
         for span in message.spans:
             self._pulls.note(peer, span)
-        self._catching_up.told(peer, message.complete)
+        self._catching_up.take(peer, message.spans, message.complete)
         self._pulls.pump()
-        self._settle()
 
     # --- pull --------------------------------------------------------------------------------------------------
 
@@ -280,20 +276,15 @@ class HistoryReplicator:
     def _on_records(self, peer: str, message: Records) -> None:
         self._pulls.take(peer, message)
         self._pulls.pump()
-        self._settle()
 
     # --- links -------------------------------------------------------------------------------------------------
 
     def _on_link(self, peer: str, up: bool) -> None:
         self._pulls.link_changed(peer)
-        if not up:
-            self._catching_up.drop(peer)
-            return
-        self._next_compare = 0.0
-        self._wake.set()
-        if self._catching_up.started:
-            self._catching_up.ask(peer)
-            self._send(peer, AskDigests())
+        self._catching_up.link_changed(peer)
+        if up:
+            self._next_compare = 0.0
+            self._wake.set()
 
     def _on_body(self, peer: str, body: bytes) -> None:
         if peer not in self._peers():
@@ -307,8 +298,6 @@ class HistoryReplicator:
         match message:
             case Digests():
                 self._on_digests(peer, message)
-            case AskDigests():
-                self._send(peer, self._digests_page())
             case AskHeads():
                 self._on_ask_heads(peer, message)
             case AskHeadsOf():

@@ -57,9 +57,11 @@ class Digests(Struct, frozen=True, array_like=True, tag=1):
 
 
 class AskHeads(Struct, frozen=True, array_like=True, tag=2):
-    """The sender has something else of these jobs: tell it all heads."""
+    """Tell the sender all heads of these jobs."""
 
     jobs: Annotated[tuple[Id, ...], Meta(max_length=MAX_DIGESTS)]
+    digests: Annotated[tuple[bytes, ...], Meta(max_length=MAX_DIGESTS)] = ()
+    """What the sender has of each, or nothing: where it is the same, no heads are wanted."""
 
 
 class Heads(Struct, frozen=True, array_like=True, tag=3):
@@ -90,11 +92,7 @@ class AskHeadsOf(Struct, frozen=True, array_like=True, tag=6):
     keys: Annotated[tuple[StreamKey, ...], Meta(max_length=MAX_SPANS)]
 
 
-class AskDigests(Struct, frozen=True, array_like=True, tag=7):
-    """The sender was away: tell it now how much there is."""
-
-
-Message = Digests | AskHeads | Heads | Pull | Records | AskHeadsOf | AskDigests
+Message = Digests | AskHeads | Heads | Pull | Records | AskHeadsOf
 
 Undecodable = UNDECODABLE
 """Raised by ``decode``."""
