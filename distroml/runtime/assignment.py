@@ -213,7 +213,10 @@ def _share(job: Job, own: Node, processes: Sequence[Process], room: int) -> Duti
 
 
 def _between_generations(job: Job, own: Node, processes: Sequence[Process], room: int) -> Duties:
-    """The job is RECOVERING: those with the state stay, as far as nobody else was given their slots."""
+    """The job is RECOVERING: those with the state stay, as far as nobody else was given their slots.
+
+    Who is gone is remembered: shards that it told of may still be committed.
+    """
     staying = [
         one.worker
         for one in sorted(processes, key=lambda one: (one.told == 0, one.rank, one.worker))
@@ -223,7 +226,7 @@ def _between_generations(job: Job, own: Node, processes: Sequence[Process], room
     ][: max(0, room)]
     return Duties(
         aborted=tuple(staying),
-        retired=tuple(one.worker for one in processes if one.worker not in staying),
+        retired=tuple(one.worker for one in processes if one.alive and one.worker not in staying),
     )
 
 

@@ -80,9 +80,15 @@ def _held(job: Job, facts: Facts, now: Now, settings: ReconcilerSettings, left: 
 
 def _awaited(job: Job, facts: Facts, done: int | None) -> int | None:
     """The newest step that is being committed, where the run would go back behind it with the ``done`` steps of its survivors."""
-    # Also what the one before had whole: the one that failed now may never have begun.
-    numbers = (job.generation_number, job.generation_number - 1)
-    committing = [step for j, g, step in facts.writing if j == job.job_id and g in numbers]
+    assert job.generation is not None  # it recovers
+    number, goes_on = job.generation.number, job.generation.resume_step
+    committing = [
+        step
+        for job_id, of, step in facts.writing
+        # Also what the one before had whole, where the log would take it: the one that failed now may never have begun.
+        if job_id == job.job_id
+        and (of == number or (of == number - 1 and (job.generation.planned or step <= goes_on)))
+    ]
     # Survivors go on from their own steps; the commit may come when they do (see the state machine).
     return max((step for step in committing if done is None or done < step), default=None)
 

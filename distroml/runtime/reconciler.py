@@ -154,7 +154,8 @@ def _on_starting(turn: Turn, job: Job) -> list[Decision]:
     run = running(job, turn.facts)
     evidence = evidence_of(turn, run)
     if evidence:
-        return fail_when_known(turn, run, evidence)
+        failing = fail_when_known(turn, run, evidence)
+        return failing + _still_written(turn, run, progress(turn, run), failing)
     blamed = hanging(turn, run) or late_start(turn, run)
     if blamed is not None:
         return fail_generation(turn, run, blamed, [])
@@ -172,8 +173,7 @@ def _on_running(turn: Turn, job: Job) -> list[Decision]:
         return undo(turn, run, f"worker {evidence[0].rank} {evidence[0].said}")
     failing = fail_when_known(turn, run, evidence) if evidence else []
     if failing:
-        recovers = isinstance(failing[-1].action, FailGeneration)
-        return [*failing, *(write_decisions(turn, work, at.whole) if recovers else [])]
+        return failing + _still_written(turn, work, at, failing)
     for done in (run, work):
         outcomes = outcomes_of(done)
         if outcomes is not None:
@@ -186,6 +186,14 @@ def _on_running(turn: Turn, job: Job) -> list[Decision]:
     saving = checkpoint_decisions(turn, work, at)
     # While its ranks change over, the outgoing generation can still be spoken of before the next one is marked.
     return saving + ongoing if job.outgoing else ongoing + saving
+
+
+def _still_written(
+    turn: Turn, work: Running, at: Progress, failing: list[Decision]
+) -> list[Decision]:
+    """What a generation that fails now had whole; nothing where its run has failed with it."""
+    recovers = bool(failing) and isinstance(failing[-1].action, FailGeneration)
+    return write_decisions(turn, work, at.whole) if recovers else []
 
 
 def _ended(

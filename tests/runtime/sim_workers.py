@@ -68,7 +68,7 @@ class SimProcess(Struct):
     """By generation, of all that it was in: its rank there."""
     has_state: bool = False
     former: int = 0
-    """The generation in which it met the others last."""
+    """The newest generation that it began with the others."""
     met: bool = False
     """Whether it met the other ranks of its generation."""
     called_off: bool = False
@@ -444,11 +444,9 @@ class Fleet:
         joins = [p.told for p in there if p.told and p.told.generation == p.fact.generation]
         wanted = max((join.resume_step for join in joins), default=0)
         bereft = step < wanted and formerly < there[0].fact.generation - 1
-        for process in there:
-            process.former = process.fact.generation
-            if bereft:
-                self._park(process, f"no rank has the {wanted} steps any more", bereft=True)
         if bereft:
+            for process in there:
+                self._park(process, f"no rank has the {wanted} steps any more", bereft=True)
             return
         self._check_nothing_done_twice(there[0].fact, step)
         for process in there:
@@ -466,7 +464,7 @@ class Fleet:
                 )
                 self._end(process, exit_code=1, failure=failure)
                 continue
-            process.has_state = True
+            process.has_state, process.former = True, process.fact.generation
             marks = replace(
                 fact.marks, restored_at=self.wall_s, resume_step=step, source=f"step {step}"
             )

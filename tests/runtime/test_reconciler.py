@@ -13,6 +13,7 @@ from distroml.runtime.decisions import WriteManifest
 from distroml.runtime.failure_detector import Health
 from distroml.spec import Resources
 from tests.builders import checkpoint, node, submit
+from tests.builders import commit as commit_of
 from tests.runtime.scenes import (
     Scene,
     commit,
@@ -291,6 +292,36 @@ def test_whoever_is_on_a_node_that_no_rank_can_be_on_is_no_survivor() -> None:
     formed = only(scene.turn(), c.FormGeneration).generation
     assert (formed.checkpoint_step, formed.resume_step) == (90, 90)
     assert "from the checkpoint of step 90" in formed.reason
+
+
+def test_what_was_whole_is_committed_also_where_nobody_had_said_yet_that_all_train() -> None:
+    scene = Scene("a", "b").starting("a", "b")
+    scene.train(step=95)
+    for rank in (0, 1):
+        scene.saves(rank, 90)
+    scene.dies(1)
+    assert names(scene.step()) == ["FailGeneration", "WriteManifest"]
+
+
+def test_a_commit_that_the_log_will_not_take_any_more_is_not_waited_for() -> None:
+    scene = Scene("a", "b").running("a", "b")
+    scene.log.ok(commit_of(50), at=scene.wall_s)
+    scene.writing.add(("job-1", 1, 90))
+    scene.train(step=95)
+    scene.dies(0)
+    scene.dies(1)
+    scene.step()
+    assert scene.turn() == []
+    assert why_waiting(scene) == {"job-1": "checkpoint of step 90 is being committed"}
+    formed = only(scene.step(after_s=scene.settings.commit_wait_s), c.FormGeneration).generation
+    assert (formed.number, formed.resume_step) == (2, 50)
+    scene.train(step=60)
+    scene.dies(0)
+    scene.dies(1)
+    scene.step()
+    scene.turn()
+    formed = only(scene.turn(after_s=1.0), c.FormGeneration).generation
+    assert (formed.number, formed.resume_step) == (3, 50)
 
 
 def test_of_survivors_that_cannot_all_stay_the_steps_of_any_are_certain() -> None:

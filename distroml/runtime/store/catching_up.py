@@ -9,25 +9,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import math
 from collections.abc import Callable, Iterable
 
 from msgspec import Struct
 
 from distroml.runtime.store.records import StreamKey
-from distroml.runtime.store.sync import Span
+from distroml.runtime.store.sync import Heads
 
 COMPARISON_S = 3.0
-"""How long readers wait for a peer, once."""
+"""How long a reader waits; the next one again only if more has come meanwhile."""
+ASK_AGAIN_S = 0.5
 LOOK_S = 0.05
 
 
 class _Comparison(Struct):
     """What a peer told of a job."""
 
+    number: int
+    """Comes back with the answer: that to an earlier question may have been half read before this one was asked."""
+    asked_s: float | None = None
+    """When the question was sent."""
     due: dict[StreamKey, int] = {}
     """By stream: the sequence number after its newest record there."""
     told: bool = False
     """Whether that was all."""
+    lacked: float = math.inf
+    """Records that were missing when a reader had waited for too long."""
 
 
 class CatchingUp:
@@ -35,8 +44,8 @@ class CatchingUp:
 
     Args:
         peers: those that are connected.
-        ask: asks a peer how much it has of a job.
-        has: whether a stream can be read here up to a sequence number, or is not kept here.
+        ask: asks a peer how much it has of a job, with the number of the question; False where it cannot.
+        lacks: how many records of a stream cannot be read here yet, up to a sequence number.
         clock: monotonic seconds.
     """
 
@@ -44,24 +53,29 @@ class CatchingUp:
         self,
         *,
         peers: Callable[[], Iterable[str]],
-        ask: Callable[[str, str], object],
-        has: Callable[[StreamKey, int], bool],
+        ask: Callable[[str, str, int], bool],
+        lacks: Callable[[StreamKey, int], int],
         clock: Callable[[], float],
     ) -> None:
-        self._peers, self._ask, self._has, self._clock = peers, ask, has, clock
+        self._peers, self._ask, self._lacks, self._clock = peers, ask, lacks, clock
         self._over: dict[str, set[str]] = {}
         """By peer: the jobs that were compared since its link came up."""
         self._open: dict[tuple[str, str], _Comparison] = {}
         """By peer and job."""
+        self._numbers = itertools.count(1)
         self._news = asyncio.Event()
+
+    @property
+    def jobs(self) -> set[str]:
+        """Those of which somebody wants to read."""
+        return {job_id for _, job_id in self._open}
 
     async def caught_up(self, job_id: str) -> None:
         """Return once this node has what its peers had of the job, or after ``COMPARISON_S``."""
         due_s = self._clock() + COMPARISON_S
         while waiting := self._waiting(job_id):
             if self._clock() >= due_s:
-                for peer in waiting:
-                    self._end(peer, job_id)
+                self._let_go(waiting, job_id)
                 return
             self._news.clear()
             with contextlib.suppress(TimeoutError):
@@ -69,34 +83,54 @@ class CatchingUp:
                     await self._news.wait()
 
     def _waiting(self, job_id: str) -> list[str]:
-        """The connected peers whose comparison is not over; those not asked yet are asked."""
+        """The connected peers whose comparison is not over; those that have not told yet are asked."""
         waiting = []
         for peer in self._peers():
             if job_id in self._over.get(peer, ()):
                 continue
             comparison = self._open.get((peer, job_id))
             if comparison is None:
-                comparison = self._open[peer, job_id] = _Comparison()
-                self._ask(peer, job_id)
-            if comparison.told and all(self._has(*due) for due in comparison.due.items()):
+                comparison = self._open[peer, job_id] = _Comparison(next(self._numbers))
+            if not comparison.told:
+                self._ask_for(comparison, peer, job_id)
+            if comparison.told and self._lacking(comparison) == 0:
                 self._end(peer, job_id)
             else:
                 waiting.append(peer)
         return waiting
 
+    def _ask_for(self, comparison: _Comparison, peer: str, job_id: str) -> None:
+        now_s = self._clock()
+        asked = comparison.asked_s is not None and now_s - comparison.asked_s < ASK_AGAIN_S
+        if not asked and self._ask(peer, job_id, comparison.number):
+            comparison.asked_s = now_s
+
+    def _lacking(self, comparison: _Comparison) -> int:
+        return sum(self._lacks(*due) for due in comparison.due.items())
+
+    def _let_go(self, waiting: Iterable[str], job_id: str) -> None:
+        """A reader has waited for long enough: later ones wait too where that is of use."""
+        for peer in waiting:
+            comparison = self._open[peer, job_id]
+            lacking = self._lacking(comparison)
+            if comparison.told and lacking < comparison.lacked:
+                comparison.lacked = lacking
+            else:
+                self._end(peer, job_id)
+
     def _end(self, peer: str, job_id: str) -> None:
         del self._open[peer, job_id]
         self._over.setdefault(peer, set()).add(job_id)
 
-    def take(self, peer: str, spans: Iterable[Span], complete: Iterable[str]) -> None:
-        """A peer told how much it has of some streams, and of some jobs that this is all."""
-        for span in spans:
+    def take(self, peer: str, heads: Heads) -> None:
+        """A peer told how much it has of some streams, and of some jobs maybe that this is all."""
+        for span in heads.spans:
             comparison = self._open.get((peer, span.key.job_id))
             if comparison is not None:
                 comparison.due[span.key] = span.next
-        for job_id in complete:
+        for job_id in heads.complete:
             comparison = self._open.get((peer, job_id))
-            if comparison is not None:
+            if comparison is not None and comparison.number == heads.number:
                 comparison.told = True
         self._news.set()
 

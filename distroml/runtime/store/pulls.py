@@ -42,6 +42,7 @@ class Pulls:
     """Asks for what peers offered, in bounded chunks.
 
     Args:
+        urgent: ids of jobs that somebody waits for.
         known_jobs: ids of the jobs that exist by the replicated state; others are refused.
         reachable: names of the peers that are connected.
         send: sends a pull to a peer; False where it cannot.
@@ -53,6 +54,7 @@ class Pulls:
         store: HistoryStore,
         counts: ReplicationCounts,
         *,
+        urgent: Callable[[], Collection[str]],
         known_jobs: Callable[[], Collection[str]],
         reachable: Callable[[], list[str]],
         send: Callable[[str, Pull], bool],
@@ -60,6 +62,7 @@ class Pulls:
     ) -> None:
         self._store = store
         self._counts = counts
+        self._urgent = urgent
         self._known_jobs = known_jobs
         self._reachable = reachable
         self._send = send
@@ -76,7 +79,7 @@ class Pulls:
             offers.pop(span.key, None)
             return
         before = offers.get(span.key)
-        if before is None and len(offers) >= MAX_OFFERS:
+        if before is None and len(offers) >= MAX_OFFERS and span.key.job_id not in self._urgent():
             return
         since = before.since if before else self._clock()
         offers[span.key] = Offer(span.first, span.next, since)
@@ -106,7 +109,10 @@ class Pulls:
                 if (wanted := self._wanted(key)) is not None:
                     mine[key] = wanted
         busy = {key for pull in self._in_flight.values() for key in pull.wants}
-        for peer, wants in sync.plan_pulls(mine, self._offers, busy, slots, now - SKIP_AFTER_S):
+        plan = sync.plan_pulls(
+            mine, self._offers, busy, slots, now - SKIP_AFTER_S, first=self._urgent()
+        )
+        for peer, wants in plan:
             number = self._next_pull
             if self._send(peer, Pull(number, wants)):
                 self._next_pull += 1

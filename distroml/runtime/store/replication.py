@@ -91,16 +91,19 @@ class HistoryReplicator:
         )
         self._catching_up = CatchingUp(
             peers=self._reachable,
-            ask=lambda peer, job_id: self._send(
-                peer, AskHeads((job_id,), digests=(store.digest(job_id),))
+            ask=lambda peer, job_id, number: self._send(
+                peer, AskHeads((job_id,), (store.digest(job_id),), number)
             ),
-            has=lambda key, seq: store.wanted(key) is None or store.span(key)[1] >= seq,
+            lacks=lambda key, seq: (
+                0 if store.wanted(key) is None else max(0, seq - store.span(key)[1])
+            ),
             clock=clock,
         )
         self.caught_up = self._catching_up.caught_up
         self._pulls = Pulls(
             store,
             self.counts,
+            urgent=lambda: self._catching_up.jobs,
             known_jobs=known_jobs,
             reachable=self._reachable,
             send=self._send,
@@ -244,8 +247,8 @@ class HistoryReplicator:
         )
         while page := tuple(islice(spans, sync.MAX_SPANS)):
             if not self._send(peer, Heads(page)):
-                return  # it will ask again after the next comparison
-        self._send(peer, Heads((), complete=message.jobs))
+                return  # it will ask again
+        self._send(peer, Heads((), message.jobs, message.number))
 
     def _on_ask_heads_of(self, peer: str, message: AskHeadsOf) -> None:
         self._store.hurry()
@@ -256,7 +259,7 @@ class HistoryReplicator:
         self.sharing.take(message.spans)
         for span in message.spans:
             self._pulls.note(peer, span)
-        self._catching_up.take(peer, message.spans, message.complete)
+        self._catching_up.take(peer, message)
         self._pulls.pump()
 
     # --- pull --------------------------------------------------------------------------------------------------

@@ -62,6 +62,8 @@ class AskHeads(Struct, frozen=True, array_like=True, tag=2):
     jobs: Annotated[tuple[Id, ...], Meta(max_length=MAX_DIGESTS)]
     digests: Annotated[tuple[bytes, ...], Meta(max_length=MAX_DIGESTS)] = ()
     """What the sender has of each, or nothing: where it is the same, no heads are wanted."""
+    number: Seq = 0
+    """Comes back with the answer."""
 
 
 class Heads(Struct, frozen=True, array_like=True, tag=3):
@@ -70,6 +72,8 @@ class Heads(Struct, frozen=True, array_like=True, tag=3):
     spans: Annotated[tuple[Span, ...], Meta(max_length=MAX_SPANS)]
     complete: Annotated[tuple[Id, ...], Meta(max_length=MAX_DIGESTS)] = ()
     """Jobs of which it has told all by now."""
+    number: Seq = 0
+    """Of the question."""
 
 
 class Pull(Struct, frozen=True, array_like=True, tag=4):
@@ -149,12 +153,14 @@ def plan_pulls(
     in_flight: Collection[StreamKey],
     slots: Mapping[str, int],
     skip_before: float,
+    first: Collection[str] = (),
 ) -> list[tuple[str, tuple[Want, ...]]]:
     """The pulls to send now: ``(peer, wants)``, never two at once for one stream.
 
     Args:
         mine: the next sequence number wanted of each stream that this node keeps; others are not asked for.
         slots: how many more pulls each reachable peer may have in flight.
+        first: jobs that somebody waits for.
     """
     by_key: dict[StreamKey, dict[str, Offer]] = {}
     for peer in sorted(slots):
@@ -162,7 +168,7 @@ def plan_pulls(
             if key in mine and key not in in_flight:
                 by_key.setdefault(key, {})[peer] = offer
     chosen: dict[str, list[Want]] = {}
-    for key in sorted(by_key):
+    for key in sorted(by_key, key=lambda key: (key.job_id not in first, key)):
         if choice := choose(mine[key], by_key[key], skip_before):
             peer, from_seq, skip = choice
             chosen.setdefault(peer, []).append(Want(key, from_seq, skip))

@@ -74,7 +74,7 @@ class Prepared:
     committed: Callable[[], Checkpoint | None] = lambda: None
     """The log's newest good checkpoint, as far as this process has been told."""
     former: int = 0
-    """The generation in which it met the others last; 0: in none."""
+    """The newest generation that it began with the others; 0: none."""
     left_at: float | None = None
     """When (Unix seconds) it left the generation before."""
     source: BatchSource | None = None
@@ -229,7 +229,6 @@ class Membership:
                 former=prepared.former,
             ),
         )
-        prepared.former = self._join.generation
         check_agreement(standings)
         for one in standings:
             self._wishes |= one.flags & ~BUSY
@@ -253,6 +252,7 @@ class Membership:
             self._share(Transfer(group, 0, everybody_else), 0, everybody_else)
         run = prepared.run
         assert run is not None
+        prepared.former = self._join.generation
         run.state.epoch = source.cursor(max(0, run.state.step - 1)).epoch
         self._mark(restored_at=time.time(), resume_step=run.state.step, source=told)
         if holder == group.rank and run.records:
@@ -271,7 +271,9 @@ class Membership:
         """
         step, formerly = self._join.steps_done, -1
         if holder is not None:
-            step, formerly = standings[holder].position // 2, standings[holder].former
+            position = standings[holder].position
+            step = position // 2
+            formerly = max(one.former for one in standings if one.position == position)
         if step < self._join.resume_step and formerly < self._join.generation - 1:
             with contextlib.suppress(CollectiveBroken):  # so that each can say why it leaves
                 self._group.barrier()

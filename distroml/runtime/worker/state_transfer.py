@@ -45,7 +45,7 @@ class Standing(msgspec.Struct, frozen=True):
     flags: int = 0
     """What it wishes for the boundary at which the generation begins (``dist.STOP``, ``dist.MOVE``), and ``dist.BUSY``."""
     former: int = 0
-    """The generation in which it met the others last; 0: in none."""
+    """The newest generation that it began with the others; 0: none."""
 
 
 class Tensors(msgspec.Struct, frozen=True):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from distroml.runtime.store.catching_up import COMPARISON_S
+from distroml.runtime.store import sync
+from distroml.runtime.store.catching_up import COMPARISON_S, CatchingUp
 from tests.runtime.store.histories import JOB, Cluster, key, originate
 from tests.runtime.store.test_sharing import has_all, steps
 
@@ -119,3 +120,74 @@ async def test_peers_that_are_down_are_not_waited_for(tmp_path: Path) -> None:
     for name in "ab":
         cluster.crash(name)
     await asyncio.wait_for(cluster.replicators["c"].caught_up(JOB), 5)
+
+
+async def test_an_answer_that_was_on_its_way_before_is_none(tmp_path: Path) -> None:
+    """The reader asks between two of its messages."""
+    cluster = Cluster(tmp_path, "ab")
+    cluster.crash("b")
+    originate(cluster, "a", key(0), 40)
+    cluster.run(1)
+    cluster.known.clear()
+    cluster.start("b")
+    cluster.run(0.5)
+    cluster.known.add(JOB)
+    cluster.wire.letters.clear()
+    cluster.replicators["a"]._on_ask_heads("b", sync.AskHeads((JOB,)))
+    assert len(cluster.wire.letters) == 2
+    task = reader(cluster, "b")
+    await asyncio.sleep(0)
+    cluster.wire.letters = cluster.wire.letters[1:]
+    await steps(cluster, task, 1000)
+    assert task.done()
+    assert has_all(cluster, "b", 0, 40)
+
+
+async def test_what_is_lost_on_the_way_is_asked_for_again(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path, "ab", seed=1)
+    cluster.crash("b")
+    originate(cluster, "a", key(0), 40)
+    cluster.run(1)
+    cluster.start("b")
+    cluster.wire.letters.clear()
+    task = reader(cluster, "b")
+    await asyncio.sleep(0)
+    cluster.wire.letters.clear()  # the question
+    await steps(cluster, task, 1000)
+    assert task.done()
+    assert has_all(cluster, "b", 0, 40)
+
+
+async def test_what_takes_longer_is_waited_for_again_as_long_as_more_comes(tmp_path: Path) -> None:
+    arrived, now_s = 0, 0.0
+    asked: list[tuple[str, str, int]] = []
+
+    def ask(*question: object) -> bool:
+        asked.append(question)  # type: ignore[arg-type]
+        return True
+
+    catching_up = CatchingUp(
+        peers=lambda: ["a"],
+        ask=ask,
+        lacks=lambda key, seq: seq - arrived,
+        clock=lambda: now_s,
+    )
+
+    async def waits() -> bool:
+        nonlocal now_s
+        task = asyncio.create_task(catching_up.caught_up(JOB))
+        await asyncio.sleep(0)
+        if task.done():
+            return False
+        if len(asked) == 1:
+            span = sync.Span(key(0), 0, 10)
+            catching_up.take("a", sync.Heads((span,), (JOB,), asked[0][2]))
+        now_s += COMPARISON_S
+        await asyncio.wait_for(task, 5)
+        return True
+
+    assert await waits()
+    arrived = 5
+    assert await waits()
+    assert await waits()
+    assert not await waits(), "nothing more came"

@@ -78,6 +78,8 @@ class Run:
         )
 
     def next(self, members: list[StubWorker | None], *, at_boundary: bool = False) -> None:
+        if at_boundary:
+            self.meet()  # the coordinator plans no change either before all ranks have begun
         self.generation += 1
         self.ranks = self.agent.form(
             self.spec, self.run_id, members, self.generation, at_boundary=at_boundary
