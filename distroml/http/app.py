@@ -9,6 +9,7 @@ too.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -29,6 +30,8 @@ from distroml.http.telemetry import Telemetry
 NODE_HEADER = "X-DistroML-Node"
 REQUEST_ID_HEADER = "X-Request-Id"
 BACKLOG = 1024
+UNKNOWN_JOB_WAIT_S = 2.0
+"""How long a read waits to learn whether there is a job that is not known here."""
 UNKNOWN_ROUTE = "none"
 """Label of requests that match no route; their paths are not bounded."""
 
@@ -119,8 +122,8 @@ class HttpServer:
         async def handle(request: web.Request) -> web.StreamResponse:
             request[_ROUTE] = route
             query = limits.parse_query(request, route.query)
-            if isinstance(query, Read) and query.consistency == "linearizable":
-                await self._services.read_barrier(self._services.settings.write_timeout_s)
+            if isinstance(query, Read):
+                await self._catch_up(request, query)
             call = Call(
                 request=request,
                 services=self._services,
@@ -135,6 +138,18 @@ class HttpServer:
                 return await route.handler(call, query)
 
         return handle
+
+    async def _catch_up(self, request: web.Request, query: Read) -> None:
+        """Apply what the read is to see: all that was acknowledged before, where it asks for that.
+
+        So is a job that is not known here: it may have been submitted at another node a moment ago.
+        """
+        services, job_id = self._services, request.match_info.get("job_id")
+        if query.consistency == "linearizable":
+            await services.read_barrier(services.settings.write_timeout_s)
+        elif job_id is not None and job_id not in services.state().jobs:
+            with contextlib.suppress(Unavailable):  # then what is known here has to do
+                await services.read_barrier(UNKNOWN_JOB_WAIT_S)
 
     @web.middleware
     async def _observe(self, request: web.Request, handler: problems.Handler) -> web.StreamResponse:

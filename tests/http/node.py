@@ -148,6 +148,8 @@ class MemoryNode:
         self.raft_view = Raft(leader=name)
         self.reports: dict[str, Observed] = {}
         self.barriers = 0
+        self.behind: Callable[[], object] = lambda: None
+        """Applies what others have committed and this node has not heard of."""
         self.readiness = (True, "")
         self.fault: BaseException | None = None
         self.hold: asyncio.Event | None = None
@@ -171,6 +173,7 @@ class MemoryNode:
         self.barriers += 1
         if self.raft_view.leader is None:
             raise Unavailable("no leader confirmed the read")
+        self.behind()
 
     async def transfer_leadership(self, target: str | None, timeout_s: float) -> str:
         if target not in (None, "a", "b"):

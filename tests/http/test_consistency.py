@@ -39,3 +39,17 @@ async def test_a_linearizable_read_without_a_leader_is_refused_and_a_local_one_i
 async def test_an_unknown_consistency_is_named(api: Api) -> None:
     refused = await api.get("/api/jobs?consistency=eventual")
     assert (refused.status, refused.json["field"]) == (400, "consistency")
+
+
+@pytest.mark.parametrize("what", ["", "/metrics", "/incidents"])
+async def test_a_job_that_another_node_took_a_moment_ago_is_found(api: Api, what: str) -> None:
+    api.node.behind = api.node.submit
+    assert (await api.get(f"/api/jobs/job-1{what}")).status == 200
+    assert (await api.get(f"/api/jobs/job-1{what}")).status == 200
+    assert api.node.barriers == 1
+
+
+async def test_without_a_leader_an_unknown_job_is_just_that(api: Api) -> None:
+    api.node.raft_view = Raft(leader=None, role="candidate")
+    refused = await api.get("/api/jobs/job-1")
+    assert (refused.status, refused.json["type"]) == (404, "/problems/not-found")
