@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from distroml.errors import InvalidRequest
 from distroml.http.services import HistoryBatch, LogLine, MetricNames, MetricPoint, Series
+from distroml.http.wakes import Wakes
 from distroml.runtime.control import MetricRecord
 from distroml.runtime.store.following import Entry, follow
 from distroml.runtime.store.history import HistoryStore
@@ -41,7 +42,7 @@ class HistoryView:
         self._queries = HistoryQueries(store)
         self._latest: dict[str, dict[str, _Latest]] = {}
         """By job and metric."""
-        self._wakes: dict[str, set[asyncio.Event]] = {}
+        self._wakes = Wakes()
         store.listen(self._on_written)
 
     async def metric_names(self, job_id: str) -> MetricNames:
@@ -98,16 +99,8 @@ class HistoryView:
             follower.close()
         return HistoryBatch(records=tuple(records), position=follower.cursor(), more=more)
 
-    @contextmanager
-    def watch(self, job_id: str, wake: asyncio.Event) -> Iterator[None]:
-        self._wakes.setdefault(job_id, set()).add(wake)
-        try:
-            yield
-        finally:
-            watchers = self._wakes[job_id]
-            watchers.discard(wake)
-            if not watchers:
-                del self._wakes[job_id]
+    def watch(self, job_id: str, wake: asyncio.Event) -> AbstractContextManager[None]:
+        return self._wakes.watch(job_id, wake)
 
     def forget(self, job_id: str) -> None:
         """The job was removed."""
@@ -116,8 +109,7 @@ class HistoryView:
 
     def _on_written(self, written: Written, local: bool) -> None:
         key = written.key
-        for wake in self._wakes.get(key.job_id, ()):
-            wake.set()
+        self._wakes.wake(key.job_id)
         if key.kind != "metrics" or key.rank != 0:
             return
         latest = self._latest.pop(key.job_id, {})

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 from msgspec import Struct
 
 from distroml.commands import Entry, Outcome
+from distroml.http.wakes import Wakes
 from distroml.model import Event
 
 
@@ -33,14 +34,13 @@ class JobEvents:
 
     def __init__(self, recent: Callable[[str], Iterable[Event]]) -> None:
         self._recent = recent
-        self._watchers: dict[str, set[asyncio.Event]] = {}
+        self._wakes = Wakes()
 
     def applied(self, entry: Entry | None, outcome: Outcome, events: tuple[Event, ...]) -> None:
         """Replica listener. Without an entry a snapshot replaced the state: everybody looks again."""
-        jobs = {event.job_id for event in events} if entry is not None else set(self._watchers)
+        jobs = {event.job_id for event in events} if entry is not None else self._wakes.jobs
         for job_id in jobs:
-            for wake in self._watchers.get(job_id or "", ()):
-                wake.set()
+            self._wakes.wake(job_id or "")
 
     def since(
         self, job_id: str, position: Position, submit_index: int
@@ -53,17 +53,9 @@ class JobEvents:
         )
         return following, complete
 
-    @contextmanager
-    def watch(self, job_id: str, wake: asyncio.Event) -> Iterator[None]:
+    def watch(self, job_id: str, wake: asyncio.Event) -> AbstractContextManager[None]:
         """Set ``wake`` whenever something of the job changes; the reader clears it."""
-        self._watchers.setdefault(job_id, set()).add(wake)
-        try:
-            yield
-        finally:
-            watchers = self._watchers[job_id]
-            watchers.discard(wake)
-            if not watchers:
-                del self._watchers[job_id]
+        return self._wakes.watch(job_id, wake)
 
 
 def _numbered(events: Iterable[Event]) -> Iterator[tuple[Event, Position]]:

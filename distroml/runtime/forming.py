@@ -72,14 +72,18 @@ def _held(job: Job, facts: Facts, now: Now, settings: ReconcilerSettings, left: 
     waited_s = now.monotonic_s - sighting_of(job, facts).since_s
     if waited_s < job.backoff_s:
         return f"restart in {job.backoff_s - waited_s:.1f} s"
-    awaited = _awaited(job, facts, _survivors_step(left))
-    if awaited is not None and waited_s < settings.commit_wait_s:
+    awaited = _awaited(job, facts, now, settings, _survivors_step(left))
+    if awaited is not None:
         return f"checkpoint of step {awaited} is being committed"
     return ""
 
 
-def _awaited(job: Job, facts: Facts, done: int | None) -> int | None:
-    """The newest step that is being committed, where the run would go back behind it with the ``done`` steps of its survivors."""
+def _awaited(
+    job: Job, facts: Facts, now: Now, settings: ReconcilerSettings, done: int | None
+) -> int | None:
+    """The newest step whose commit is still waited for; None where ``done``, the steps that survivors have, are as many."""
+    if now.monotonic_s - sighting_of(job, facts).since_s >= settings.commit_wait_s:
+        return None
     assert job.generation is not None  # it recovers
     number, goes_on = job.generation.number, job.generation.resume_step
     committing = [
@@ -104,14 +108,14 @@ def _steps_kept(turn: Turn, job: Job, placement: Placement) -> int | None:
 
     Where fewer stay on a node than there are, it is up to its agent who.
     """
-    kept: list[_Left] = []
+    kept: _Left = ()
     left = _left_of(job, turn.facts, turn.survey)
     staying = [one.node for one in placement.members if one.rank not in placement.joining]
     for node in set(staying):
         here = [one for one in left if one[0].node == node and one[1].generation > 0]
         here.sort(key=lambda one: _survivors_step((one,)) or 0)
-        kept.append(tuple(here[: staying.count(node)]))
-    return _survivors_step(tuple(one for some in kept for one in some))
+        kept += tuple(here[: staying.count(node)])
+    return _survivors_step(kept)
 
 
 def on_recovering(turn: Turn, job: Job) -> list[Decision]:
@@ -130,8 +134,7 @@ def on_recovering(turn: Turn, job: Job) -> list[Decision]:
         one.action.step > (done or 0) for one in writing if isinstance(one.action, WriteManifest)
     ):
         return writing  # and then resumed from
-    waited_s = turn.now.monotonic_s - sighting_of(job, turn.facts).since_s
-    if _awaited(job, turn.facts, done) is not None and waited_s < turn.settings.commit_wait_s:
+    if _awaited(job, turn.facts, turn.now, turn.settings, done) is not None:
         return writing  # there was no room for the survivors who need not wait
     return [*writing, _form(turn, job, placement, done)]
 

@@ -392,7 +392,7 @@ async def test_client_that_leaves_frees_its_place(api: Api) -> None:
         await read(socket, 1)
         assert api.server._streams.inside == 1
     await until(lambda: not api.server._streams.inside, "the stream's place is free")
-    assert not api.node.events._watchers
+    assert not api.node.events._wakes.jobs
 
 
 # --- Server-Sent Events ------------------------------------------------------------------------------------------

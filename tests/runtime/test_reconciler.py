@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from distroml import commands as c
-from distroml.model import FailureKind, JobStatus, NodeStatus
+from distroml.model import FailureKind, Generation, JobStatus, NodeStatus
 from distroml.reports import WorkerPhase
 from distroml.runtime import reconciler
 from distroml.runtime.decisions import WriteManifest
@@ -248,16 +248,35 @@ def test_survivors_go_on_at_once_with_their_ranks_and_their_steps() -> None:
     assert (formed.joining, formed.resume_step, formed.planned) == ((1,), 11, False)
 
 
+def fails_with_a_whole_checkpoint(scene: Scene, step: int, *, dead: int) -> WriteManifest:
+    """One of two ranks dies ten steps behind it, and its manifest is being written from now on."""
+    scene.train(step=step + 10)
+    for rank in (0, 1):
+        scene.saves(rank, step)
+    scene.dies(dead)
+    decisions = scene.step()
+    assert names(decisions) == ["FailGeneration", "WriteManifest"]
+    scene.writing.add(("job-1", 1, step))
+    writing: WriteManifest = only(decisions, WriteManifest)
+    return writing
+
+
+def formed_once_committed(scene: Scene, writing: WriteManifest) -> Generation:
+    """The run waits for the commit, and goes on from it."""
+    assert scene.turn(after_s=1.0) == []
+    told = f"checkpoint of step {writing.step} is being committed"
+    assert why_waiting(scene) == {"job-1": told}
+    commit(scene, writing)
+    scene.writing.clear()
+    formed: Generation = only(scene.turn(), c.FormGeneration).generation
+    assert (formed.checkpoint_step, formed.resume_step) == (writing.step, writing.step)
+    return formed
+
+
 def test_a_replacement_that_has_no_state_yet_is_no_survivor() -> None:
     """The last one with the state ends before it could pass it on, and a checkpoint is still being committed."""
     scene = Scene("a", "b").running("a", "b")
-    scene.train(step=100)
-    for rank in (0, 1):
-        scene.saves(rank, 90)
-    scene.dies(1)
-    decisions = scene.step()
-    assert names(decisions) == ["FailGeneration", "WriteManifest"]
-    scene.writing.add(("job-1", 1, 90))
+    writing = fails_with_a_whole_checkpoint(scene, 90, dead=1)
     assert only(scene.step(), c.FormGeneration).generation.resume_step == 100
     scene.hears("a", scene.worker(0, step=100, phase=WorkerPhase.CONNECTING))
     scene.hears("b", scene.worker(1, worker=9, step=100, phase=WorkerPhase.CONNECTING))
@@ -265,42 +284,21 @@ def test_a_replacement_that_has_no_state_yet_is_no_survivor() -> None:
     scene.step()
     scene.change(1, phase=WorkerPhase.PARKED, parked_at=scene.wall_s)
     scene.turn()
-    assert scene.turn(after_s=1.0) == []
-    assert why_waiting(scene) == {"job-1": "checkpoint of step 90 is being committed"}
-    commit(scene, only(decisions, WriteManifest))
-    scene.writing.clear()
-    formed = only(scene.turn(), c.FormGeneration).generation
-    assert (formed.checkpoint_step, formed.resume_step) == (90, 90)
+    formed_once_committed(scene, writing)
 
 
 def test_whoever_is_on_a_node_that_no_rank_can_be_on_is_no_survivor() -> None:
     """The others died with it at once, and its agent was silent before it could tell how its ranks ended."""
     scene = Scene("a", "b", "c").running("a", "b")
-    scene.train(step=100)
-    for rank in (0, 1):
-        scene.saves(rank, 90)
-    scene.dies(0)
-    decisions = scene.step()
-    assert names(decisions) == ["FailGeneration", "WriteManifest"]
-    scene.writing.add(("job-1", 1, 90))
+    writing = fails_with_a_whole_checkpoint(scene, 90, dead=0)
     scene.health["b"] = (Health.SUSPECT, "connection closed")
     scene.turn()
-    assert scene.turn(after_s=1.0) == []
-    assert why_waiting(scene) == {"job-1": "checkpoint of step 90 is being committed"}
-    commit(scene, only(decisions, WriteManifest))
-    scene.writing.clear()
-    formed = only(scene.turn(), c.FormGeneration).generation
-    assert (formed.checkpoint_step, formed.resume_step) == (90, 90)
+    formed = formed_once_committed(scene, writing)
     assert "from the checkpoint of step 90" in formed.reason
 
 
 def test_what_was_whole_is_committed_also_where_nobody_had_said_yet_that_all_train() -> None:
-    scene = Scene("a", "b").starting("a", "b")
-    scene.train(step=95)
-    for rank in (0, 1):
-        scene.saves(rank, 90)
-    scene.dies(1)
-    assert names(scene.step()) == ["FailGeneration", "WriteManifest"]
+    fails_with_a_whole_checkpoint(Scene("a", "b").starting("a", "b"), 90, dead=1)
 
 
 def test_a_commit_that_the_log_will_not_take_any_more_is_not_waited_for() -> None:
@@ -347,18 +345,12 @@ def test_a_commit_is_waited_for_where_survivors_have_to_go() -> None:
     for name in "abc":
         scene.hears(name, slots=1)
     scene.running("a", "b", resources=resources)
-    scene.train(step=60)
-    for rank in (0, 1):
-        scene.saves(rank, 50)
-    scene.dies(1)
-    decisions = scene.step()
-    assert names(decisions) == ["FailGeneration", "WriteManifest"]
-    scene.writing.add(("job-1", 1, 50))
+    writing = fails_with_a_whole_checkpoint(scene, 50, dead=1)
     scene.log.ok(submit("job-2", workers=2, priority=10), at=scene.wall_s)
     formed = only(scene.step(), c.FormGeneration)
     assert (formed.job_id, [m.node for m in formed.generation.members]) == ("job-2", ["a", "b"])
     assert scene.turn() == []
-    commit(scene, only(decisions, WriteManifest))
+    commit(scene, writing)
     scene.writing.clear()
     formed = only(scene.turn(), c.FormGeneration)
     assert (formed.job_id, [m.node for m in formed.generation.members]) == ("job-1", ["c"])

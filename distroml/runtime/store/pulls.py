@@ -84,10 +84,6 @@ class Pulls:
         since = before.since if before else self._clock()
         offers[span.key] = Offer(span.first, span.next, since)
 
-    def lacks(self, peer: str) -> bool:
-        """Whether ``peer`` has something that is yet to come here."""
-        return bool(self._offers.get(peer))
-
     def pump(self) -> None:
         """Ask for what is missing, as far as pulls in flight and the disk allow; give up on late answers."""
         now = self._clock()
