@@ -300,6 +300,10 @@ def encode_manifest(manifest: Manifest) -> bytes:
     return msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=1) + b"\n"
 
 
+_decoder = msgspec.json.Decoder(Manifest)
+"""Made here, once: see ``shard_file``."""
+
+
 def decode_manifest(data: bytes) -> Manifest:
     """Read a manifest back and check that it is consistent in itself.
 
@@ -313,7 +317,7 @@ def decode_manifest(data: bytes) -> Manifest:
         raise ValueError(f"it has {len(data)} bytes, the limit is {MAX_MANIFEST_BYTES}")
     try:
         check_format(data, FORMAT, "format")
-        manifest = msgspec.json.decode(data, type=Manifest)
+        manifest = _decoder.decode(data)
     except UNDECODABLE as error:
         raise ValueError(f"it cannot be decoded: {error}") from None
     files = {file.file: file for file in manifest.files}

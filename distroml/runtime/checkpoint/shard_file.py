@@ -281,12 +281,12 @@ def parse_safetensors_header(data: bytes) -> ShardHeader:
     if len(data) < size:
         raise ValueError(f"the header is cut: {len(data)} of {size} bytes")
     try:
-        raw = msgspec.json.decode(data[LENGTH.size : size], type=dict[str, msgspec.Raw])
-        metadata = msgspec.json.decode(raw.pop("__metadata__", b"{}"), type=dict[str, str])
+        raw = _header_decoder.decode(data[LENGTH.size : size])
+        metadata = _metadata_decoder.decode(raw.pop("__metadata__", b"{}"))
         told = metadata.get(METADATA_KEY, "")
         check_format(told.encode(), FORMAT, "shard format")
-        note = msgspec.json.decode(told, type=ShardNote)
-        entries = {name: msgspec.json.decode(value, type=_Entry) for name, value in raw.items()}
+        note = _note_decoder.decode(told)
+        entries = {name: _entry_decoder.decode(value) for name, value in raw.items()}
     except UNDECODABLE as error:
         raise ValueError(f"the header is not that of a shard: {error}") from None
     if set(entries) != set(note.digests):
@@ -329,6 +329,14 @@ class _Format(Struct, frozen=True):
     format: int
 
 
+# Made here, once: threads read headers side by side, and two that first meet a Struct of Structs at the same time can crash in msgspec.
+_header_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_metadata_decoder = msgspec.json.Decoder(dict[str, str])
+_note_decoder = msgspec.json.Decoder(ShardNote)
+_entry_decoder = msgspec.json.Decoder(_Entry)
+_format_decoder = msgspec.json.Decoder(_Format)
+
+
 def check_format(data: bytes, expected: int, what: str) -> None:
     """Check the field ``format`` before anything else of a JSON object is believed.
 
@@ -336,6 +344,6 @@ def check_format(data: bytes, expected: int, what: str) -> None:
         ValueError: it is another one, or the JSON is none; msgspec's errors are ValueErrors too.
         RecursionError: it is nested too deeply.
     """
-    told = msgspec.json.decode(data, type=_Format).format
+    told = _format_decoder.decode(data).format
     if told != expected:
         raise ValueError(f"{what} {told} is not known; this version reads {expected}")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -95,3 +97,27 @@ def test_header_is_aligned_and_small_reads_suffice() -> None:
     data = encode_header([tensor("x", [1.0])], note([tensor("x", [1.0])]))
     assert len(data) % 64 == 0
     assert header_length(data[:8]) == len(data)
+
+
+READ_SIDE_BY_SIDE = """
+import importlib, sys, threading
+from distroml.runtime.checkpoint import shard_file
+sys.setswitchinterval(1e-6)
+data = sys.stdin.buffer.read()
+for _ in range(100):
+    fresh = importlib.reload(shard_file)
+    ready = threading.Barrier(4)
+    def read():
+        ready.wait()
+        fresh.parse_safetensors_header(data)
+    readers = [threading.Thread(target=read) for _ in range(4)]
+    for one in readers: one.start()
+    for one in readers: one.join()
+"""
+
+
+def test_threads_may_be_the_first_to_read_headers_all_at_once() -> None:
+    """As in a commit. Types that msgspec first met in several threads had crashed the process."""
+    data = encode_header([tensor("x", [1.0])], note([tensor("x", [1.0])]))
+    script = [sys.executable, "-c", READ_SIDE_BY_SIDE]
+    assert subprocess.run(script, input=data, timeout=60, check=False).returncode == 0
