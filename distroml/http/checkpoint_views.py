@@ -83,7 +83,7 @@ class TensorView(Struct, frozen=True, kw_only=True):
     offset: int
     length: int
     codec: Annotated[str, Meta(description="none or zstd")]
-    sha256: Annotated[list[str], Meta(description="of each piece of 16 MiB, as stored")]
+    blake3: Annotated[list[str], Meta(description="of each piece of 16 MiB, as stored")]
 
 
 class CheckpointDetail(CheckpointView, frozen=True, kw_only=True):
@@ -195,7 +195,7 @@ def checkpoint_detail(job: Job, one: Checkpoint, manifest: Manifest) -> Checkpoi
                 offset=tensor.offset,
                 length=tensor.length,
                 codec=tensor.codec,
-                sha256=list(tensor.sha256),
+                blake3=list(tensor.blake3),
             )
             for tensor in manifest.tensors
         ],

@@ -155,7 +155,7 @@ _DETAIL = {
     "cursor": {"epoch": 0, "batch": 5},
     "files": [{"rank": 0, "file": "worker_0.safetensors", "size_bytes": 9, "header_sha256": "ab"}],
     "tensors": [{"name": "model.weight", "dtype": "F32", "shape": [2, 2], "file": "worker_0.safetensors",
-                 "offset": 8, "length": 16, "codec": "none", "sha256": ["cd"]}],
+                 "offset": 8, "length": 16, "codec": "none", "blake3": ["cd"]}],
 }  # fmt: skip
 _IMPORTED = {"job_id": "job-7", "run_id": "run-7", "steps": [10, 20], "problem": ""}
 _INCIDENT = {

@@ -8,6 +8,7 @@ from types import UnionType
 from typing import Any, Final
 
 import msgspec
+from blake3 import blake3
 
 from distroml.errors import UNDECODABLE, InvalidRequest
 from distroml.reports import DataCursor
@@ -134,7 +135,7 @@ def _manifests() -> list[bytes]:
         header_bytes=64,
         header_sha256="ab" * 32,
     )
-    plain = {"dtype": "F32", "offset": 100, "length": 24, "sha256": ("cd" * 32,)}
+    plain = {"dtype": "F32", "offset": 100, "length": 24, "blake3": ("cd" * 32,)}
     tensors = (
         TensorRecord(name="w", shape=(2, 3), file=shards[0].file, **plain),
         TensorRecord(name="b", shape=(6,), file=shards[1].file, **plain),
@@ -146,10 +147,10 @@ def _manifests() -> list[bytes]:
             file=shards[1].file,
             offset=124,
             length=30,
-            sha256=("ef" * 32,),
+            blake3=("ef" * 32,),
             codec="zstd",
             frames=(30,),
-            content_sha256=("cd" * 32,),
+            content_blake3=("cd" * 32,),
         ),
     )
     made = Manifest(
@@ -201,7 +202,7 @@ def _tensors_elsewhere() -> tuple[TensorRecord, ...]:
             file="ckpt_step_00000003/worker_0.safetensors",
             offset=100,
             length=24,
-            sha256=("cd" * 32,),
+            blake3=("cd" * 32,),
         ),
     )
 
@@ -298,7 +299,7 @@ def _whole_shard() -> bytes:
         TensorBytes("w", "F32", (2, 3), memoryview(data[:24])),
         TensorBytes("s", "BF16", (), memoryview(data[24:])),
     ]
-    digests = {one.name: (sha256(one.data).hexdigest(),) for one in tensors}
+    digests = {one.name: (blake3(one.data).hexdigest(),) for one in tensors}
     note = ShardNote(
         job_id="j", run_id="r", step=5, cursor=_CURSOR, rank=0, world_size=1,
         strategy="data_parallel", backend="gloo", digests=digests,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
+from blake3 import blake3
 from msgspec.structs import replace
 
 from distroml.runtime.checkpoint.codec import compress
@@ -45,10 +46,10 @@ class Draft:
 
     tensor: TensorBytes
     pieces: list[memoryview]
-    sha256: list[str] = field(default_factory=list)
+    blake3: list[str] = field(default_factory=list)
     """Of the pieces; ``_UNKNOWN`` until they are hashed."""
     codec: Codec = "none"
-    content_sha256: tuple[str, ...] = ()
+    content_blake3: tuple[str, ...] = ()
 
     @property
     def entry(self) -> TensorBytes | BytesEntry:
@@ -61,7 +62,7 @@ class Draft:
     def packed(self) -> Packed:
         """What a compressed one is."""
         frames = tuple(map(len, self.pieces))
-        return Packed(self.codec, self.tensor.dtype, self.tensor.shape, frames, self.content_sha256)
+        return Packed(self.codec, self.tensor.dtype, self.tensor.shape, frames, self.content_blake3)
 
 
 class Assembly:
@@ -103,7 +104,7 @@ class Assembly:
 
     def header(self) -> bytes:
         """The file's beginning; final once all is hashed, of its final length from the start."""
-        digests = {draft.tensor.name: tuple(draft.sha256) for draft in self._drafts}
+        digests = {draft.tensor.name: tuple(draft.blake3) for draft in self._drafts}
         return encode_header(
             [draft.entry for draft in self._drafts], replace(self._note, digests=digests)
         )
@@ -141,7 +142,7 @@ class Assembly:
         self._each(_hash, (_Place(d, n, 0) for d in self._drafts for n in range(len(d.pieces))))
         changed = []
         for draft in self._drafts:
-            tensor, digests = draft.tensor, tuple(draft.sha256)
+            tensor, digests = draft.tensor, tuple(draft.blake3)
             known = base.get(tensor.name)
             if known and known.content == (tensor.name, tensor.dtype, tensor.shape, digests):
                 self._references.append(known)
@@ -157,8 +158,8 @@ class Assembly:
             return
         draft.codec = "zstd"
         if keep_digests:
-            draft.content_sha256 = tuple(draft.sha256)
-        draft.sha256 = [_UNKNOWN] * len(frames)
+            draft.content_blake3 = tuple(draft.blake3)
+        draft.blake3 = [_UNKNOWN] * len(frames)
         for number, (piece, frame) in enumerate(zip(draft.pieces, frames, strict=True)):
             if len(frame) <= len(piece):
                 piece[: len(frame)] = frame
@@ -197,8 +198,8 @@ def _draft(tensor: TensorBytes) -> Draft:
 
 
 def _hash(place: _Place) -> None:
-    if place.draft.sha256[place.number] == _UNKNOWN:
-        place.draft.sha256[place.number] = hashlib.sha256(place.data).hexdigest()
+    if place.draft.blake3[place.number] == _UNKNOWN:
+        place.draft.blake3[place.number] = blake3(place.data).hexdigest()
 
 
 def _hash_and_write(write: Callable[[int, Buffer], None], batch: Sequence[_Place]) -> None:

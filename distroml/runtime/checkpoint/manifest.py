@@ -29,7 +29,7 @@ from distroml.runtime.checkpoint.shard_file import (
     check_place,
 )
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST_FILE = "manifest.json"
 LATEST_FILE = "LATEST"
 MAX_MANIFEST_BYTES = 256 * 1024 * 1024
@@ -158,7 +158,7 @@ def base_for(
         if "/" in tensor.file
         else msgspec.structs.replace(tensor, file=f"{directory}/{tensor.file}")
         for tensor in manifest.tensors
-        if tensor.codec == "none" or tensor.content_sha256
+        if tensor.codec == "none" or tensor.content_blake3
     }
 
 

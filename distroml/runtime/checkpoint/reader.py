@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Literal
 
+from blake3 import blake3
 from msgspec import Struct
 
 from distroml.errors import CorruptCheckpoint, StoreError
@@ -221,21 +223,28 @@ def _fill_once(
         )
     for _, piece in span.pieces:
         begin = piece.offset - span.offset
-        _verify(checkpoint, path, piece.offset, target[begin : begin + piece.length], piece.sha256)
+        data = target[begin : begin + piece.length]
+        _verify(checkpoint, path, piece.offset, data, piece.blake3, "BLAKE3")
 
 
 def _verify(
-    checkpoint: Checkpoint, path: str, offset: int, data: bytes | memoryview, expected: str
+    checkpoint: Checkpoint,
+    path: str,
+    offset: int,
+    data: bytes | memoryview,
+    expected: str,
+    by: Literal["SHA-256", "BLAKE3"] = "SHA-256",
 ) -> None:
-    actual = hashlib.sha256(data).hexdigest()
+    actual = (blake3 if by == "BLAKE3" else hashlib.sha256)(data).hexdigest()
     if actual != expected:
         raise _corrupt(
             checkpoint,
             path,
-            f"(bytes {offset} to {offset + len(data)}) has SHA-256 {actual}, committed was {expected}",
+            f"(bytes {offset} to {offset + len(data)}) has {by} {actual}, committed was {expected}",
             offset=offset,
-            expected_sha256=expected,
-            actual_sha256=actual,
+            hash=by,
+            expected_hash=expected,
+            actual_hash=actual,
         )
 
 

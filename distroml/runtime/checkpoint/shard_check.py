@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 
+from blake3 import blake3
+
 from distroml.runtime.checkpoint.shard_file import (
     ShardHeader,
     header_length,
@@ -72,10 +74,10 @@ def damage(
         for piece in place.pieces():
             go_on()
             data = store.read(path, piece.offset, piece.length)
-            actual = hashlib.sha256(data).hexdigest()
-            if actual != piece.sha256:
+            actual = blake3(data).hexdigest()
+            if actual != piece.blake3:
                 end = piece.offset + piece.length
                 return (
-                    f"bytes {piece.offset} to {end} have SHA-256 {actual} instead of {piece.sha256}"
+                    f"bytes {piece.offset} to {end} have BLAKE3 {actual} instead of {piece.blake3}"
                 )
     return ""

@@ -5,9 +5,11 @@ shape and offsets of each tensor, then the data without gaps. Our metadata is on
 ``distroml``. It leaves out the generation on purpose: a step that is trained again by a later generation gives
 the same bytes, and then its shard is already there.
 
-A tensor is cut into pieces of ``PIECE_BYTES``; each has a SHA-256 in the header, and the header's own SHA-256 goes into
-the manifest. So every byte is hashed exactly once, in parallel, and any tool can check any piece by itself. A compressed
-tensor is one Zstandard frame per piece; other tools see it as a tensor of bytes.
+A tensor is cut into pieces of ``PIECE_BYTES``; each has a BLAKE3 hash in the header, and the header's own SHA-256 goes
+into the manifest. So every byte is hashed exactly once, in parallel, and any tool can check any piece by itself. Of the
+bulk a core hashes several times as much per second with BLAKE3 (O'Connor et al., 2020) as with SHA-256; for the small
+rest there is the hash that every tool has. A compressed tensor is one Zstandard frame per piece; other tools see it as a
+tensor of bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from msgspec import Meta, Struct
 from distroml.errors import UNDECODABLE
 from distroml.reports import DataCursor
 
-FORMAT = 2
+FORMAT = 3
 METADATA_KEY = "distroml"
 LENGTH = struct.Struct("<Q")
 ALIGNMENT = 64
@@ -45,6 +47,7 @@ Size = Annotated[int, Meta(ge=0, le=2**62)]
 Shape = Annotated[tuple[Size, ...], Meta(max_length=64)]
 """Dimensions as read from a file; bounded, since their product is taken."""
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Blake3 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Codec = Literal["none", "zstd"]
 SHARD_FILE = r"worker_\d{1,6}(\.g\d{1,12})?\.safetensors"
 ShardFile = Annotated[str, Meta(pattern=rf"^{SHARD_FILE}\Z")]
@@ -108,7 +111,7 @@ class Piece(Struct, frozen=True):
     """Where it belongs in the tensor."""
     content_bytes: int
     """Bytes of the tensor; more than ``length`` where it is compressed."""
-    sha256: str
+    blake3: str
     """Of the bytes in the file."""
 
 
@@ -123,18 +126,18 @@ class TensorPlace(Struct, frozen=True, kw_only=True):
     """From the start of the file, in bytes."""
     length: Size
     """Bytes in the file."""
-    sha256: tuple[Sha256, ...]
+    blake3: tuple[Blake3, ...]
     """Of each piece, as it is in the file."""
     codec: Codec = "none"
     frames: tuple[Size, ...] = ()
     """Compressed: bytes of each piece in the file."""
-    content_sha256: tuple[Sha256, ...] = ()
+    content_blake3: tuple[Blake3, ...] = ()
     """Compressed, and checkpoints are deltas: of each piece of the tensor itself."""
 
     @property
     def content(self) -> tuple[str, str, tuple[int, ...], tuple[str, ...]]:
         """What makes it the same tensor as another one."""
-        digests = self.sha256 if self.codec == "none" else self.content_sha256
+        digests = self.blake3 if self.codec == "none" else self.content_blake3
         return self.name, self.dtype, self.shape, digests
 
     def pieces(self) -> Iterator[Piece]:
@@ -143,7 +146,7 @@ class TensorPlace(Struct, frozen=True, kw_only=True):
         size = size_of(self.dtype, self.shape)
         for number, (begin, end) in enumerate(cuts(size)):
             length = self.frames[number] if self.frames else end - begin
-            yield Piece(at, length, begin, end - begin, self.sha256[number])
+            yield Piece(at, length, begin, end - begin, self.blake3[number])
             at += length
 
 
@@ -164,20 +167,20 @@ def check_place(place: TensorPlace) -> None:
     if size < 0:
         raise ValueError(f"tensor '{place.name}' has a wrong size or type")
     if place.codec == "none":
-        if place.length != size or place.frames or place.content_sha256:
+        if place.length != size or place.frames or place.content_blake3:
             raise ValueError(f"tensor '{place.name}' has a wrong size or type")
     else:
         _check_frames(place, size)
-    if len(place.sha256) != piece_count(size):
-        raise ValueError(f"tensor '{place.name}' has {len(place.sha256)} hashes for {size} bytes")
+    if len(place.blake3) != piece_count(size):
+        raise ValueError(f"tensor '{place.name}' has {len(place.blake3)} hashes for {size} bytes")
 
 
 def _check_frames(place: TensorPlace, size: int) -> None:
     name, frames = place.name, place.frames
     if len(frames) != piece_count(size) or sum(frames) != place.length:
         raise ValueError(f"tensor '{name}' has frames that do not add up to it")
-    if len(place.content_sha256) not in (0, len(frames)):
-        raise ValueError(f"tensor '{name}' has {len(place.content_sha256)} hashes of its content")
+    if len(place.content_blake3) not in (0, len(frames)):
+        raise ValueError(f"tensor '{name}' has {len(place.content_blake3)} hashes of its content")
     for frame, (begin, end) in zip(frames, cuts(size), strict=True):
         if not (end - begin) / MAX_EXPANSION <= frame <= 2 * PIECE_BYTES:
             raise ValueError(f"tensor '{name}' claims {end - begin} bytes in a frame of {frame}")
@@ -190,7 +193,7 @@ class Packed(Struct, frozen=True):
     dtype: str
     shape: Shape
     frames: tuple[Size, ...]
-    content_sha256: tuple[Sha256, ...] = ()
+    content_blake3: tuple[Blake3, ...] = ()
 
 
 class ShardNote(Struct, frozen=True, kw_only=True):
@@ -205,8 +208,8 @@ class ShardNote(Struct, frozen=True, kw_only=True):
     world_size: int
     strategy: str
     backend: str
-    digests: dict[str, tuple[Sha256, ...]]
-    """SHA-256 of each tensor's pieces."""
+    digests: dict[str, tuple[Blake3, ...]]
+    """BLAKE3 of each tensor's pieces."""
     packed: dict[str, Packed] = {}
     """Its compressed tensors."""
     references: tuple[TensorRecord, ...] = ()
@@ -314,10 +317,10 @@ def _places(
             shape=packed.shape if packed else entry.shape,
             offset=size + begin,
             length=stop - begin,
-            sha256=note.digests[name],
+            blake3=note.digests[name],
             codec=packed.codec if packed else "none",
             frames=packed.frames if packed else (),
-            content_sha256=packed.content_sha256 if packed else (),
+            content_blake3=packed.content_blake3 if packed else (),
         )
         check_place(place)
         places.append(place)

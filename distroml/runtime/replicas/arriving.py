@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 
+from blake3 import blake3
+
 from distroml.runtime.checkpoint.shard_file import (
     LENGTH,
     header_length,
@@ -40,7 +42,7 @@ class Arriving:
         """End and hash of each piece that is not verified yet, in order."""
         if not file.is_shard:
             self._pieces.append((size_bytes, file.sha256))
-        self._digest = hashlib.sha256()
+        self._digest = self._new_digest()
 
     @property
     def whole(self) -> bool:
@@ -61,7 +63,7 @@ class Arriving:
     def rewind(self) -> int:
         """Forget what is not verified; the byte from which on it must be sent again."""
         self.at = self._safe
-        self._digest = hashlib.sha256()
+        self._digest = self._new_digest()
         if self._header is not None:
             self._header.clear()
         return self.at
@@ -99,7 +101,7 @@ class Arriving:
         if header.file_bytes != self.size_bytes:
             raise Differs(f"it should have {header.file_bytes} bytes and has {self.size_bytes}")
         self._pieces.extend(
-            (piece.offset + piece.length, piece.sha256)
+            (piece.offset + piece.length, piece.blake3)
             for place in header.tensors
             for piece in place.pieces()
         )
@@ -115,9 +117,14 @@ class Arriving:
         if self.at == end:
             actual = self._digest.hexdigest()
             if actual != expected:
+                by = "BLAKE3" if self.file.is_shard else "SHA-256"
                 raise Differs(
-                    f"bytes {self._safe} to {end} have SHA-256 {actual} instead of {expected}"
+                    f"bytes {self._safe} to {end} have {by} {actual} instead of {expected}"
                 )
             self._pieces.popleft()
-            self._digest, self._safe = hashlib.sha256(), end
+            self._digest, self._safe = self._new_digest(), end
         return taken
+
+    def _new_digest(self) -> blake3 | hashlib._Hash:
+        """For the next piece of a shard, or the whole of a manifest."""
+        return blake3() if self.file.is_shard else hashlib.sha256()

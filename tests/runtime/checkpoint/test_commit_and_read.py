@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from blake3 import blake3
 from msgspec.structs import replace
 
 from distroml.errors import CorruptCheckpoint, StoreError
@@ -61,7 +62,7 @@ def test_tensors_of_several_pieces_come_back(
         found = {p.name: bytes(p.data) for p in read_tensors(store, checkpoint, manifest)}
         assert found == {t.name: bytes(t.data) for t in STATE}
         weight = next(t for t in manifest.tensors if t.name == "model.weight")
-        assert len(weight.sha256) == -(-24 // piece_bytes)
+        assert len(weight.blake3) == -(-24 // piece_bytes)
 
 
 @pytest.mark.parametrize("likely_bytes", [8, 100, 1 << 20])
@@ -169,8 +170,11 @@ def test_one_flipped_bit_anywhere_is_found(store: FileStore, file: str, at: int)
     begin, end = map(int, place.groups())
     assert begin <= at % len(whole) < end
     assert error.extra["offset"] == begin
-    for data, told in ((whole, "expected_sha256"), (path.read_bytes(), "actual_sha256")):
-        digest = hashlib.sha256(data[begin:end]).hexdigest()
+    in_a_piece = file != "manifest.json" and at == -1
+    assert error.extra["hash"] == ("BLAKE3" if in_a_piece else "SHA-256")
+    by = blake3 if in_a_piece else hashlib.sha256
+    for data, told in ((whole, "expected_hash"), (path.read_bytes(), "actual_hash")):
+        digest = by(data[begin:end]).hexdigest()
         assert error.extra[told] == digest
         assert digest in error.detail
     assert error.extra["checkpoint_step"] == 100

@@ -102,7 +102,7 @@ def test_a_flipped_bit_in_a_frame_is_found_by_its_hash(store: FileStore) -> None
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CorruptCheckpoint, match="has SHA-256"):
+    with pytest.raises(CorruptCheckpoint, match="has BLAKE3"):
         list(read_tensors(store, checkpoint, manifest))
 
 

@@ -49,7 +49,7 @@ class TestVerify:
         [
             (lambda path: path.unlink(), "is missing"),
             (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes instead of"),
-            (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"!"), "have SHA-256"),
+            (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"!"), "have BLAKE3"),
         ],
     )
     def test_each_file_is_judged_by_itself(self, store: FileStore, harm, said: str) -> None:
@@ -121,9 +121,7 @@ class TestSurvey:
             found = survey(store, "local", thorough=thorough, stopped=never)
             assert [one.checkpoint.step for one in found.found] == left
         reasons = [one.reason for one in found.unusable]
-        for part, reason in zip(
-            ("is missing", "have SHA-256", "never whole"), reasons, strict=True
-        ):
+        for part, reason in zip(("is missing", "have BLAKE3", "never whole"), reasons, strict=True):
             assert part in reason
         assert good.step == 100
 

@@ -138,14 +138,14 @@ def _overlapping(manifest: Manifest) -> Manifest:
 
 def test_a_deeply_nested_manifest_is_refused() -> None:
     depth = 100_000
-    for data in (b"[" * depth, b'{"format":2,"values":' + b'{"a":' * depth):
+    for data in (b"[" * depth, b'{"format":3,"values":' + b'{"a":' * depth):
         with pytest.raises(ValueError, match="cannot be decoded"):
             decode_manifest(data)
 
 
 def test_manifests_of_the_former_format_are_refused_by_its_number(parts) -> None:
-    data = encode_manifest(compose(1, *parts)).replace(b'"format": 2', b'"format": 1')
-    with pytest.raises(ValueError, match="format 1 is not known; this version reads 2"):
+    data = encode_manifest(compose(1, *parts)).replace(b'"format": 3', b'"format": 2')
+    with pytest.raises(ValueError, match="format 2 is not known; this version reads 3"):
         decode_manifest(data)
 
 
@@ -154,7 +154,7 @@ def test_manifests_of_the_former_format_are_refused_by_its_number(parts) -> None
     [
         (
             lambda m: msgspec.structs.replace(m, format=9),
-            "format 9 is not known; this version reads 2",
+            "format 9 is not known; this version reads 3",
         ),
         (lambda m: msgspec.structs.replace(m, shards=m.shards[:1] * 2), "a shard file twice"),
         (lambda m: msgspec.structs.replace(m, shards=m.shards[:1]), "outside of its file"),
@@ -166,8 +166,8 @@ def test_manifests_of_the_former_format_are_refused_by_its_number(parts) -> None
         (lambda m: _with_tensor(m, offset=0), "outside of its file"),
         (lambda m: _with_tensor(m, offset=2**61), "outside of its file"),
         (lambda m: _with_tensor(m, shape=(2**61, 2**61)), "has a wrong size or type"),
-        (lambda m: _with_tensor(m, sha256=()), "has 0 hashes for 8 bytes"),
-        (lambda m: _with_tensor(m, sha256=("x",)), "decoded"),
+        (lambda m: _with_tensor(m, blake3=()), "has 0 hashes for 8 bytes"),
+        (lambda m: _with_tensor(m, blake3=("x",)), "decoded"),
         (lambda m: _with_tensor(m, name=""), "decoded"),
         (lambda m: _with_tensor(m, file="../../other/worker_0.safetensors"), "outside of its file"),
         (lambda m: _with_tensor(m, frames=(8,)), "has a wrong size or type"),

@@ -139,7 +139,7 @@ def test_a_reader_asks_twice_before_it_calls_a_checkpoint_damaged(
     proxy.faults.append(Fault(bytes_of_tensors, 1, change=_flipped))
     verify(store, checkpoint)
     proxy.faults.append(Fault(bytes_of_tensors, ALWAYS, change=_flipped))
-    with pytest.raises(CorruptCheckpoint, match=r"worker_0.*has SHA-256"):
+    with pytest.raises(CorruptCheckpoint, match=r"worker_0.*has BLAKE3"):
         list(read_tensors(store, checkpoint, manifest))
 
 

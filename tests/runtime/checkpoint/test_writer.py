@@ -154,7 +154,7 @@ def test_stores_that_take_files_at_once_hold_the_same_bytes(tmp_path, codec, bas
     [
         (lambda d: d[:-1], "bytes instead of"),
         (lambda d: d + b"x", "bytes instead of"),
-        (lambda d: d[:-1] + bytes([d[-1] ^ 1]), "have SHA-256"),
+        (lambda d: d[:-1] + bytes([d[-1] ^ 1]), "have BLAKE3"),
         (lambda d: d.replace(b'"rank\\":0', b'"rank\\":1'), "its header has SHA-256"),
         (lambda d: b"x" * 8 + d[8:], "not a usable shard"),
         (lambda d: b"", "not a usable shard"),

@@ -349,7 +349,7 @@ async def test_a_broken_copy_is_passed_over_named_and_dropped(
                     break
                 await asyncio.to_thread((tmp_path / "c" / shard.path).unlink)
             assert "node b has a broken copy of" in caplog.text
-            assert "SHA-256" in caplog.text
+            assert "BLAKE3" in caplog.text
             await until(lambda: not (tmp_path / "b" / shard.path).exists())
 
 

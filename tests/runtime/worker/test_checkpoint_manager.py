@@ -133,9 +133,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_it(tmp_path: Path) ->
         for step in (1, 2):
             checkpoints.save_async(state(step), step)
     flip(tmp_path / DIRECTORY / "ckpt_step_00000002/worker_0.safetensors", -1)
-    with pytest.warns(RuntimeWarning, match=r"worker_0\.safetensors .*has SHA-256"):
+    with pytest.warns(RuntimeWarning, match=r"worker_0\.safetensors .*has BLAKE3"):
         assert same(checkpoints.restore(), state(1))
-    with pytest.raises(CorruptCheckpoint, match="has SHA-256"):
+    with pytest.raises(CorruptCheckpoint, match="has BLAKE3"):
         checkpoints.restore(2)
 
 
