@@ -27,11 +27,12 @@ from distroml.runtime.checkpoint.manifest import (
     decode_manifest,
     encode_manifest,
     file_names,
+    of_another_version,
     path_of,
     referred_directories,
 )
 from distroml.runtime.checkpoint.shard_check import header_of
-from distroml.runtime.checkpoint.shard_file import ShardHeader
+from distroml.runtime.checkpoint.shard_file import ShardHeader, UnknownFormat
 from distroml.runtime.checkpoint.stores.interface import CheckpointStore, MissingFile
 from distroml.runtime.checkpoint.stores.opening import LOCAL
 
@@ -100,7 +101,7 @@ def recover(
 
     Raises:
         CorruptCheckpoint: the manifest is not that of the files; says where they differ.
-        StoreError: the store failed.
+        StoreError: the store failed, or another version wrote the files.
     """
     path = f"{directory}/{manifest_file}"
     try:
@@ -128,6 +129,8 @@ def recover(
             raise ValueError("its tensors or values differ from those of its shards")
     except MissingFile as error:
         raise CorruptCheckpoint(f"{path} is not usable: {error.detail}", path=path) from None
+    except UnknownFormat as error:
+        raise of_another_version(path, error) from None
     except ValueError as error:
         raise CorruptCheckpoint(f"{path} is not usable: {error}.", path=path) from None
     return record_of(told, directory, manifest_file, data)

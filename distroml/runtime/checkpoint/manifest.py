@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from distroml.errors import UNDECODABLE
+from distroml.errors import UNDECODABLE, StoreError
 from distroml.model import Checkpoint
 from distroml.reports import DataCursor, ShardFact
 from distroml.runtime.checkpoint.shard_file import (
@@ -25,6 +25,7 @@ from distroml.runtime.checkpoint.shard_file import (
     Size,
     TensorPlace,
     TensorRecord,
+    UnknownFormat,
     check_format,
     check_place,
 )
@@ -311,13 +312,16 @@ def decode_manifest(data: bytes) -> Manifest:
     files of the sizes that it gives, inside of the run.
 
     Raises:
-        ValueError: it is not a manifest this version knows, or contradicts itself; says why.
+        UnknownFormat: it is one of another version.
+        ValueError: it is no manifest, or contradicts itself; says why.
     """
     if len(data) > MAX_MANIFEST_BYTES:
         raise ValueError(f"it has {len(data)} bytes, the limit is {MAX_MANIFEST_BYTES}")
     try:
         check_format(data, FORMAT, "format")
         manifest = _decoder.decode(data)
+    except UnknownFormat:
+        raise
     except UNDECODABLE as error:
         raise ValueError(f"it cannot be decoded: {error}") from None
     files = {file.file: file for file in manifest.files}
@@ -333,6 +337,16 @@ def decode_manifest(data: bytes) -> Manifest:
         check_place(tensor)
     _check_layout(manifest.tensors, files)
     return manifest
+
+
+def of_another_version(path: str, error: UnknownFormat, **extra: Any) -> StoreError:
+    """What to raise for a file that this version cannot read: no reason to go on from an older checkpoint."""
+    return StoreError(
+        f"{path} is of another version of DistroML ({error}). Nothing is wrong with it: "
+        "start the version that wrote it.",
+        path=path,
+        **extra,
+    )
 
 
 def _check_layout(tensors: Iterable[TensorRecord], files: Mapping[str, ShardRecord]) -> None:

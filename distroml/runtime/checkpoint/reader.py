@@ -19,12 +19,19 @@ from distroml.model import Checkpoint
 from distroml.runtime.checkpoint.codec import decompress_into
 from distroml.runtime.checkpoint.concurrently import for_each
 from distroml.runtime.checkpoint.host_memory import allocate
-from distroml.runtime.checkpoint.manifest import Manifest, ShardRecord, decode_manifest, path_of
+from distroml.runtime.checkpoint.manifest import (
+    Manifest,
+    ShardRecord,
+    decode_manifest,
+    of_another_version,
+    path_of,
+)
 from distroml.runtime.checkpoint.shard_file import (
     ITEM_BYTES,
     Piece,
     TensorBytes,
     TensorRecord,
+    UnknownFormat,
     size_of,
 )
 from distroml.runtime.checkpoint.stores.interface import CheckpointStore, MissingFile
@@ -51,7 +58,7 @@ def read_manifest(store: CheckpointStore, checkpoint: Checkpoint) -> Manifest:
 
     Raises:
         CorruptCheckpoint: missing, or other bytes than those committed; names file and hashes.
-        StoreError: the store cannot be read.
+        StoreError: the store cannot be read, or another version wrote it.
     """
     path = f"{checkpoint.directory}/{checkpoint.manifest}"
     try:
@@ -59,8 +66,20 @@ def read_manifest(store: CheckpointStore, checkpoint: Checkpoint) -> Manifest:
     except MissingFile:
         raise _corrupt(checkpoint, path, "is missing") from None
     _verify(checkpoint, path, 0, data, checkpoint.manifest_sha256)
+    return decode_committed(checkpoint, path, data)
+
+
+def decode_committed(checkpoint: Checkpoint, path: str, data: bytes) -> Manifest:
+    """The manifest in bytes that have the hash which was committed.
+
+    Raises:
+        CorruptCheckpoint: they are no manifest of it.
+        StoreError: another version wrote it.
+    """
     try:
         manifest = decode_manifest(data)
+    except UnknownFormat as error:
+        raise of_another_version(path, error, checkpoint_step=checkpoint.step) from None
     except ValueError as error:
         raise _corrupt(checkpoint, path, f"is not usable: {error}") from None
     if manifest.step != checkpoint.step:

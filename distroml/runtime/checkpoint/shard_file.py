@@ -328,6 +328,10 @@ def _places(
     return tuple(places), end
 
 
+class UnknownFormat(ValueError):
+    """Of another version; says nothing against the bytes."""
+
+
 class _Format(Struct, frozen=True):
     format: int
 
@@ -344,9 +348,10 @@ def check_format(data: bytes, expected: int, what: str) -> None:
     """Check the field ``format`` before anything else of a JSON object is believed.
 
     Raises:
-        ValueError: it is another one, or the JSON is none; msgspec's errors are ValueErrors too.
+        UnknownFormat: it is another one.
+        ValueError: the JSON is none; msgspec's errors are ValueErrors too.
         RecursionError: it is nested too deeply.
     """
     told = _format_decoder.decode(data).format
     if told != expected:
-        raise ValueError(f"{what} {told} is not known; this version reads {expected}")
+        raise UnknownFormat(f"{what} {told} is not known; this version reads {expected}")

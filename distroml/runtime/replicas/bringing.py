@@ -14,7 +14,8 @@ from functools import partial
 
 from distroml.errors import CheckpointAway, CorruptCheckpoint, StoreError
 from distroml.model import Checkpoint
-from distroml.runtime.checkpoint.manifest import Manifest, decode_manifest, path_of
+from distroml.runtime.checkpoint.manifest import Manifest, path_of
+from distroml.runtime.checkpoint.reader import decode_committed
 from distroml.runtime.checkpoint.stores.interface import exists
 from distroml.runtime.replicas.fetching import Fetcher, NoGoodCopy
 from distroml.runtime.replicas.keeping import Neighbours
@@ -62,19 +63,12 @@ class Bringer:
         Raises:
             CorruptCheckpoint: nobody has it whole.
             CheckpointAway: nobody that answers has it whole.
-            StoreError: the disk failed.
+            StoreError: the disk failed, or another version wrote it.
         """
         file = manifest_file(checkpoint)
         await self._have(checkpoint, file, mend=True, patience_s=patience_s)
         data = await self._own.run(partial(self._own.store.read, file.path))
-        try:
-            return decode_manifest(data)
-        except ValueError as error:
-            raise CorruptCheckpoint(
-                f"{file.path} is not usable: {error}.",
-                path=file.path,
-                checkpoint_step=checkpoint.step,
-            ) from None
+        return decode_committed(checkpoint, file.path, data)
 
     async def bring(self, checkpoint: Checkpoint, *, mend: bool) -> None:
         """All files of a checkpoint.

@@ -48,6 +48,17 @@ class _Report(msgspec.Struct, frozen=True):
     reason: str = ""
 
 
+class _Trouble(msgspec.Struct, frozen=True):
+    """Why a rank cannot read a checkpoint; no text: it can."""
+
+    text: str
+    damaged: bool
+    """Nothing else is wrong with it: an older one will do."""
+
+
+_trouble_decoder = msgspec.json.Decoder(_Trouble)
+
+
 class CheckpointManager:
     """Saves and restores nested dicts of tensors and plain values.
 
@@ -144,6 +155,7 @@ class CheckpointManager:
         Raises:
             NotFound: there is no such checkpoint.
             CorruptCheckpoint: it, or without ``step`` every one, is damaged; names file, place and hashes.
+            StoreError: the store failed, or another version wrote it; an older one is not taken for that.
         """
         self.wait()
         manifests = self._manifests()
@@ -155,10 +167,10 @@ class CheckpointManager:
             wanted = msgspec.json.decode(told, type=list[int])
         damage: StoreError | NotFound | None = None
         for one in wanted:
-            state, error = self._try(one, manifests)
+            state, error, damaged = self._try(one, manifests)
             if error is None:
                 return state
-            if step is not None:
+            if step is not None or not damaged:
                 raise error
             warnings.warn(str(error), RuntimeWarning, stacklevel=2)
             damage = error
@@ -253,19 +265,25 @@ class CheckpointManager:
 
     def _try(
         self, step: int, manifests: dict[int, str]
-    ) -> tuple[dict[str, Any], StoreError | NotFound | None]:
-        """The state of ``step`` if every rank can read it, else why not."""
+    ) -> tuple[dict[str, Any], StoreError | NotFound | None, bool]:
+        """The state of ``step`` if every rank can read it, else why not, and whether all who cannot found it damaged."""
         state: dict[str, Any] = {}
         failure: StoreError | NotFound | None = None
         try:
             state = self._read(step, manifests)
         except (StoreError, NotFound) as error:
             failure = error
-        told = self._exchange((str(failure) if failure else "")[: REPORT_BYTES // 8].encode())
-        others = [one.decode(errors="replace") for one in told if one]
-        if failure is None and others:
-            failure = CorruptCheckpoint(f"Another rank cannot read step {step}: {others[0]}")
-        return state, failure
+        mine = _Trouble(
+            (str(failure) if failure else "")[: REPORT_BYTES // 8],
+            isinstance(failure, CorruptCheckpoint | NotFound),
+        )
+        told = self._exchange(msgspec.json.encode(mine))
+        troubles = [one for one in map(_trouble_decoder.decode, told) if one.text]
+        damaged = all(one.damaged for one in troubles)
+        if failure is None and troubles:
+            kind = CorruptCheckpoint if damaged else StoreError
+            failure = kind(f"Another rank cannot read step {step}: {troubles[0].text}")
+        return state, failure, damaged
 
     def _read(self, step: int, manifests: dict[int, str]) -> dict[str, Any]:
         if step not in manifests:

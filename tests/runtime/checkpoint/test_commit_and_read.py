@@ -14,6 +14,7 @@ from blake3 import blake3
 from msgspec.structs import replace
 
 from distroml.errors import CorruptCheckpoint, StoreError
+from distroml.runtime.checkpoint import manifest as manifest_format
 from distroml.runtime.checkpoint import reader, shard_check, shard_file
 from distroml.runtime.checkpoint.commit import publish_latest, write_manifest
 from distroml.runtime.checkpoint.reader import read_into, read_manifest, read_tensors
@@ -207,6 +208,17 @@ def test_a_manifest_of_another_step_is_refused(store: FileStore) -> None:
     checkpoint = msgspec.structs.replace(committed(store), step=101)
     with pytest.raises(CorruptCheckpoint, match="is of step 100, not 101"):
         read_manifest(store, checkpoint)
+
+
+def test_one_of_another_version_is_not_corrupt(
+    store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = committed(store)
+    monkeypatch.setattr(manifest_format, "FORMAT", 4)
+    with pytest.raises(StoreError, match=r"manifest\.json is of another version") as caught:
+        read_manifest(store, checkpoint)
+    assert not isinstance(caught.value, CorruptCheckpoint)
+    assert "format 3 is not known; this version reads 4" in caught.value.detail
 
 
 def test_a_tensor_in_two_shards_is_refused(store: FileStore) -> None:

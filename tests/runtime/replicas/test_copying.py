@@ -14,6 +14,7 @@ import pytest
 
 from distroml.errors import CheckpointAway, CorruptCheckpoint, StoreError
 from distroml.model import NodeStatus
+from distroml.runtime.checkpoint import manifest
 from distroml.runtime.checkpoint.commit import write_manifest
 from distroml.runtime.checkpoint.examination import survey
 from distroml.runtime.checkpoint.stores.file import TEMPORARY_PREFIX
@@ -380,6 +381,19 @@ async def test_it_is_corrupt_only_if_nobody_has_it_whole(tmp_path: Path) -> None
                 await world.nodes["b"].bringer.bring(checkpoint, mend=True)
         assert "'b' is broken" in str(caught.value)
         assert caught.value.extra["checkpoint_step"] == checkpoint.step
+
+
+async def test_one_of_another_version_is_not_corrupt_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with World(tmp_path, "ab") as world, within():
+        checkpoint, files = saved_at(world, "a")
+        monkeypatch.setattr(manifest, "FORMAT", 4)
+        for mend in (False, True):
+            with pytest.raises(StoreError, match="is of another version") as caught:
+                await world.nodes["b"].bringer.bring(checkpoint, mend=mend)
+            assert not isinstance(caught.value, CorruptCheckpoint | CheckpointAway)
+        assert all("a" in world.holders(file) for file in files)
 
 
 async def test_a_restore_does_not_wait_for_a_node_whose_disk_hangs(

@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 
 import distroml
 from distroml.errors import CorruptCheckpoint, DistroMLError, NotFound, StoreError
+from distroml.runtime.checkpoint import manifest
+from distroml.runtime.checkpoint.stores.file import FileStore
 from distroml.runtime.worker.plain_values import from_plain, to_plain
 from tests.runtime.checkpoint.object_server import BUCKET, CREDENTIALS, object_server
 
@@ -137,6 +139,38 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_it(tmp_path: Path) ->
         assert same(checkpoints.restore(), state(1))
     with pytest.raises(CorruptCheckpoint, match="has BLAKE3"):
         checkpoints.restore(2)
+
+
+def test_a_store_that_fails_is_no_reason_to_take_an_older_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with distroml.CheckpointManager(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save_async(state(step), step)
+    read = FileStore.read_into
+
+    def hiccup(store: FileStore, path: str, target: memoryview, offset: int = 0) -> int:
+        if "ckpt_step_00000002" in path:
+            raise StoreError(f"The checkpoint store cannot read '{path}': Stale file handle.")
+        return read(store, path, target, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileStore, "read_into", hiccup)
+        with pytest.raises(StoreError, match="Stale file handle"):
+            checkpoints.restore()
+    assert same(checkpoints.restore(), state(2))
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_of_another_version_is_no_reason_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with distroml.CheckpointManager(tmp_path) as checkpoints:
+        checkpoints.save_async(state(1), 1)
+    monkeypatch.setattr(manifest, "FORMAT", 4)
+    with pytest.raises(StoreError, match="another version") as caught:
+        checkpoints.restore()
+    assert not isinstance(caught.value, CorruptCheckpoint)
 
 
 def flip(path: Path, at: int) -> None:
