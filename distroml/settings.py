@@ -8,10 +8,8 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,11 +17,11 @@ import msgspec
 from msgspec import Meta, Struct
 
 from distroml.errors import ConfigError
+from distroml.misspelt import meant, unknown_field
 
 ENV_PREFIX = "DISTROML_"
 OTHER_VARIABLES = frozenset({"DISTROML_CONFIG", "DISTROML_URL"})
 """Variables with our prefix that are no settings: the settings file, and what the command line talks to."""
-_UNKNOWN_FIELD = re.compile("unknown field `(.*?)`")
 
 
 class NodeSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -235,7 +233,7 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     """A warning for each ``DISTROML_*`` variable that is no setting, with the one that was probably meant."""
     known = {ENV_PREFIX + name.upper() for name in NodeSettings.__struct_fields__}
     return [
-        f"variable {name} is not a setting and has no effect{_meant(name, known)}"
+        f"variable {name} is not a setting and has no effect{meant(name, known)}"
         for name in sorted(environ)
         if name.startswith(ENV_PREFIX) and name not in known | OTHER_VARIABLES
     ]
@@ -293,15 +291,9 @@ def _check_types(source: str, values: dict[str, Any]) -> None:
     except msgspec.ValidationError as error:
         text, _, where = str(error).partition(" - at `$.")
         field = where.rstrip("`") or None
-        unknown = _UNKNOWN_FIELD.search(text)
-        if unknown:
-            text = f"'{unknown[1]}' is not a setting"
-            text += _meant(unknown[1], NodeSettings.__struct_fields__)
+        unknown = unknown_field(text)
+        if unknown is not None:
+            text = f"'{unknown}' is not a setting{meant(unknown, NodeSettings.__struct_fields__)}"
         raise ConfigError(
             f"{source}: {field + ': ' if field else ''}{text}.", field=field
         ) from None
-
-
-def _meant(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (perhaps {close[0]} was meant)" if close else ""

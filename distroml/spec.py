@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from distroml.errors import UNDECODABLE, InvalidSpec, NotBuilt
+from distroml.misspelt import field_paths, meant, unknown_field
 from distroml.store_urls import parse_store
 
 MAX_WORKERS = 1024
@@ -412,10 +413,10 @@ def _from_validation(error: msgspec.ValidationError) -> InvalidSpec:
     """Turn msgspec's ``... - at `$.a.b` `` into our sentence and a dotted field."""
     text, _, where = str(error).partition(" - at `")
     field = where.rstrip("`").removeprefix("$").lstrip(".") or None
-    if field is None:
-        unknown = re.search(r"unknown field `([^`]+)`", text)
-        field = unknown.group(1) if unknown else None
-    elif unknown := re.search(r"unknown field `([^`]+)`", text):
-        field = f"{field}.{unknown.group(1)}"
+    unknown = unknown_field(text)
+    if unknown is not None:
+        field = f"{field}.{unknown}" if field else unknown
+        perhaps = meant(field, field_paths(JobSpec))
+        return InvalidSpec(f"A job specification has no field {field!r}{perhaps}.", field=field)
     place = f"{field}: " if field else ""
     return InvalidSpec(f"{place}{text}.", field=field)

@@ -25,6 +25,7 @@ from distroml.errors import (
     TooManyRequests,
     UnsupportedMedia,
 )
+from distroml.misspelt import unknown_field
 
 JSON_TYPE = "application/json"
 MAX_LINE_BYTES = 32 * 1024
@@ -240,9 +241,9 @@ async def read_nothing(request: web.Request, settings: HttpSettings) -> None:
     try:
         msgspec.json.decode(body, type=Query)
     except msgspec.ValidationError as error:
-        unknown = re.search(r"unknown field `([^`]*)`", str(error))
-        field = unknown.group(1) if unknown else None
-        raise InvalidSpec(f"This request takes no fields: {error}.", field=field) from None
+        raise InvalidSpec(
+            f"This request takes no fields: {error}.", field=unknown_field(str(error))
+        ) from None
     except UNDECODABLE as error:
         raise InvalidRequest(f"The body is not JSON: {error}.") from None
 

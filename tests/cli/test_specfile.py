@@ -64,7 +64,15 @@ def test_overrides_are_json_or_text_and_reach_into_parts(tmp_path: Path) -> None
     ("name", "text", "field", "says"),
     [
         ("s.json", '{"resources": {"workers": 0}}', "resources.workers", ">= 1"),
-        ("s.json", '{"naem": "x"}', "naem", "unknown field"),
+        ("s.json", '{"naem": "x"}', "naem", "perhaps name was meant"),
+        (
+            "s.json",
+            '{"resources": {"max_restarts": 1}}',
+            "resources.max_restarts",
+            "max_restarts was",
+        ),
+        ("s.json", '{"workers": 1}', "workers", "perhaps resources.workers was meant"),
+        ("s.json", '{"resources": {"xyz": 1}}', "resources.xyz", "no field 'resources.xyz'."),
         ("s.yaml", "hyperparameters: {lr: fast}", "hyperparameters.lr", "Expected `float`"),
         ("s.yaml", "name: 2026-01-31", None, None),
         ("s.yaml", "name: 2026", "name", "Expected `str`"),
