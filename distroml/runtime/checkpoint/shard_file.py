@@ -47,7 +47,8 @@ Size = Annotated[int, Meta(ge=0, le=2**62)]
 Shape = Annotated[tuple[Size, ...], Meta(max_length=64)]
 """Dimensions as read from a file; bounded, since their product is taken."""
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
-Blake3 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Blake3 = Sha256
+"""Of 256 bits too, and written alike."""
 Codec = Literal["none", "zstd"]
 SHARD_FILE = r"worker_\d{1,6}(\.g\d{1,12})?\.safetensors"
 ShardFile = Annotated[str, Meta(pattern=rf"^{SHARD_FILE}\Z")]

@@ -43,6 +43,10 @@ _MANIFEST = re.compile(r"ckpt_step_(\d{8,12})/manifest(?:\.g(\d{1,12}))?\.json\Z
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
 
 
+DAMAGE = (CorruptCheckpoint, NotFound)
+"""Why ``restore`` takes an older checkpoint; a store that fails, or another version's format, is no reason."""
+
+
 class _Report(msgspec.Struct, frozen=True):
     shard: ShardFact | None = None
     reason: str = ""
@@ -53,7 +57,7 @@ class _Trouble(msgspec.Struct, frozen=True):
 
     text: str
     damaged: bool
-    """Nothing else is wrong with it: an older one will do."""
+    """One of ``DAMAGE``."""
 
 
 _trouble_decoder = msgspec.json.Decoder(_Trouble)
@@ -167,10 +171,10 @@ class CheckpointManager:
             wanted = msgspec.json.decode(told, type=list[int])
         damage: StoreError | NotFound | None = None
         for one in wanted:
-            state, error, damaged = self._try(one, manifests)
+            state, error = self._try(one, manifests)
             if error is None:
                 return state
-            if step is not None or not damaged:
+            if step is not None or not isinstance(error, DAMAGE):
                 raise error
             warnings.warn(str(error), RuntimeWarning, stacklevel=2)
             damage = error
@@ -265,8 +269,8 @@ class CheckpointManager:
 
     def _try(
         self, step: int, manifests: dict[int, str]
-    ) -> tuple[dict[str, Any], StoreError | NotFound | None, bool]:
-        """The state of ``step`` if every rank can read it, else why not, and whether all who cannot found it damaged."""
+    ) -> tuple[dict[str, Any], StoreError | NotFound | None]:
+        """The state of ``step`` if every rank can read it, else why not: one of ``DAMAGE`` on all ranks, or on none."""
         state: dict[str, Any] = {}
         failure: StoreError | NotFound | None = None
         try:
@@ -275,15 +279,14 @@ class CheckpointManager:
             failure = error
         mine = _Trouble(
             (str(failure) if failure else "")[: REPORT_BYTES // 8],
-            isinstance(failure, CorruptCheckpoint | NotFound),
+            isinstance(failure, DAMAGE),
         )
-        told = self._exchange(msgspec.json.encode(mine))
-        troubles = [one for one in map(_trouble_decoder.decode, told) if one.text]
-        damaged = all(one.damaged for one in troubles)
-        if failure is None and troubles:
-            kind = CorruptCheckpoint if damaged else StoreError
-            failure = kind(f"Another rank cannot read step {step}: {troubles[0].text}")
-        return state, failure, damaged
+        told = map(_trouble_decoder.decode, self._exchange(msgspec.json.encode(mine)))
+        worst = min((one for one in told if one.text), key=lambda one: one.damaged, default=mine)
+        if worst.text and (failure is None or (mine.damaged and not worst.damaged)):
+            kind = CorruptCheckpoint if worst.damaged else StoreError
+            failure = kind(f"Another rank cannot read step {step}: {worst.text}")
+        return state, failure
 
     def _read(self, step: int, manifests: dict[int, str]) -> dict[str, Any]:
         if step not in manifests:

@@ -162,6 +162,26 @@ def test_a_store_that_fails_is_no_reason_to_take_an_older_checkpoint(
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("damaged_here", [False, True])
+def test_nor_is_a_store_that_fails_another_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged_here: bool
+) -> None:
+    with distroml.CheckpointManager(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save_async(state(step), step)
+    if damaged_here:
+        flip(tmp_path / DIRECTORY / "ckpt_step_00000002/worker_0.safetensors", -1)
+    others = [
+        b'{"text": "step 2 has other bytes", "damaged": true}',
+        b'{"text": "Stale file handle", "damaged": false}',
+    ]
+    monkeypatch.setattr(checkpoints, "_exchange", lambda mine: [mine, *others])
+    with pytest.raises(StoreError, match="Another rank cannot read step 2: Stale") as caught:
+        checkpoints.restore()
+    assert not isinstance(caught.value, CorruptCheckpoint)
+
+
+@pytest.mark.filterwarnings("error")
 def test_one_of_another_version_is_no_reason_either(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
